@@ -1,0 +1,127 @@
+"""What the tests share: inputs, the accuracy rule, and Python processes of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+ALPHAS = (1.05, 1.1, 1.25, 1.5, 1.75, 2.0)
+HALF = (torch.bfloat16, torch.float16)
+
+# Error allowed beside that of the dense composition, as a share of the largest exact number.
+FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+class Inputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def detached(self) -> "Inputs":
+        return Inputs(*(x.detach().clone().requires_grad_(x.requires_grad) for x in self))
+
+
+def make_inputs(
+    batch: int = 2,
+    heads: int = 2,
+    m: int = 37,
+    n: int = 53,
+    size: int = 16,
+    kv_heads: Optional[int] = None,
+    value_size: Optional[int] = None,
+    *,
+    sigma: float = 1.5,
+    mean: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> Inputs:
+    """Query and key from N(0, sigma²), value from N(mean, 1); the same numbers on every backend."""
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads = heads if kv_heads is None else kv_heads
+    value_size = size if value_size is None else value_size
+
+    def draw(shape, sigma, mean=0.0):
+        x = torch.randn(*shape, generator=generator) * sigma + mean
+        return x.to(device, dtype).requires_grad_(requires_grad)
+
+    return Inputs(
+        draw((batch, heads, m, size), sigma),
+        draw((batch, kv_heads, n, size), sigma),
+        draw((batch, kv_heads, n, value_size), 1.0, mean),
+    )
+
+
+def normal_like(x: Tensor, seed: int = 1) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device, x.dtype)
+
+
+def scored_inputs(scores: Tensor, value: Tensor, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
+    """Inputs whose scores at scale 1 are exactly the rows (M, N) given, M <= 256; value (N, D_v)."""
+    m = scores.shape[0]
+    return Inputs(*(x[None, None].to(device, dtype) for x in (torch.eye(m), scores.T, value)))
+
+
+def assert_accurate(what: str, actual: Tensor, exact: Tensor, composed: Tensor) -> None:
+    """At most twice the error of the dense composition in the same type, or the type's floor."""
+    assert actual.shape == exact.shape, what
+    assert actual.dtype == composed.dtype, what
+    if actual.numel() == 0:
+        return
+    assert actual.isfinite().all(), what
+    error = (actual.double() - exact).abs().max().item()
+    composition = (composed.double() - exact).abs().max().item()
+    floor = FLOOR[actual.dtype] * exact.abs().max().item()
+    assert error <= max(2 * composition, floor), (
+        f"{what}: error {error:.2e}, that of the dense composition {composition:.2e}, floor {floor:.2e}"
+    )
+
+
+def check_forward(op, inputs: Inputs, *options, **keywords) -> Tensor:
+    """The op against the reference; returns what it gave."""
+    with torch.no_grad():
+        out = op(*inputs, *options, **keywords)
+        exact = reference.attention(*inputs, *options, **keywords).out
+        composed = reference.attention(*inputs, *options, **keywords, dtype=inputs.query.dtype).out
+    assert out.is_contiguous() and out.device == inputs.query.device
+    assert_accurate("out", out, exact, composed)
+    return out
+
+
+def gradients(inputs: Inputs, grad: Tensor, function, *options, **keywords) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv of `function` for the gradient `grad` of its result."""
+    inputs = Inputs(*(x.detach().requires_grad_() for x in inputs))
+    out = function(*inputs, *options, **keywords)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+def check_gradients(op, inputs: Inputs, *options, **keywords) -> tuple[Tensor, ...]:
+    """Forward and backward of the op against the reference; returns out, dq, dk, dv."""
+    grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
+
+    def dense(*arguments, dtype, **keywords):
+        return reference.attention(*arguments, **keywords, dtype=dtype).out
+
+    actual = gradients(inputs, grad, op, *options, **keywords)
+    doubles = Inputs(*(x.double() for x in inputs))
+    exact = gradients(doubles, grad, dense, *options, **keywords, dtype=torch.float64)
+    composed = gradients(inputs, grad, dense, *options, **keywords, dtype=inputs.query.dtype)
+    for what, *three in zip(("out", "dq", "dk", "dv"), actual, exact, composed):
+        assert_accurate(what, *three)
+    return actual
+
+
+def run_python(code: str, *arguments: str, fails: bool = False, **options) -> str:
+    """Runs code in a process of its own; returns its output, or with `fails` its last line of error output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=600, **options
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr.strip().splitlines()[-1] if fails else done.stdout

@@ -1,0 +1,98 @@
+"""`--backend` chooses who runs the op tests: the CPU kernels, the CUDA path emulated on the CPU, or a real GPU."""
+
+import functools
+import importlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import common
+
+DOUBLE, SINGLE, HALF = torch.float64, torch.float32, common.HALF
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str  # where the tensors of a test live
+    max_length: int  # the longest sequence it gets through in reasonable time
+    dtypes: tuple[torch.dtype, ...]
+    support_capacity: int  # support entries a row that its autograd kernel asks for
+
+    def needs(self, *, length: int = 0, dtype: torch.dtype = SINGLE) -> None:
+        """Skips the test where the backend can't do what it is about."""
+        if length > self.max_length:
+            pytest.skip(f"{length} keys are too many for the {self.name} backend")
+        if dtype not in self.dtypes:
+            pytest.skip(f"the {self.name} backend has no {dtype}")
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+BACKENDS = {
+    "cpu": Backend("cpu", "cpu", 1 << 20, (DOUBLE, SINGLE, *HALF), support_capacity=64),
+    "emulated": Backend("emulated", "cpu", 140, (SINGLE, *HALF), support_capacity=0),
+    "cuda": Backend("cuda", "cuda", 1 << 20, (SINGLE, *HALF), support_capacity=0),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", choices=BACKENDS, default="cpu", help="who runs the op tests")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "backends(*names): the test is about these backends only")
+    config.addinivalue_line("markers", "slow: builds something or takes more than a few seconds")
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("--backend")
+    for item in items:
+        marker = item.get_closest_marker("backends")
+        if marker and chosen not in marker.args:
+            item.add_marker(pytest.mark.skip(reason=f"not about the {chosen} backend"))
+
+
+def pytest_report_header(config):
+    return f"backend: {config.getoption('--backend')}"
+
+
+@pytest.fixture(scope="session")
+def backend(request) -> Backend:
+    """The backend under test. Emulation is switched on for the session by `emulated.install()` (tests/emulated/)."""
+    name = request.config.getoption("--backend")
+    if name == "emulated":
+        importlib.import_module("emulated").install()
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.exit("--backend cuda: torch sees no GPU here", returncode=4)
+    return BACKENDS[name]
+
+
+@pytest.fixture(scope="session")
+def make_inputs(backend):
+    """`common.make_inputs` on the backend's device; skips what the backend can't do."""
+
+    @functools.wraps(common.make_inputs)
+    def make(*shape, **options):
+        inputs = common.make_inputs(*shape, **options)
+        backend.needs(length=inputs.key.shape[2], dtype=inputs.query.dtype)
+        return common.Inputs(*(x.detach().to(backend.device).requires_grad_(x.requires_grad) for x in inputs))
+
+    return make
+
+
+@pytest.fixture(params=[DOUBLE, SINGLE, *HALF], ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request, backend) -> torch.dtype:
+    backend.needs(dtype=request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

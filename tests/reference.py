@@ -1,0 +1,185 @@
+"""Entmax attention the plain way: dense, in fp64, readable. The oracle of every other test.
+
+`attention` holds the whole contract: types, grouped queries, causal and window masks aligned bottom right, lengths of
+right-padded batches, ALiBi slopes, alpha as a number, as one tensor or per head. Its gradients come from autograd, through
+`entmax`, whose backward is the closed form. Run in another type (`dtype=`) it is the dense composition matmul, entmax,
+matmul of that type, which is the yardstick for the accuracy of half types.
+"""
+
+from typing import NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+
+def _sparsemax_threshold(z: Tensor) -> Tensor:
+    ordered = z.sort(dim=-1, descending=True).values
+    rank = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+    total = ordered.cumsum(-1)
+    count = (rank * ordered > total - 1).sum(-1, keepdim=True).clamp(min=1)
+    return (total.gather(-1, count - 1) - 1) / count
+
+
+def _entmax15_threshold(z: Tensor) -> Tensor:
+    ordered = z.sort(dim=-1, descending=True).values
+    rank = torch.arange(1, z.shape[-1] + 1, dtype=z.dtype, device=z.device)
+    mean = ordered.cumsum(-1) / rank
+    spread = ordered.square().cumsum(-1) - rank * mean.square()
+    candidate = mean - ((1 - spread) / rank).clamp(min=0).sqrt()
+    count = (candidate <= ordered).sum(-1, keepdim=True).clamp(min=1)
+    return candidate.gather(-1, count - 1)
+
+
+def _bisected_threshold(z: Tensor, alpha: Tensor) -> Tensor:
+    power = 1 / (alpha - 1)
+    low, width = torch.full_like(z[..., :1], -1), 1.0
+    for _ in range(60):
+        width /= 2
+        heavy = (z - low - width).clamp(min=0).pow(power).sum(-1, keepdim=True) >= 1
+        low = torch.where(heavy, low + width, low)
+    distance = (z - low).clamp(min=0)
+    slope = power * torch.where(distance > 0, distance.pow(power - 1), 0).sum(-1, keepdim=True)
+    newton = (distance.pow(power).sum(-1, keepdim=True) - 1) / slope
+    return torch.where(slope > 0, low + newton, low)
+
+
+class Threshold(NamedTuple):
+    """What decides a row: its maximum and, relative to it, its threshold, both of z = (alpha - 1) * score."""
+
+    maximum: Tensor
+    gap: Tensor
+
+
+def threshold(z: Tensor, alpha: Tensor, by_bisection: bool = False) -> Threshold:
+    """Threshold of the rows (last dimension) of z, hidden keys at -inf. Shapes (..., 1); no visible key: (0, +inf)."""
+    if z.shape[-1] == 0:
+        empty = z.new_zeros(*z.shape[:-1], 1)
+        return Threshold(empty, empty + torch.inf)
+    maximum = z.amax(-1, keepdim=True)
+    blind = maximum == -torch.inf
+    maximum = torch.where(blind, 0, maximum)
+    z = z - maximum
+    if not by_bisection and bool((alpha == 2).all()):
+        gap = _sparsemax_threshold(z)
+    elif not by_bisection and bool((alpha == 1.5).all()):
+        gap = _entmax15_threshold(z)
+    else:
+        gap = _bisected_threshold(z, alpha)
+    return Threshold(maximum, torch.where(blind, torch.inf, gap))
+
+
+class _Entmax(torch.autograd.Function):
+    """Rows of fp64 scores, hidden keys at -inf, and alpha that broadcasts over rows -> weights."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, alpha: Tensor) -> Tensor:
+        z = (alpha - 1) * scores
+        maximum, gap = threshold(z, alpha)
+        weights = (z - maximum - gap).clamp(min=0).pow(1 / (alpha - 1))
+        ctx.save_for_backward(weights, alpha)
+        return weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        p, alpha = ctx.saved_tensors
+        u = torch.where(p > 0, p.pow(2 - alpha), 0)
+        share = u / u.sum(-1, keepdim=True).where(u.sum(-1, keepdim=True) != 0, 1)
+        grad_scores = u * (grad - (share * grad).sum(-1, keepdim=True))
+        grad_alpha = None
+        if ctx.needs_input_grad[1]:
+            surprise = -torch.where(p > 0, p * p.log(), 0)
+            change = (p - share) / (alpha - 1) ** 2
+            change = change + (surprise - share * surprise.sum(-1, keepdim=True)) / (alpha - 1)
+            grad_alpha = (grad * change).sum(-1, keepdim=True).sum_to_size(alpha.shape)
+        return grad_scores, grad_alpha
+
+
+def entmax(scores: Tensor, alpha: Union[float, Tensor] = 1.5) -> Tensor:
+    """Weights over the last dimension, worked out in fp64 and rounded to the scores' type; zeros where nothing is visible."""
+    if isinstance(alpha, float | int) and alpha == 1:
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        return scores.double().masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(scores.dtype)
+    alpha = torch.as_tensor(alpha, dtype=torch.float64, device=scores.device)
+    return _Entmax.apply(scores.double(), alpha).to(scores.dtype)
+
+
+def relative_position(
+    m: int, n: int, q_seqlens: Optional[Tensor] = None, kv_seqlens: Optional[Tensor] = None, device="cpu"
+) -> Tensor:
+    """j - (i + N - M), (B or 1, 1, M, N): 0 on the diagonal that ends bottom right, with the lengths of the batch entry."""
+    q_length = torch.as_tensor(m if q_seqlens is None else q_seqlens, device=device).reshape(-1, 1, 1, 1)
+    kv_length = torch.as_tensor(n if kv_seqlens is None else kv_seqlens, device=device).reshape(-1, 1, 1, 1)
+    i = torch.arange(m, device=device).reshape(m, 1)
+    return torch.arange(n, device=device) - (i + kv_length - q_length)
+
+
+def visible(
+    m: int,
+    n: int,
+    is_causal: bool = False,
+    q_seqlens: Optional[Tensor] = None,
+    kv_seqlens: Optional[Tensor] = None,
+    window: Sequence[int] = (-1, -1),
+    device="cpu",
+) -> Tensor:
+    """Which query sees which key, (B or 1, 1, M, N): the one place that knows."""
+    position = relative_position(m, n, q_seqlens, kv_seqlens, device)
+    sees = torch.ones_like(position, dtype=torch.bool)
+    left, right = window
+    if left >= 0:
+        sees = sees & (position >= -left)
+    if right >= 0:
+        sees = sees & (position <= right)
+    if is_causal:
+        sees = sees & (position <= 0)
+    if q_seqlens is not None:
+        sees = sees & (torch.arange(m, device=device).reshape(m, 1) < q_seqlens.reshape(-1, 1, 1, 1))
+    if kv_seqlens is not None:
+        sees = sees & (torch.arange(n, device=device) < kv_seqlens.reshape(-1, 1, 1, 1))
+    return sees
+
+
+def _without_padding(x: Tensor, lengths: Optional[Tensor]) -> Tensor:
+    """Padding may hold NaN, and 0 * NaN would carry it into the products of a dense computation."""
+    if lengths is None:
+        return x
+    return x.masked_fill(torch.arange(x.shape[2], device=x.device)[:, None] >= lengths.reshape(-1, 1, 1, 1), 0)
+
+
+class Attention(NamedTuple):
+    out: Tensor
+    weights: Tensor
+    scores: Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Union[float, Tensor] = 1.5,
+    is_causal: bool = False,
+    scale: Optional[float] = None,
+    q_seqlens: Optional[Tensor] = None,
+    kv_seqlens: Optional[Tensor] = None,
+    window: Sequence[int] = (-1, -1),
+    alibi_slopes: Optional[Tensor] = None,
+    dtype: torch.dtype = torch.float64,
+) -> Attention:
+    """The op's arguments -> out (B, H, M, D_v), weights and masked scores (B, H, M, N), differentiable, in `dtype`."""
+    (_, heads, m, size), (_, kv_heads, n, _) = query.shape, key.shape
+    scale = size**-0.5 if scale is None else scale
+    query = _without_padding(query.to(dtype), q_seqlens)
+    key, value = (_without_padding(x.to(dtype), kv_seqlens) for x in (key, value))
+    if heads != kv_heads:
+        key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if alibi_slopes is not None:
+        distance = relative_position(m, n, q_seqlens, kv_seqlens, query.device).abs()
+        scores = scores - alibi_slopes.to(dtype).reshape(-1, heads, 1, 1) * distance
+    sees = visible(m, n, is_causal, q_seqlens, kv_seqlens, window, query.device)
+    scores = scores.masked_fill(~sees, -torch.inf)
+    if isinstance(alpha, Tensor):
+        alpha = alpha.reshape(-1, 1, 1)
+    weights = entmax(scores, alpha)
+    return Attention(weights @ value, weights, scores)

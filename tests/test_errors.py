@@ -1,0 +1,192 @@
+"""Bad input: one clear sentence that names the op, the argument, what came and what is accepted."""
+
+import functools
+
+import pytest
+import torch
+
+import adasplash
+from common import make_inputs
+
+refused = functools.partial(pytest.raises, (RuntimeError, ValueError, TypeError, NotImplementedError))
+
+# What is done to good inputs (query (2, 4, 5, 8), key and value (2, 2, 7, 8)) -> words of the message.
+TENSORS = {
+    "query of 3 dimensions": (dict(query=lambda x: x[0]), "query 4 3 (4, 5, 8)"),
+    "key of 5 dimensions": (dict(key=lambda x: x[None]), "key 4 5"),
+    "value of 3 dimensions": (dict(value=lambda x: x[0]), "value 4 3"),
+    "scalar query": (dict(query=lambda x: x.sum()), "query 4 0"),
+    "batch of key": (dict(key=lambda x: x[:1]), "key batch 2 1"),
+    "batch of value": (dict(value=lambda x: x[:1]), "value batch 2 1"),
+    "heads of value": (dict(value=lambda x: x[:, :1]), "value heads 2 1"),
+    "length of value": (dict(value=lambda x: x[:, :, :6]), "value keys 7 6"),
+    "size of key": (dict(key=lambda x: x[..., :7]), "key query 8 7"),
+    "heads not divisible": (dict(query=lambda x: x[:, :3]), "query heads multiple 3 2"),
+    "more heads of key than of query": (dict(query=lambda x: x[:, :1]), "query heads multiple 1 2"),
+    "no heads of key": (dict(key=lambda x: x[:, :0], value=lambda x: x[:, :0]), "query heads 4 0"),
+    "size 0": (dict(query=lambda x: x[..., :0], key=lambda x: x[..., :0]), "query 1 256 0"),
+    "size 257": (
+        dict(query=lambda x: x.repeat(1, 1, 1, 33)[..., :257], key=lambda x: x.repeat(1, 1, 1, 33)[..., :257]),
+        "query 1 256 257",
+    ),
+    "value size 0": (dict(value=lambda x: x[..., :0]), "value 1 256 0"),
+    "value size 257": (dict(value=lambda x: x.repeat(1, 1, 1, 33)[..., :257]), "value 1 256 257"),
+    "int": (dict(query=lambda x: x.int(), key=lambda x: x.int(), value=lambda x: x.int()), "query float32 Int"),
+    "bool query": (dict(query=lambda x: x.bool()), "query float32 Bool"),
+    "complex": (dict(query=lambda x: x + 0j, key=lambda x: x + 0j, value=lambda x: x + 0j), "query float32 omplex"),
+    "float8": (dict(query=lambda x: x.to(torch.float8_e4m3fn)), "query float32 Float8_e4m3fn"),
+    "key of another type": (dict(key=lambda x: x.bfloat16()), "key query Float BFloat16"),
+    "value of another type": (dict(value=lambda x: x.double()), "value query Float Double"),
+    "key on another device": (dict(key=lambda x: x.to("meta")), "key query cpu meta"),
+    "value on another device": (dict(value=lambda x: x.to("meta")), "value query cpu meta"),
+    "query on another device": (dict(query=lambda x: x.to("meta")), "key query cpu meta"),
+    "sparse key": (dict(key=lambda x: x.to_sparse()), "key dense Sparse"),
+    "sparse query": (dict(query=lambda x: x.to_sparse()), "query dense Sparse"),
+    "sparse value": (dict(value=lambda x: x.to_sparse_csr() if x.dim() < 3 else x.to_sparse()), "value dense Sparse"),
+}
+
+OPTIONS = {
+    "alpha 0.5": (dict(alpha=0.5), "alpha 1.01 2 0.5"),
+    "alpha 0": (dict(alpha=0), "alpha 1.01 2 0"),
+    "alpha -1.5": (dict(alpha=-1.5), "alpha 1.01 2 -1.5"),
+    "alpha 1.005": (dict(alpha=1.005), "alpha 1.01 2 1.005"),
+    "alpha 2.5": (dict(alpha=2.5), "alpha 1.01 2 2.5"),
+    "alpha NaN": (dict(alpha=float("nan")), "alpha 1.01 2 nan"),
+    "alpha inf": (dict(alpha=float("inf")), "alpha 1.01 2 inf"),
+    "scale NaN": (dict(scale=float("nan")), "scale finite nan"),
+    "scale inf": (dict(scale=float("inf")), "scale finite inf"),
+}
+
+# Options of the contract that are not there yet, refused by name; each goes from here once it is.
+YET_TO_COME = {
+    "q_seqlens": dict(q_seqlens=torch.tensor([5, 4])),
+    "kv_seqlens": dict(kv_seqlens=torch.tensor([7, 4])),
+    "window": dict(window=[3, -1]),
+    "window ": dict(window=[-1, 0]),
+    "alibi_slopes": dict(alibi_slopes=torch.ones(4)),
+    "alpha": dict(alpha=torch.full((4,), 1.5)),
+    "alpha ": dict(alpha=torch.tensor(1.5)),
+}
+
+
+def good():
+    return make_inputs(2, 4, 5, 7, 8, kv_heads=2)
+
+
+def assert_one_sentence(error, op, words):
+    message = str(error.value)
+    assert "\n" not in message, message
+    assert message.startswith(op), message
+    for word in words.split():
+        assert word in message, f"{word!r} is not in: {message}"
+
+
+@pytest.fixture(params=("python", "op"))
+def entmax_attn(request):
+    return {"python": adasplash.entmax_attn, "op": torch.ops.adasplash.entmax_attn}[request.param]
+
+
+@pytest.mark.parametrize("requires_grad", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors(entmax_attn, case, requires_grad):
+    changes, words = TENSORS[case]
+    tensors = {name: changes.get(name, lambda x: x)(x) for name, x in good()._asdict().items()}
+    for x in tensors.values():
+        x.requires_grad_(requires_grad and x.dtype.is_floating_point and x.dtype.itemsize > 1)
+    with refused() as error:
+        entmax_attn(**tensors)
+    assert_one_sentence(error, "entmax_attn", words)
+
+
+@pytest.mark.parametrize("inference", (False, True), ids=("plain", "inference mode"))
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(entmax_attn, case, inference):
+    options, words = OPTIONS[case]
+    with torch.inference_mode(inference), refused() as error:
+        entmax_attn(*good(), **options)
+    assert_one_sentence(error, "entmax_attn", words)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_of_the_private_op(case):
+    options, words = {"alpha": 1.5, "scale": None} | OPTIONS[case][0], OPTIONS[case][1]
+    with refused() as error:
+        torch.ops.adasplash._entmax_attn_forward(
+            *good(), None, options["alpha"], False, options["scale"], *[None] * 4, 5, 7, [-1, -1], None, 64
+        )
+    assert_one_sentence(error, "_entmax_attn_forward", words)
+
+
+@pytest.mark.parametrize("name", YET_TO_COME)
+def test_options_yet_to_come(entmax_attn, name):
+    with refused() as error:
+        entmax_attn(*good(), **YET_TO_COME[name])
+    assert_one_sentence(error, "entmax_attn", name.strip())
+
+
+def test_ops_yet_to_come():
+    tokens, ends = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    with refused(match="entmax_attn_varlen"):
+        torch.ops.adasplash.entmax_attn_varlen(tokens, tokens, tokens, ends, ends, 3, 3)
+    with refused(match="entmax"):
+        torch.ops.adasplash.entmax(tokens)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        lambda q, k, v: (q, k),
+        lambda q, k, v: (q, k, None),
+        lambda q, k, v: (q, k, [1.0]),
+        lambda q, k, v: (q, k, v, "1.5"),
+    ),
+    ids=("value missing", "value None", "value a list", "alpha a string"),
+)
+def test_not_even_tensors(entmax_attn, arguments):
+    with refused(match=r"entmax_attn.*(value|alpha)"):
+        entmax_attn(*arguments(*good()))
+
+
+def backward_arguments():
+    inputs = make_inputs(2, 4, 5, 7, 8, kv_heads=2)
+    options = (None, 1.5, False, None, *[None] * 4, 5, 7, [-1, -1], None)
+    _, *saved = torch.ops.adasplash._entmax_attn_forward(*inputs, *options, 64)
+    names = ("grad_out", *inputs._fields, "row_state", "support", "tiles")
+    return dict(zip(names, (torch.ones_like(inputs.query), *inputs, *saved))), options
+
+
+# The backward op trusts nothing it is handed: a wrong tensor is an error and never a stray access.
+SAVED = {
+    "grad_out of another shape": ("grad_out", lambda x: x[..., :7], "grad_out (2, 4, 5, 8)".split(" ", 1)[0] + " 7"),
+    "grad_out of another type": ("grad_out", lambda x: x.double(), "grad_out Double"),
+    "row_state of another shape": ("row_state", lambda x: x[..., :1], "row_state 1"),
+    "row_state of another type": ("row_state", lambda x: x.double(), "row_state Double"),
+    "support of inference": ("support", lambda x: x.new_empty(0), "support"),
+    "support of other rows": ("support", lambda x: x[:, :, :4], "support 4"),
+    "support of another type": ("support", lambda x: x.long(), "support Long"),
+    "tiles of other keys": ("tiles", lambda x: x.repeat(1, 1, 1, 2), "tiles 2"),
+    "tiles on another device": ("tiles", lambda x: x.to("meta"), "tiles meta"),
+    "key of another length": ("key", lambda x: x[:, :, :5], "value 5"),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_backward_op(case):
+    name, change, words = SAVED[case]
+    tensors, options = backward_arguments()
+    tensors[name] = change(tensors[name])
+    with refused() as error:
+        torch.ops.adasplash._entmax_attn_backward(*tensors.values(), *options)
+    assert_one_sentence(error, "_entmax_attn_backward", words)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("entry", (7, 1000, -5, 2**31 - 1))
+def test_support_entries_out_of_range_are_no_stray_access(entry):
+    """A support list from a damaged file: an error or a wrong gradient, but no access outside the tensors."""
+    tensors, options = backward_arguments()
+    tensors["support"] = torch.full_like(tensors["support"], entry)
+    try:
+        torch.ops.adasplash._entmax_attn_backward(*tensors.values(), *options)
+    except RuntimeError as error:
+        assert "support" in str(error)

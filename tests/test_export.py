@@ -1,0 +1,80 @@
+"""torch.export: one node, dynamic lengths, and files."""
+
+import io
+
+import pytest
+import torch
+
+import adasplash
+from common import ROOT, make_inputs, run_python
+
+pytestmark = pytest.mark.backends("cpu", "cuda")
+Dim = torch.export.Dim
+
+
+class Attend(torch.nn.Module):
+    def forward(self, query, key, value):
+        return adasplash.entmax_attn(query, key, value, alpha=1.25, is_causal=True, scale=0.3)
+
+
+class AttendThroughOp(torch.nn.Module):
+    def forward(self, query, key, value):
+        return torch.ops.adasplash.entmax_attn(query, key, value, 1.25, True, scale=0.3)
+
+
+def exported(module, device="cpu"):
+    batch, m, n = Dim("batch", max=64), Dim("m", max=4096), Dim("n", max=4096)
+    shapes = dict(query={0: batch, 2: m}, key={0: batch, 2: n}, value={0: batch, 2: n})
+    inputs = make_inputs(2, 4, 33, 50, kv_heads=2, device=device)
+    return torch.export.export(module, tuple(inputs), dynamic_shapes=shapes)
+
+
+def calls(program):
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("module", (Attend, AttendThroughOp))
+def test_one_node_and_its_decomposition(backend, module):
+    program = exported(module(), backend.device)
+    assert calls(program) == [torch.ops.adasplash.entmax_attn.default]
+    names = [str(target) for target in calls(program.run_decompositions())]
+    assert names.count("adasplash._entmax_attn_forward.default") == 1
+    assert not any("adasplash.entmax_attn" in name for name in names)
+
+
+@pytest.mark.parametrize("decomposed", (False, True), ids=("one node", "decomposed"))
+def test_saved_and_loaded_for_any_length(backend, decomposed):
+    program = exported(Attend(), backend.device)
+    if decomposed:
+        program = program.run_decompositions()
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    module = torch.export.load(file).module()
+    for batch, m, n in ((2, 33, 50), (3, 64, 64), (5, 100, 20), (1, 2, 129)):
+        inputs = make_inputs(batch, 4, m, n, kv_heads=2, device=backend.device)
+        assert torch.equal(module(*inputs), Attend()(*inputs))
+
+
+@pytest.mark.backends("cpu")
+def test_loaded_in_another_process(tmp_path):
+    inputs = make_inputs(3, 4, 20, 70, kv_heads=2)
+    torch.export.save(exported(Attend()), tmp_path / "model.pt2")
+    torch.save(tuple(inputs), tmp_path / "inputs.pt")
+    run_python(
+        "import torch, adasplash; x = torch.load('inputs.pt');"
+        "torch.save(torch.export.load('model.pt2').module()(*x), 'out.pt')",
+        cwd=tmp_path,
+    )
+    assert torch.equal(torch.load(tmp_path / "out.pt"), Attend()(*inputs))
+
+
+def test_training_graph(backend):
+    """The joint graph of forward and backward holds the two private ops, and the gradients are right."""
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+
+    inputs = [x.requires_grad_() for x in make_inputs(2, 4, 33, 50, kv_heads=2, device=backend.device)]
+    graph = aot_export_joint_simple(lambda *x: (Attend()(*x),), inputs, trace_joint=True)
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert names.count("adasplash._entmax_attn_forward.default") == 1
+    assert names.count("adasplash._entmax_attn_backward.default") == 1

@@ -1,0 +1,133 @@
+"""NaN and infinities: where they must show, and where they must not."""
+
+import pytest
+import torch
+
+import reference
+from adasplash import entmax_attn
+from common import gradients, normal_like
+
+BAD = (torch.nan, torch.inf, -torch.inf)
+SHAPE = dict(batch=2, heads=4, m=70, n=90, kv_heads=2)
+
+
+@pytest.fixture(params=(1.25, 1.5, 2.0))
+def alpha(request):
+    return request.param
+
+
+def same_bits_elsewhere(clean, dirty, touched):
+    """Equal to the bit outside `touched`; everything outside is finite."""
+    assert torch.equal(clean[~touched], dirty[~touched]) and clean.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+@pytest.mark.parametrize("row", (0, 33, 69))
+def test_in_a_query(make_inputs, row, is_causal, bad, alpha, dtype):
+    inputs = make_inputs(**SHAPE, dtype=dtype)
+    clean = entmax_attn(*inputs, alpha, is_causal)
+    inputs.query[1, 2, row, 5] = bad
+    dirty = entmax_attn(*inputs, alpha, is_causal)
+    touched = torch.zeros(2, 4, 70, dtype=torch.bool)
+    touched[1, 2, row] = True
+    same_bits_elsewhere(clean, dirty, touched)
+    if bad != bad:
+        assert dirty[1, 2, row].isnan().all()
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+@pytest.mark.parametrize("key", (0, 50, 89))
+def test_in_a_key(make_inputs, key, is_causal, bad, alpha, dtype):
+    """Only the rows that see the key may notice, and with NaN all of them do, however little weight it would get."""
+    inputs = make_inputs(**SHAPE, dtype=dtype)
+    clean = entmax_attn(*inputs, alpha, is_causal)
+    inputs.key[0, 1, key, 3] = bad
+    dirty = entmax_attn(*inputs, alpha, is_causal)
+    touched = torch.zeros(2, 4, 70, dtype=torch.bool)
+    touched[0, 2:] = reference.visible(70, 90, is_causal)[0, 0, :, key]
+    same_bits_elsewhere(clean, dirty, touched)
+    if bad != bad:
+        assert dirty[touched].isnan().all()
+
+
+@pytest.mark.parametrize("count", (1, 64, 65))
+def test_in_several_keys_at_once(make_inputs, count, alpha):
+    """A whole block of NaN keys is skipped by no shortcut."""
+    inputs = make_inputs(1, 2, 70, 200)
+    inputs.key[0, 0, 64 : 64 + count] = torch.nan
+    out = entmax_attn(*inputs, alpha)
+    assert out[0, 0].isnan().all() and out[0, 1].isfinite().all()
+
+
+def test_in_every_key(make_inputs, alpha):
+    inputs = make_inputs(1, 2, 70, 90)
+    inputs.key[0, 0] = torch.nan
+    out = entmax_attn(*inputs, alpha)
+    assert out[0, 0].isnan().all() and out[0, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+def test_in_a_value(make_inputs, is_causal, bad, alpha, dtype):
+    """It shows in the rows that give it weight; no other head or batch entry hears of it."""
+    inputs = make_inputs(**SHAPE, dtype=dtype)
+    clean = entmax_attn(*inputs, alpha, is_causal)
+    weights = reference.attention(*inputs, alpha, is_causal).weights
+    key = int((weights[0, 2:] > 0.01).sum((0, 1)).argmax())
+    inputs.value[0, 1, key, 4] = bad
+    dirty = entmax_attn(*inputs, alpha, is_causal)
+    head = torch.zeros(2, 4, 70, dtype=torch.bool)
+    head[0, 2:] = True
+    same_bits_elsewhere(clean, dirty, head)
+    weighty = head & (weights[..., key] > 0.01)
+    assert weighty.any()
+    assert not dirty[weighty][:, 4].isfinite().any()
+    unseen = head & ~reference.visible(70, 90, is_causal)[..., key]
+    assert torch.equal(clean[unseen], dirty[unseen])
+
+
+@pytest.mark.parametrize("where", ("query", "key", "value"))
+@pytest.mark.parametrize("bad", BAD)
+def test_gradients_of_other_heads_and_batch_entries(make_inputs, where, bad, alpha):
+    inputs = make_inputs(**SHAPE)
+    grad = normal_like(inputs.query)
+    clean = gradients(inputs, grad, entmax_attn, alpha)
+    getattr(inputs, where)[1, 0, 40] = bad
+    dirty = gradients(inputs, grad, entmax_attn, alpha)
+    for one, other in zip(clean, dirty):
+        of_head = torch.zeros(one.shape[:3], dtype=torch.bool)
+        of_head[1, : one.shape[1] // 2] = True
+        same_bits_elsewhere(one, other, of_head)
+
+
+def test_gradients_of_nan_rows_are_nan(make_inputs, alpha):
+    """Never silently finite: a NaN query leads to a NaN gradient of that query and of the keys it saw."""
+    inputs = make_inputs(1, 1, 70, 90)
+    inputs.query[0, 0, 40] = torch.nan
+    out, dq, dk, dv = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha)
+    assert out[0, 0, 40].isnan().all() and dq[0, 0, 40].isnan().all()
+    assert dk.isnan().any() and dv.isnan().any()
+
+
+def test_in_the_incoming_gradient(make_inputs, alpha):
+    inputs = make_inputs(**SHAPE)
+    grad = normal_like(inputs.query)
+    clean = gradients(inputs, grad, entmax_attn, alpha)
+    grad[1, 2, 40] = torch.nan
+    dirty = gradients(inputs, grad, entmax_attn, alpha)
+    row = torch.zeros(2, 4, 70, dtype=torch.bool)
+    row[1, 2, 40] = True
+    same_bits_elsewhere(clean[1], dirty[1], row)
+    assert dirty[1][row].isnan().all()
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_of_a_row_that_sees_no_key(make_inputs, bad, alpha, dtype):
+    """Its query may hold anything: the row is zero, and so is its gradient."""
+    inputs = make_inputs(2, 2, 60, 40, dtype=dtype)
+    inputs.query[:, :, :20] = bad
+    out, dq, dk, dv = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha, is_causal=True)
+    assert not out[:, :, :20].any() and not dq[:, :, :20].any()
+    assert all(x.isfinite().all() for x in (out, dq, dk, dv)) and dk.any()

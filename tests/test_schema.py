@@ -1,0 +1,68 @@
+"""The schemas are a contract with saved models."""
+
+import torch
+
+import adasplash  # noqa: F401  (registers the ops)
+
+OPTIONS = (
+    "bool is_causal=False, *, float? scale=None, Tensor? q_seqlens=None, Tensor? kv_seqlens=None, "
+    "int[2] window=[-1, -1], Tensor? alibi_slopes=None) -> Tensor"
+)
+TENSORS = "Tensor query, Tensor key, Tensor value"
+VARLEN = f"{TENSORS}, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+VARLEN_OPTIONS = (
+    "bool is_causal=False, *, float? scale=None, int[2] window=[-1, -1], Tensor? alibi_slopes=None) -> Tensor"
+)
+RESOLVED = (
+    "Tensor? head_alpha, float alpha, bool is_causal, float? scale, Tensor? q_seqlens, Tensor? kv_seqlens, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int[2] window, "
+    "Tensor? alibi_slopes"
+)
+
+# In the order in which an eager call tries them: a tensor alpha before a number, or a one-element tensor would lose
+# its gradient.
+SCHEMAS = {
+    "entmax_attn": [
+        f"entmax_attn.per_head({TENSORS}, Tensor alpha, {OPTIONS}",
+        f"entmax_attn({TENSORS}, float alpha=1.5, {OPTIONS}",
+    ],
+    "entmax_attn_varlen": [
+        f"entmax_attn_varlen.per_head({VARLEN}, Tensor alpha, {VARLEN_OPTIONS}",
+        f"entmax_attn_varlen({VARLEN}, float alpha=1.5, {VARLEN_OPTIONS}",
+    ],
+    "entmax": [
+        "entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor",
+        "entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor",
+    ],
+    "_entmax_attn_forward": [
+        f"_entmax_attn_forward({TENSORS}, {RESOLVED}, SymInt support_capacity) "
+        "-> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)",
+    ],
+    "_entmax_attn_backward": [
+        f"_entmax_attn_backward(Tensor grad_out, {TENSORS}, Tensor row_state, Tensor support, Tensor tiles, {RESOLVED}) "
+        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
+    ],
+}
+
+
+def test_schemas_and_their_order():
+    for name, expected in SCHEMAS.items():
+        packet = getattr(torch.ops.adasplash, name)
+        schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+        assert [str(schema) for schema in schemas] == [f"adasplash::{schema}" for schema in expected]
+
+
+def test_every_schema_is_listed_here():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("adasplash::")}
+    assert {name.split("::")[1].split(".")[0] for name in names} == SCHEMAS.keys()
+
+
+def test_kernels_are_registered_where_each_door_looks():
+    keys = ("Autograd", "CompositeExplicitAutograd", "AutocastCPU", "AutocastCUDA")
+    for name, wanted in {
+        "entmax_attn": keys,
+        "_entmax_attn_forward": ("CPU", "Meta"),
+        "_entmax_attn_backward": ("CPU", "Meta"),
+    }.items():
+        for key in wanted:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"adasplash::{name}", key), (name, key)
