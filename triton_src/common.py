@@ -1,0 +1,192 @@
+"""What every kernel shares: products and casts, which keys a row sees, what a score weighs, lists of tiles.
+
+Names follow the mathematics: z = (alpha - 1) * scale * q.k, m is a row's largest z, t = tau - m its threshold relative
+to that, p a weight and u = p^(2 - alpha). Key tiles are TILE = 64 keys wide, as the tile bits of the op are.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+TILE = tl.constexpr(64)  # side of the tiles that the op's tile bits speak of
+WORD = tl.constexpr(32)  # tile bits in a word
+UNLIMITED = 1 << 30  # a window bound that never binds, small enough that adding a row index does not overflow
+
+# How `Lengths` are given (the LENGTHS_* constants in csrc/cuda say the same).
+LENGTHS_NONE = tl.constexpr(0)
+LENGTHS_PADDED = tl.constexpr(1)  # (B,) length of every sequence of a right-padded batch
+LENGTHS_PACKED = tl.constexpr(2)  # (B + 1,) offsets into a packed batch
+
+# How alpha is known: two values have code of their own, everything else goes through powers at run time.
+ALPHA_ANY = tl.constexpr(0)
+ALPHA_1_5 = tl.constexpr(1)
+ALPHA_2 = tl.constexpr(2)
+
+# The interpreter keeps bfloat16 as integers: products of them are garbage and casts cut bits off.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b (+ acc) in fp32. For fp32 operands three tf32 products keep what one would round away."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc=acc, input_precision="tf32x3" if a.dtype == tl.float32 else "tf32")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x (fp32) in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_or_nan(x, axis: tl.constexpr):
+    """Maximum along an axis; unlike tl.max it does not lose a NaN."""
+    if INTERPRETED:  # a reduction with its own combine function is a Python loop there
+        return tl.where(tl.sum((x != x).to(tl.int32), axis) > 0, float("nan"), tl.max(x, axis))
+    else:
+        return tl.reduce(x, axis, _larger_or_nan)
+
+
+@triton.jit
+def load_rows(base, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first, first + 1, ... of a matrix as a (ROWS, PAD) block; zeros right of `width` and, if MASKED, from row
+    `limit` on. Only the offset inside a block is 32 bits wide times the stride: the block's own place is 64."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, PAD)
+    mask = (column < width)[None, :]
+    if MASKED:
+        mask = mask & (first + row < limit)[:, None]
+    return tl.load(base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, x, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.constexpr):
+    """Stores the (ROWS, PAD) block x as rows first, first + 1, ... below `limit`, columns below `width`."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, PAD)
+    mask = (column < width)[None, :] & (first + row < limit)[:, None]
+    tl.store(base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :], x, mask=mask)
+
+
+# ---- which keys a row sees -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sequence(lengths, kind, batch, rows, limit):
+    """(offset, length, extent) of one sequence among `rows` rows of storage: where it starts, how many rows it has (at
+    most `limit`), how many rows there are its to write. Lengths come from the user's GPU memory unchecked, so they are
+    clamped: wrong ones give wrong rows, never a stray access."""
+    given = tl.load(lengths + batch, mask=kind != LENGTHS_NONE, other=limit)
+    end = tl.load(lengths + batch + 1, mask=kind == LENGTHS_PACKED, other=rows)
+    packed = kind == LENGTHS_PACKED
+    offset = tl.where(packed, tl.minimum(tl.maximum(given, 0), rows), 0)
+    length = tl.where(packed, tl.minimum(end, rows) - offset, given)
+    length = tl.minimum(tl.maximum(length, 0), limit)
+    return offset.to(tl.int64), length, tl.where(packed, length, limit)
+
+
+@triton.jit
+def visible_keys(row, length_q, length_k, window_left, window_right):
+    """Row i sees keys first <= j < end. The one place that knows causal order, window and lengths."""
+    diagonal = row + length_k - length_q
+    first = tl.maximum(diagonal - window_left, 0)
+    end = tl.minimum(diagonal + window_right + 1, length_k)
+    return first, tl.where(row < length_q, end, 0)
+
+
+@triton.jit
+def visible_tiles(row, rows, length_q, length_k, window_left, window_right, WIDTH: tl.constexpr):
+    """The key tiles (WIDTH keys each) that a block of query rows sees: `inner` of them, from `inner_first` on, seen
+    whole by all rows, and `edge` more around them, from `first` on (see edge_tile)."""
+    last_row = tl.minimum(row + rows, length_q) - 1
+    first_key, end_low = visible_keys(row, length_q, length_k, window_left, window_right)
+    first_high, end_key = visible_keys(last_row, length_q, length_k, window_left, window_right)
+    first = first_key // WIDTH
+    end = tl.where(row < length_q, tl.maximum(tl.cdiv(tl.maximum(end_key, 0), WIDTH), first), first)
+    inner_first = tl.minimum(tl.cdiv(first_high, WIDTH), end)
+    inner = tl.maximum(tl.minimum(tl.maximum(end_low, 0) // WIDTH, end) - inner_first, 0)
+    return first, inner_first, inner, end - first - inner
+
+
+@triton.jit
+def edge_tile(index, first, inner_first, inner):
+    """The index-th tile that not all rows see whole: left of the inner ones, then right of them."""
+    tile = first + index
+    return tl.where(tile >= inner_first, tile + inner, tile)
+
+
+@triton.jit
+def hide(s, first, end, row_axis: tl.constexpr, key):
+    """-inf for the scores of keys that their row does not see. `first`, `end` belong to the rows along `row_axis`."""
+    other: tl.constexpr = 1 - row_axis
+    key = tl.expand_dims(key, row_axis)
+    return tl.where((key >= tl.expand_dims(first, other)) & (key < tl.expand_dims(end, other)), s, float("-inf"))
+
+
+# ---- what a score weighs ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def score_scale(scale, alpha):
+    """|scale| * (alpha - 1), by which q.k becomes z once the scale's sign went into q. Never quite zero, so that the
+    -inf of a hidden key stays -inf."""
+    return tl.maximum(tl.abs(scale) * (alpha - 1.0), 1e-30)
+
+
+@triton.jit
+def weights(y, t, alpha, ALPHA: tl.constexpr):
+    """(p, u) of scores y = z - m against thresholds t = tau - m: p = [y - t]+^(1/(alpha-1)) and u = p^(2-alpha)."""
+    x = tl.maximum(y - t, 0.0)  # takes the 0 if y is NaN
+    if ALPHA == ALPHA_1_5:
+        return x * x, x
+    elif ALPHA == ALPHA_2:
+        return x, tl.where(x > 0.0, 1.0, 0.0)
+    else:
+        log = tl.log2(x) / (alpha - 1.0)
+        return tl.exp2(log), tl.where(x > 0.0, tl.exp2((2.0 - alpha) * log), 0.0)
+
+
+@triton.jit
+def newton_step(sum_p, sum_u, alpha, ALPHA: tl.constexpr):
+    """How far t may rise. Newton's step for ||[y - t]+|| = 1 in the norm of exponent e = 1/(alpha-1), which is
+    convex, decreasing and nearly straight: it never passes the solution and needs neither a bracket nor a third sum.
+    ||x||_e = sum_p^(alpha-1), so the step is (sum_p - sum_p^(2-alpha)) / sum_u."""
+    if ALPHA == ALPHA_1_5:
+        power = tl.sqrt(sum_p)
+    elif ALPHA == ALPHA_2:
+        power = tl.full(sum_p.shape, 1.0, tl.float32)
+    else:
+        power = tl.exp2((2.0 - alpha) * tl.log2(sum_p))
+    return tl.where(sum_u > 0.0, (sum_p - power) / sum_u, 0.0)
+
+
+# ---- lists of tiles --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def append(listed, count, entry, wanted):
+    """Appends the wanted ones of a vector of entries to a list in global memory; returns its new length. Loops over a
+    list have a known trip count and no branch, which is what keeps them pipelined."""
+    place = count + tl.cumsum(wanted.to(tl.int32), 0) - 1
+    tl.store(listed + place, entry, mask=wanted)
+    return count + tl.sum(wanted.to(tl.int32), 0)
+
+
+@triton.jit
+def tile_bit(words, tile, mask):
+    """Whether the tile's bit is set in a row of words."""
+    word = tl.load(words + tile // WORD, mask=mask, other=0)
+    return ((word >> (tile % WORD)) & 1) != 0
