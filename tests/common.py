@@ -1,9 +1,13 @@
 """What the tests share: inputs, the accuracy rule, and Python processes of their own."""
 
+import fcntl
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +37,8 @@ def make_inputs(
     m: int = 37,
     n: int = 53,
     size: int = 16,
-    kv_heads: Optional[int] = None,
-    value_size: Optional[int] = None,
+    kv_heads: int | None = None,
+    value_size: int | None = None,
     *,
     sigma: float = 1.5,
     mean: float = 0.0,
@@ -95,6 +99,14 @@ def check_forward(op, inputs: Inputs, *options, **keywords) -> Tensor:
     return out
 
 
+def assert_same_bits(one, other) -> None:
+    """Two tensors, or two sequences of tensors."""
+    if isinstance(one, Tensor):
+        one, other = (one,), (other,)
+    for x, y in zip(one, other, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+
+
 def gradients(inputs: Inputs, grad: Tensor, function, *options, **keywords) -> tuple[Tensor, ...]:
     """out, dq, dk, dv of `function` for the gradient `grad` of its result."""
     inputs = Inputs(*(x.detach().requires_grad_() for x in inputs))
@@ -113,15 +125,36 @@ def check_gradients(op, inputs: Inputs, *options, **keywords) -> tuple[Tensor, .
     doubles = Inputs(*(x.double() for x in inputs))
     exact = gradients(doubles, grad, dense, *options, **keywords, dtype=torch.float64)
     composed = gradients(inputs, grad, dense, *options, **keywords, dtype=inputs.query.dtype)
-    for what, *three in zip(("out", "dq", "dk", "dv"), actual, exact, composed):
+    for what, *three in zip(("out", "dq", "dk", "dv"), actual, exact, composed, strict=True):
         assert_accurate(what, *three)
     return actual
 
 
-def run_python(code: str, *arguments: str, fails: bool = False, **options) -> str:
-    """Runs code in a process of its own; returns its output, or with `fails` its last line of error output."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=600, **options
-    )
+def run(*command: object, **options) -> subprocess.CompletedProcess:
+    """Runs a command that has to succeed."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run_python(code: str, *arguments: object, fails: bool = False, **options) -> str:
+    """Runs code in a process of its own; returns its output, or with `fails` the last line of its error output."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr.strip().splitlines()[-1] if fails else done.stdout
+
+
+def build_once(tmp_path_factory, name: str, build: Callable[[Path], None]) -> Path:
+    """A folder that `build` has filled; the workers of pytest-xdist share what one of them has built."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name, base / f"{name}.done"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder

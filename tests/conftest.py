@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -46,6 +47,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "backends(*names): the test is about these backends only")
     config.addinivalue_line("markers", "slow: builds something or takes more than a few seconds")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # threads that fight for cores spin
 
 
 def pytest_collection_modifyitems(config, items):

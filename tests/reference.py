@@ -1,12 +1,13 @@
 """Entmax attention the plain way: dense, in fp64, readable. The oracle of every other test.
 
 `attention` holds the whole contract: types, grouped queries, causal and window masks aligned bottom right, lengths of
-right-padded batches, ALiBi slopes, alpha as a number, as one tensor or per head. Its gradients come from autograd, through
-`entmax`, whose backward is the closed form. Run in another type (`dtype=`) it is the dense composition matmul, entmax,
-matmul of that type, which is the yardstick for the accuracy of half types.
+right-padded batches, ALiBi slopes, alpha as a number, as one tensor or per head. Its gradients come from autograd,
+through `entmax`, whose backward is the closed form. Run in another type (`dtype=`) it is the dense composition matmul,
+entmax, matmul of that type, which is the yardstick for the accuracy of half types.
 """
 
-from typing import NamedTuple, Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         p, alpha = ctx.saved_tensors
         u = torch.where(p > 0, p.pow(2 - alpha), 0)
         share = u / u.sum(-1, keepdim=True).where(u.sum(-1, keepdim=True) != 0, 1)
@@ -95,8 +96,8 @@ class _Entmax(torch.autograd.Function):
         return grad_scores, grad_alpha
 
 
-def entmax(scores: Tensor, alpha: Union[float, Tensor] = 1.5) -> Tensor:
-    """Weights over the last dimension, worked out in fp64 and rounded to the scores' type; zeros where nothing is visible."""
+def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
+    """Weights over the last dimension, worked out in fp64, in the scores' type; zeros where nothing is visible."""
     if isinstance(alpha, float | int) and alpha == 1:
         blind = (scores == -torch.inf).all(-1, keepdim=True)
         return scores.double().masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(scores.dtype)
@@ -105,9 +106,9 @@ def entmax(scores: Tensor, alpha: Union[float, Tensor] = 1.5) -> Tensor:
 
 
 def relative_position(
-    m: int, n: int, q_seqlens: Optional[Tensor] = None, kv_seqlens: Optional[Tensor] = None, device="cpu"
+    m: int, n: int, q_seqlens: Tensor | None = None, kv_seqlens: Tensor | None = None, device="cpu"
 ) -> Tensor:
-    """j - (i + N - M), (B or 1, 1, M, N): 0 on the diagonal that ends bottom right, with the lengths of the batch entry."""
+    """j - (i + N - M), (B or 1, 1, M, N): 0 on the diagonal that ends bottom right, by a batch entry's own lengths."""
     q_length = torch.as_tensor(m if q_seqlens is None else q_seqlens, device=device).reshape(-1, 1, 1, 1)
     kv_length = torch.as_tensor(n if kv_seqlens is None else kv_seqlens, device=device).reshape(-1, 1, 1, 1)
     i = torch.arange(m, device=device).reshape(m, 1)
@@ -118,8 +119,8 @@ def visible(
     m: int,
     n: int,
     is_causal: bool = False,
-    q_seqlens: Optional[Tensor] = None,
-    kv_seqlens: Optional[Tensor] = None,
+    q_seqlens: Tensor | None = None,
+    kv_seqlens: Tensor | None = None,
     window: Sequence[int] = (-1, -1),
     device="cpu",
 ) -> Tensor:
@@ -140,7 +141,7 @@ def visible(
     return sees
 
 
-def _without_padding(x: Tensor, lengths: Optional[Tensor]) -> Tensor:
+def _without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Padding may hold NaN, and 0 * NaN would carry it into the products of a dense computation."""
     if lengths is None:
         return x
@@ -157,13 +158,13 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: Union[float, Tensor] = 1.5,
+    alpha: float | Tensor = 1.5,
     is_causal: bool = False,
-    scale: Optional[float] = None,
-    q_seqlens: Optional[Tensor] = None,
-    kv_seqlens: Optional[Tensor] = None,
+    scale: float | None = None,
+    q_seqlens: Tensor | None = None,
+    kv_seqlens: Tensor | None = None,
     window: Sequence[int] = (-1, -1),
-    alibi_slopes: Optional[Tensor] = None,
+    alibi_slopes: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Attention:
     """The op's arguments -> out (B, H, M, D_v), weights and masked scores (B, H, M, N), differentiable, in `dtype`."""

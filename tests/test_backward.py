@@ -5,7 +5,17 @@ import torch
 
 import reference
 from adasplash import entmax_attn
-from common import ALPHAS, Inputs, check_gradients, gradients, make_inputs as make_cpu_inputs, normal_like
+from common import (
+    ALPHAS,
+    Inputs,
+    assert_same_bits,
+    check_gradients,
+    gradients,
+    normal_like,
+)
+from common import (
+    make_inputs as make_cpu_inputs,
+)
 from test_forward import SHAPES
 
 
@@ -38,7 +48,7 @@ def test_a_constant_added_to_the_values_leaves_the_query_gradient(make_inputs):
     grad = normal_like(inputs.query)
     plain = gradients(inputs, grad, entmax_attn)
     shifted = gradients(inputs._replace(value=inputs.value + 16), grad, entmax_attn)
-    for one, other in zip(plain[1:3], shifted[1:3]):
+    for one, other in zip(plain[1:3], shifted[1:3], strict=True):
         torch.testing.assert_close(one, other, atol=1e-4 * one.abs().max().item(), rtol=0)
 
 
@@ -63,7 +73,7 @@ def test_rows_that_overflow_beside_rows_that_do_not(make_inputs, is_causal, dtyp
 def test_large_scores(make_inputs, alpha):
     """One-hot rows: the gradient of query and key is exactly zero, that of value is the gradient of the rows it got."""
     inputs = make_inputs(batch=1, heads=1, m=50, n=60, size=8, sigma=1000)
-    out, dq, dk, dv = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha=alpha, scale=1.0)
+    _, dq, dk, dv = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha=alpha, scale=1.0)
     best = (inputs.query.double() @ inputs.key.double().transpose(-1, -2)).argmax(-1)
     expected = torch.zeros_like(dv).index_add_(2, best[0, 0], normal_like(inputs.query))
     assert not dq.any() and not dk.any()
@@ -85,7 +95,7 @@ def test_large_scores(make_inputs, alpha):
 )
 def test_finite_differences(shape, alpha, is_causal):
     inputs = make_cpu_inputs(**shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *x: entmax_attn(*x, alpha, is_causal), inputs)
+    assert torch.autograd.gradcheck(lambda *x: entmax_attn(*x, alpha, is_causal), tuple(inputs))
 
 
 @pytest.mark.parametrize("wanted", ("query", "key", "value", "query key", "key value", "query value"))
@@ -95,7 +105,7 @@ def test_only_some_inputs_want_gradients(make_inputs, wanted, dtype):
     for name in wanted.split():
         getattr(inputs, name).requires_grad_()
     entmax_attn(*inputs).backward(normal_like(inputs.query))
-    for name, x, expected in zip(Inputs._fields, inputs, everything[1:]):
+    for name, x, expected in zip(Inputs._fields, inputs, everything[1:], strict=True):
         assert torch.equal(x.grad, expected) if name in wanted else x.grad is None
 
 
@@ -116,7 +126,7 @@ def test_expanded_gradient(make_inputs):
     inputs = make_inputs(m=20, n=30, requires_grad=True)
     entmax_attn(*inputs).sum().backward()
     expected = gradients(inputs, torch.ones_like(inputs.query), entmax_attn)
-    for x, gradient in zip(inputs, expected[1:]):
+    for x, gradient in zip(inputs, expected[1:], strict=True):
         torch.testing.assert_close(x.grad, gradient, atol=1e-6, rtol=1e-5)
 
 
@@ -132,7 +142,7 @@ def test_backward_twice_over_a_kept_graph(make_inputs):
     inputs = make_inputs(requires_grad=True)
     out = entmax_attn(*inputs)
     first, second = (torch.autograd.grad(out, inputs, normal_like(out), retain_graph=True) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(first, second))
+    assert_same_bits(first, second)
 
 
 def test_double_backward_is_refused(make_inputs):

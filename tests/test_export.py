@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import adasplash
-from common import ROOT, make_inputs, run_python
+from common import make_inputs, run_python
 
 pytestmark = pytest.mark.backends("cpu", "cuda")
 Dim = torch.export.Dim

@@ -1,5 +1,7 @@
 """What the forward keeps for the backward: shapes by formula, and their content."""
 
+import math
+
 import pytest
 import torch
 
@@ -16,11 +18,15 @@ def resolved(inputs, alpha=1.5, is_causal=False, scale=None):
     return None, alpha, is_causal, scale, None, None, None, None, m, n, [-1, -1], None
 
 
-def unpacked(tiles, m, n):
-    """Bits (B, H, words of M, words of N) int32 -> bool (B, H, query tiles, key tiles)."""
+def tiles_of(length):
+    return math.ceil(length / 64)
+
+
+def unpacked(tiles, n):
+    """Bits (B, H, query tiles, words) int32 -> bool (B, H, query tiles, key tiles)."""
     bits = (tiles[..., None] >> torch.arange(32, device=tiles.device)) & 1
     bits = bits.flatten(-2).bool()
-    count = -(-n // 64)
+    count = tiles_of(n)
     assert not bits[..., count:].any(), "a bit beyond the last key tile"
     return bits[..., :count]
 
@@ -41,7 +47,7 @@ def test_shapes(make_inputs, m, n, capacity, dtype, backend):
         else:
             assert row_state.shape == (3, 4, m, 2)
             assert support.shape == (3, 4, m, capacity)
-            assert tiles.shape == (3, 4, -(-m // 64), -(-(-(-n // 64)) // 32))
+            assert tiles.shape == (3, 4, tiles_of(m), math.ceil(tiles_of(n) / 32))
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
@@ -64,7 +70,7 @@ def test_content(make_inputs, backend, alpha, is_causal):
         torch.nn.functional.pad(x, (0, -n % 64, 0, -m % 64)) for x in (surely & (exact.weights > 1e-30), possibly)
     ]
     for_sure, at_all = (x.unflatten(-1, (-1, 64)).unflatten(-3, (-1, 64)).any(-1).any(-2) for x in padded)
-    marked = unpacked(tiles, m, n)
+    marked = unpacked(tiles, n)
     assert marked[for_sure].all() and not marked[~at_all].any()
 
     for row in [(b, h, i) for b in range(2) for h in range(4) for i in range(m)] if capacity else ():
@@ -88,7 +94,7 @@ def test_tiles_say_where_the_weight_is(make_inputs, backend):
     inputs = inputs._replace(query=hot[None, None], key=hot[None, None])
     *_, tiles = forward(*inputs, *resolved(inputs), backend.support_capacity)
     tile = torch.arange(n // 64, device=backend.device) % 3
-    assert torch.equal(unpacked(tiles, m, n)[0, 0], tile[:, None] == tile)
+    assert torch.equal(unpacked(tiles, n)[0, 0], tile[:, None] == tile)
 
 
 def test_rows_without_a_visible_key_and_nan_rows(make_inputs, backend):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import adasplash
-from common import make_inputs, run_python
+from common import assert_same_bits, make_inputs, run_python
 
 pytestmark = [
     pytest.mark.backends("cpu", "cuda"),
@@ -120,7 +120,7 @@ def test_repeated_training_runs_survive_the_profiling_executor(backend):
     results = [torch.autograd.grad(module(*inputs).sum(), inputs) for _ in range(4)]
     eager = torch.autograd.grad(CallsFunction()(*inputs).sum(), inputs)
     for result in results:
-        assert all(torch.equal(x, y) for x, y in zip(result, eager))
+        assert_same_bits(result, eager)
 
 
 def test_errors_inside_a_script_name_the_argument(backend):

@@ -6,15 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from adasplash import entmax_attn
-from common import HALF, gradients, normal_like
+from common import HALF, assert_same_bits, gradients, normal_like
 
 OPS = torch.ops.adasplash
-
-
-def same(one, other):
-    assert len(one) == len(other)
-    for x, y in zip(one, other):
-        assert torch.equal(x, y)
 
 
 def test_inference_mode(make_inputs, dtype):
@@ -61,7 +55,7 @@ def test_checkpoint(make_inputs, use_reentrant):
     def checkpointed(*tensors):
         return checkpoint(lambda *x: entmax_attn(*x, is_causal=True), *tensors, use_reentrant=use_reentrant)
 
-    same(gradients(inputs, grad, checkpointed), gradients(inputs, grad, entmax_attn, is_causal=True))
+    assert_same_bits(gradients(inputs, grad, checkpointed), gradients(inputs, grad, entmax_attn, is_causal=True))
 
 
 def test_hooks_and_retained_gradients(make_inputs):
@@ -93,7 +87,7 @@ def test_autocast(make_inputs, backend, lower):
     assert out.dtype == lower and all(g.dtype == torch.float32 for g in grads)
     lowered = type(inputs)(*(x.to(lower) for x in inputs))
     expected = gradients(lowered, grad.to(lower), entmax_attn, is_causal=True)
-    same([out, *(g.to(lower) for g in grads)], expected)
+    assert_same_bits([out, *(g.to(lower) for g in grads)], expected)
 
 
 def test_autocast_makes_mixed_types_one(make_inputs, backend):
@@ -157,7 +151,7 @@ def test_meta_and_fake_tensors_foretell_the_real_ones(make_inputs, backend, shap
     assert look(everything([x.to("meta") for x in inputs])) == look(real)
     with FakeTensorMode() as mode:
         fake = everything([mode.from_tensor(x) for x in inputs])
-    assert look(fake) == look(real) and all(x.device == y.device for x, y in zip(fake, real))
+    assert look(fake) == look(real) and all(x.device == y.device for x, y in zip(fake, real, strict=True))
 
 
 def test_meta_tensors_train(make_inputs):

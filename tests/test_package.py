@@ -1,0 +1,127 @@
+"""The Python package: what gets installed, what import says, what a bug report needs."""
+
+import importlib.metadata
+import inspect
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import adasplash
+from common import ROOT, build_once, run, run_python
+
+pytestmark = pytest.mark.backends("cpu")
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """`pip install .` of the files that git would hand out, into a folder of its own."""
+
+    def build(folder):
+        listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+        for name in listed:
+            if (ROOT / name).is_file():
+                (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+        run(
+            sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-q",
+            "--target", folder / "site", folder / "source", env={**os.environ, "ADASPLASH_ARCHS": "none"},
+        )  # fmt: skip
+
+    return build_once(tmp_path_factory, "installed", build) / "site"
+
+
+@pytest.mark.slow
+def test_pip_install_brings_everything(installed, tmp_path):
+    program = (
+        "import adasplash, torch; x = torch.randn(1, 2, 5, 4); print(adasplash.__file__);"
+        "print(adasplash.cmake_prefix_path); adasplash.entmax_attn(x, x, x); print(adasplash.__version__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    file, prefix, version = run_python(program, env=environment, cwd=tmp_path).split()
+    assert Path(file).is_relative_to(installed) and Path(prefix).is_relative_to(installed)
+    assert version == adasplash.__version__
+    shipped = {path.name for path in installed.rglob("*") if path.is_file()}
+    assert {"libadasplash.so", "adasplash.h", "AdaSplashConfig.cmake", "LICENSE"} <= shipped
+    assert (installed / "adasplash").is_dir()
+    assert not [name for name in shipped if name.startswith("test_") or name == "setup.py"]
+    strays = {path.name for path in installed.iterdir()} - {"adasplash", "bin"}
+    assert all(re.fullmatch(r"torch_adasplash-.*\.dist-info", name) for name in strays)
+
+
+def test_versions_agree():
+    assert importlib.metadata.version("torch-adasplash") == adasplash.__version__
+
+
+def test_another_torch_version_is_refused_in_one_sentence():
+    line = run_python("import torch; torch.__version__ = '2.1.0'; import adasplash", fails=True)
+    assert line.startswith("ImportError: ")
+    for word in ("adasplash", "torch", "2.1.0", torch.__version__.split("+")[0]):
+        assert word in line
+
+
+def test_a_patch_release_or_build_tag_is_judged_sensibly():
+    """The same torch under another local build tag (+cpu, +cu130) has the same ABI."""
+    base = torch.__version__.split("+")[0]
+    run_python(f"import torch; torch.__version__ = '{base}+cu130'; import adasplash")
+
+
+def test_info_says_what_a_bug_report_needs():
+    out = run("python", "-m", "adasplash.info").stdout
+    facts = (
+        adasplash.__version__,
+        torch.__version__,
+        sys.version.split()[0],
+        adasplash._C.cpu_capability(),
+        str(torch.get_num_threads()),
+    )
+    for fact in facts:
+        assert fact in out
+    for word in ("torch", "architectures", "CPU", "threads", "GPU", "driver"):
+        assert word.lower() in out.lower()
+
+
+def test_import_needs_no_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None; import torch, adasplash; x = torch.ones(1, 1, 3, 4);"
+        "assert torch.equal(adasplash.entmax_attn(x, x, x, is_causal=True), x)"
+    )
+    run_python(program)
+
+
+def test_import_is_light():
+    """Neither the compiler stack nor Triton comes in with the import."""
+    program = "import torch, sys; before = set(sys.modules); import adasplash;print(*sorted(set(sys.modules) - before))"
+    added = run_python(program).split()
+    assert "adasplash._C" in added
+    assert not [name for name in added if name.split(".")[0] in ("triton", "sympy") or "_inductor" in name]
+
+
+def test_entmax_attn_is_typed_and_documented():
+    signature = inspect.signature(adasplash.entmax_attn)
+    assert list(signature.parameters) == [
+        "query", "key", "value", "alpha", "is_causal", "scale", "q_seqlens", "kv_seqlens", "window", "alibi_slopes",
+    ]  # fmt: skip
+    for name, parameter in signature.parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty and not isinstance(parameter.annotation, str)
+        assert name in adasplash.entmax_attn.__doc__
+    assert signature.return_annotation is torch.Tensor
+    assert (Path(adasplash.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
+def test_every_instruction_set_computes_the_same(capability):
+    """The kernels are compiled for several instruction sets, of which a machine would test one."""
+    if capability not in adasplash._C.cpu_capabilities():
+        pytest.skip(f"this machine has no {capability}")
+    environment = {**os.environ, "ADASPLASH_CPU_CAPABILITY": capability}
+    assert run_python("import adasplash; print(adasplash._C.cpu_capability())", env=environment).strip() == capability
+    run(
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+        "tests/test_forward.py", "tests/test_backward.py", "-k", "test_alphas or overflow or nothing",
+        cwd=ROOT, env=environment,
+    )  # fmt: skip
