@@ -25,18 +25,20 @@ const std::string kResolvedOptions =
 }  // namespace
 
 TORCH_LIBRARY(adasplash, m) {
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
   // Overloads with a tensor alpha come first: an eager call tries them in order, and the float overload would take a
   // one-element tensor as a number and lose its gradient.
-  m.def("entmax_attn.per_head(Tensor query, Tensor key, Tensor value, Tensor alpha, " + kAttnOptions);
-  m.def("entmax_attn(Tensor query, Tensor key, Tensor value, float alpha=1.5, " + kAttnOptions);
-  m.def("entmax_attn_varlen.per_head(" + kVarlenTensors + "Tensor alpha, " + kVarlenOptions);
-  m.def("entmax_attn_varlen(" + kVarlenTensors + "float alpha=1.5, " + kVarlenOptions);
-  m.def("entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor");
-  m.def("entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor");
+  define("entmax_attn.per_head(Tensor query, Tensor key, Tensor value, Tensor alpha, " + kAttnOptions);
+  define("entmax_attn(Tensor query, Tensor key, Tensor value, float alpha=1.5, " + kAttnOptions);
+  define("entmax_attn_varlen.per_head(" + kVarlenTensors + "Tensor alpha, " + kVarlenOptions);
+  define("entmax_attn_varlen(" + kVarlenTensors + "float alpha=1.5, " + kVarlenOptions);
+  define("entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor");
+  define("entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor");
 
-  m.def("_entmax_attn_forward(Tensor query, Tensor key, Tensor value, " + kResolvedOptions +
-        ", SymInt support_capacity) -> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)");
-  m.def("_entmax_attn_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor row_state, "
-        "Tensor support, Tensor tiles, " +
-        kResolvedOptions + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
+  define("_entmax_attn_forward(Tensor query, Tensor key, Tensor value, " + kResolvedOptions +
+         ", SymInt support_capacity) -> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)");
+  define(
+      "_entmax_attn_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor row_state, "
+      "Tensor support, Tensor tiles, " +
+      kResolvedOptions + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
 }

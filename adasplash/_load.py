@@ -1,0 +1,37 @@
+"""Loads libadasplash.so, which registers the ops, into this process."""
+
+import os
+
+import torch
+
+from adasplash import _C
+
+version: str = _C.version
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+
+#: Add this to ``CMAKE_PREFIX_PATH`` and C++ projects find the library with ``find_package(AdaSplash)``.
+cmake_prefix_path: str = _FOLDER
+
+
+def _release(torch_version: str) -> str:
+    """Major and minor number: within those, torch keeps its C++ symbols."""
+    return ".".join(torch_version.split("+")[0].split(".")[:2])
+
+
+def load_library() -> None:
+    """Registers ``torch.ops.adasplash``.
+
+    Raises:
+        ImportError: torch is of another release than the one that this build was compiled against.
+    """
+    mismatch = (
+        f"torch-adasplash {version} was built against torch {_C.torch_version}, but torch {torch.__version__} is "
+        "installed: reinstall torch-adasplash (pip install --no-build-isolation --force-reinstall --no-deps "
+        "torch-adasplash) or that torch"
+    )
+    if _release(torch.__version__) != _release(_C.torch_version):
+        raise ImportError(mismatch)
+    try:
+        torch.ops.load_library(os.path.join(_FOLDER, "lib", "libadasplash.so"))
+    except OSError as error:
+        raise ImportError(f"{mismatch} ({error})") from error

@@ -1,0 +1,51 @@
+// torch-adasplash for libtorch users: alpha-entmax attention without Python.
+//
+// Linking AdaSplash::adasplash registers torch.ops.adasplash, so that TorchScript and AOTInductor models that use it
+// load; the functions below call the same ops directly, with autograd.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#define ADASPLASH_API __attribute__((visibility("default")))
+
+namespace adasplash {
+
+// Attention whose weights are the alpha-entmax of the scaled scores: exactly zero for most keys. Peters, Niculae and
+// Martins, "Sparse Sequence-to-Sequence Models" (2019), equation 6; alpha = 1 is softmax, alpha = 2 sparsemax.
+//
+//   query  (B, H, M, D)      key  (B, H_kv, N, D)      value  (B, H_kv, N, D_v)      result  (B, H, M, D_v)
+//
+// All four share one type (float32, float16, bfloat16, or float64 on the CPU) and one device. H is a multiple of
+// H_kv; D and D_v are from 1 to 256. alpha is 1 or from 1.01 to 2. scale defaults to 1 / sqrt(D). A causal mask is
+// aligned bottom right: query i sees the keys up to i + N - M. Differentiable once in query, key and value.
+// Throws c10::Error when an argument does not fit, naming it.
+ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                     double alpha = 1.5, bool is_causal = false,
+                                     std::optional<double> scale = std::nullopt,
+                                     const std::optional<at::Tensor>& q_seqlens = std::nullopt,
+                                     const std::optional<at::Tensor>& kv_seqlens = std::nullopt,
+                                     c10::IntArrayRef window = {-1, -1},
+                                     const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+
+// The same with one alpha for each head, a tensor of shape (H,) or ().
+ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                     const at::Tensor& alpha, bool is_causal = false,
+                                     std::optional<double> scale = std::nullopt,
+                                     const std::optional<at::Tensor>& q_seqlens = std::nullopt,
+                                     const std::optional<at::Tensor>& kv_seqlens = std::nullopt,
+                                     c10::IntArrayRef window = {-1, -1},
+                                     const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+
+// The library's version, as "0.1.0".
+ADASPLASH_API const char* version();
+
+// The instruction set that the CPU kernels run with here: "default", "avx2" or "avx512". The environment variable
+// ADASPLASH_CPU_CAPABILITY forces one of those that the machine has.
+ADASPLASH_API std::string cpu_capability();
+
+}  // namespace adasplash

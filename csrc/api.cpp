@@ -1,0 +1,42 @@
+// The C++ functions of adasplash.h, through the dispatcher, so that autograd and autocast see them.
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "adasplash.h"
+
+namespace adasplash {
+namespace {
+
+template <typename Alpha>
+at::Tensor call_entmax_attn(const char* overload, const at::Tensor& query, const at::Tensor& key,
+                            const at::Tensor& value, Alpha alpha, bool is_causal, std::optional<double> scale,
+                            const std::optional<at::Tensor>& q_seqlens, const std::optional<at::Tensor>& kv_seqlens,
+                            c10::IntArrayRef window, const std::optional<at::Tensor>& alibi_slopes) {
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, Alpha, bool,
+                               std::optional<double>, const std::optional<at::Tensor>&,
+                               const std::optional<at::Tensor>&, c10::IntArrayRef, const std::optional<at::Tensor>&);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("adasplash::entmax_attn", overload).typed<Signature>();
+  return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes);
+}
+
+}  // namespace
+
+at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double alpha,
+                       bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
+                       const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
+                       const std::optional<at::Tensor>& alibi_slopes) {
+  return call_entmax_attn<double>("", query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window,
+                                  alibi_slopes);
+}
+
+at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& alpha,
+                       bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
+                       const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
+                       const std::optional<at::Tensor>& alibi_slopes) {
+  return call_entmax_attn<const at::Tensor&>("per_head", query, key, value, alpha, is_causal, scale, q_seqlens,
+                                             kv_seqlens, window, alibi_slopes);
+}
+
+const char* version() { return ADASPLASH_VERSION; }
+
+}  // namespace adasplash

@@ -1,0 +1,16 @@
+// Argument checks, shared by all backends: by sizes, types and devices only, so that they hold for fake tensors too.
+#pragma once
+
+#include "attention.h"
+
+namespace adasplash {
+
+// Throws unless the arguments fit the contract of the padded form. `op` is the name that the message starts with.
+void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                     const AttentionOptions& options);
+
+// Throws unless the saved tensors and grad_out are of the shapes that the forward returned.
+void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                    const SavedForBackward& saved, const AttentionOptions& options);
+
+}  // namespace adasplash

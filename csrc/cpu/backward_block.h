@@ -1,0 +1,291 @@
+// The backward over the support. With u = p^(2-alpha) on the support, dP = dO.v and delta = sum(u dP) / sum(u):
+//   dS = u (dP - delta),  dq = scale sum_j dS k_j,  dk_j = scale sum_i dS q_i,  dv_j = sum_i p dO_i.
+// A first pass over blocks of queries gives delta and dq, a second one over blocks of keys gives dk and dv: no atomics,
+// every sum in an order of its own that no thread count changes. Rows with a list of their support cost what its length
+// says; the others ("dense" rows) are rebuilt by matrix products over the tiles that hold weight.
+#pragma once
+
+#include "blocks.h"
+#include "threshold.h"
+
+namespace adasplash::cpu {
+inline namespace CPU_CAPABILITY {
+
+template <typename A>
+struct BackwardBuffers {
+  BackwardBuffers(int64_t head_dim, int64_t value_dim, int64_t capacity, Arena& arena)
+      : query(arena.take<A>(kQueryBlock * head_dim)),
+        grad_out(arena.take<A>(kQueryBlock * value_dim)),
+        scores(arena.take<A>(kQueryBlock * kBlockStride<A>)),
+        grads(arena.take<A>(kQueryBlock * kBlockStride<A>)),
+        columns(arena.take<A>(kKeyBlock * std::max(head_dim, value_dim))),
+        list_z(arena.take<A>(capacity + kLanes<A>)),
+        list_u(arena.take<A>(capacity + kLanes<A>)),
+        list_dp(arena.take<A>(capacity + kLanes<A>)),
+        weighted_k(arena.take<A>(kQueryBlock * head_dim)),
+        plain_k(arena.take<A>(kQueryBlock * head_dim)),
+        shift(arena.take<A>(kQueryBlock)),
+        sums(arena.take<DeltaSums>(kQueryBlock)),
+        is_dense(arena.take<bool>(kQueryBlock)),
+        dk(arena.take<A>(kKeyBlock * head_dim)),
+        dv(arena.take<A>(kKeyBlock * value_dim)) {}
+
+  struct DeltaSums {
+    double u_dp, u;
+  };
+  A *query, *grad_out;  // the block's rows in type A
+  A *scores, *grads;    // of the block of queries and one block of keys: z, then u or p; dP, then dS
+  A* columns;
+  A *list_z, *list_u, *list_dp;  // of one row's support
+  A *weighted_k, *plain_k;       // A and b of dq / scale = A - delta b
+  A* shift;
+  DeltaSums* sums;
+  bool* is_dense;
+  A *dk, *dv;
+};
+
+// Learns the length of each row's list. False where a list is not of ascending visible keys, as one from elsewhere
+// might.
+template <typename T, typename A>
+inline bool read_lists(const BackwardHead<T, A>& head, int64_t first, int64_t rows) {
+  for (int64_t i = first; i < first + rows; ++i) {
+    const Interval visible = head.visible(i);
+    const int32_t* support = head.support + i * head.capacity;
+    int32_t& count = head.row_terms[i].count;
+    count = 0;
+    if (visible.empty()) continue;
+    if (head.capacity == 0 || support[0] == kSupportOverflow) {
+      count = RowTerms<A>::kDense;
+      continue;
+    }
+    int64_t least = visible.begin;
+    while (count < head.capacity && support[count] != kEndOfSupport) {
+      if (support[count] < least || support[count] >= visible.end) return false;
+      least = support[count++] + 1;
+    }
+  }
+  return true;
+}
+
+template <typename T, typename A, typename Weights>
+class BackwardBlock {
+ public:
+  BackwardBlock(const BackwardHead<T, A>& head, int64_t first, const Weights& weights, BackwardBuffers<A>& buffers)
+      : head_(head),
+        first_(first),
+        rows_(std::min(kQueryBlock, head.queries - first)),
+        weights_(weights),
+        buffers_(buffers),
+        tiles_(head, first) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      buffers_.is_dense[r] = head.row_terms[first + r].count == RowTerms<A>::kDense;
+      any_dense_ |= buffers_.is_dense[r];
+    }
+  }
+
+  // delta and dq of the block's rows.
+  void query_pass() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (!buffers_.is_dense[r]) list_query_pass(first_ + r);
+    }
+    if (any_dense_) dense_query_pass();
+  }
+
+  // Adds the block's share to dk and dv of the given keys.
+  void key_pass(Interval keys) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (!buffers_.is_dense[r]) list_key_pass(first_ + r, keys);
+    }
+    if (any_dense_) dense_key_pass(keys);
+  }
+
+ private:
+  // Rows with a list. -------------------------------------------------------------------------------------------------
+
+  const A* query_row(int64_t i) { return in_type<A>(head_.query[i], head_.head_dim, buffers_.query); }
+  const A* grad_out_row(int64_t i) { return in_type<A>(head_.grad_out[i], head_.value_dim, buffers_.grad_out); }
+
+  // z and dP of the support entries of one row, into the list buffers.
+  void list_products(const A* query, const A* grad_out, const int32_t* support, int64_t count) {
+    for (int64_t e = 0; e < count; ++e) {
+      buffers_.list_z[e] = head_.z_scale() * dot(query, head_.key[support[e]], head_.head_dim);
+      buffers_.list_dp[e] = dot(grad_out, head_.value[support[e]], head_.value_dim);
+    }
+    pad_scores(buffers_.list_z, count, kLanes<A>);
+  }
+
+  void list_query_pass(int64_t i) {
+    RowTerms<A>& terms = head_.row_terms[i];
+    const int32_t* support = head_.support + i * head_.capacity;
+    const int64_t count = terms.count;
+    A* z = buffers_.list_z;
+    A* u = buffers_.list_u;
+    const A* dp = buffers_.list_dp;
+    if (count > 0) {
+      list_products(query_row(i), grad_out_row(i), support, count);
+      // Dot products round otherwise than the forward's matrix products. Settling tau on these very scores keeps the
+      // weights summing to one, which matters where scores are large.
+      terms.max = *std::max_element(z, z + count);
+      terms.tau = solve(weights_, z, count, terms.max, head_.row_state[2 * i + 1]);
+      double sum_u = 0, sum_u_dp = 0;
+      for (int64_t e = 0; e < count; e += kLanes<A>) {
+        weights_.u(excess(Vec<A>::loadu(z + e), terms.max, terms.tau)).store(u + e);
+      }
+      for (int64_t e = 0; e < count; ++e) {
+        sum_u += u[e];
+        sum_u_dp += static_cast<double>(u[e]) * dp[e];
+      }
+      terms.delta = static_cast<A>(sum_u_dp / sum_u);
+      for (int64_t e = 0; e < count; ++e) u[e] *= (dp[e] - terms.delta) * static_cast<A>(head_.scale);
+    }
+    weighted_sum(u, support, count, head_.key, head_.head_dim, buffers_.plain_k);
+    convert_back(buffers_.plain_k, head_.head_dim, head_.dq + i * head_.head_dim);
+  }
+
+  void list_key_pass(int64_t i, Interval keys) {
+    const RowTerms<A>& terms = head_.row_terms[i];
+    const int32_t* begin = head_.support + i * head_.capacity;
+    const int32_t* end = begin + terms.count;
+    begin = std::lower_bound(begin, end, keys.begin);
+    end = std::lower_bound(begin, end, keys.end);
+    if (begin == end) return;
+    const A* query = query_row(i);
+    const A* grad_out = grad_out_row(i);
+    list_products(query, grad_out, begin, end - begin);
+    for (int64_t e = 0; e < end - begin; e += kLanes<A>) {
+      const Vec<A> t = excess(Vec<A>::loadu(buffers_.list_z + e), terms.max, terms.tau);
+      const Vec<A> u = weights_.u(t);
+      const Vec<A> ds = u * (Vec<A>::loadu(buffers_.list_dp + e) - Vec<A>(terms.delta));
+      ds.store(buffers_.list_u + e);
+      (t * u).store(buffers_.list_z + e);
+    }
+    for (int64_t e = 0; e < end - begin; ++e) {
+      const int64_t k = begin[e] - keys.begin;
+      add_scaled(buffers_.list_u[e] * static_cast<A>(head_.scale), query, head_.head_dim,
+                 buffers_.dk + k * head_.head_dim);
+      add_scaled(buffers_.list_z[e], grad_out, head_.value_dim, buffers_.dv + k * head_.value_dim);
+    }
+  }
+
+  // Rows without. -----------------------------------------------------------------------------------------------------
+
+  // Copies, with the other rows zero, so that these add nothing to the products.
+  void pack_dense_rows() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      A* query = buffers_.query + r * head_.head_dim;
+      A* grad_out = buffers_.grad_out + r * head_.value_dim;
+      if (buffers_.is_dense[r]) {
+        convert(head_.query[first_ + r], head_.head_dim, query);
+        convert(head_.grad_out[first_ + r], head_.value_dim, grad_out);
+      } else {
+        std::fill_n(query, head_.head_dim, A(0));
+        std::fill_n(grad_out, head_.value_dim, A(0));
+      }
+    }
+  }
+
+  // Calls f(keys) for the blocks of keys in which this block of queries has weight, with z and dP computed.
+  template <typename F>
+  void for_dense_blocks(Interval within, const F& f) {
+    for_key_blocks(head_, first_, rows_, [&](Interval keys) {
+      if (keys.begin >= within.end || keys.end <= within.begin || !tiles_.any(keys)) return;
+      multiply(Rows<const A>{buffers_.query, head_.head_dim}, rows_, head_.z_scale(), head_.key, keys, head_.head_dim,
+               buffers_.columns, buffers_.scores);
+      multiply(Rows<const A>{buffers_.grad_out, head_.value_dim}, rows_, A(1), head_.value, keys, head_.value_dim,
+               buffers_.columns, buffers_.grads);
+      f(keys);
+    });
+  }
+
+  // Calls f(row, lanes, z and dP at the place, t, u) over the visible keys of every dense row and zeroes what is not
+  // visible or not dense in both blocks.
+  template <typename F>
+  void for_dense_weights(Interval keys, const F& f) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      A* z = buffers_.scores + r * kBlockStride<A>;
+      A* dp = buffers_.grads + r * kBlockStride<A>;
+      const Interval visible = head_.visible(first_ + r).clip(keys.begin, keys.end);
+      if (!buffers_.is_dense[r] || visible.empty()) {
+        std::fill_n(z, keys.size(), A(0));
+        std::fill_n(dp, keys.size(), A(0));
+        continue;
+      }
+      const A max = head_.row_state[2 * (first_ + r)], tau = head_.row_state[2 * (first_ + r) + 1];
+      const int64_t before = visible.begin - keys.begin;
+      for (A* row : {z, dp}) {
+        std::fill_n(row, before, A(0));
+        std::fill(row + before + visible.size(), row + keys.size(), A(0));
+      }
+      for_lanes<A>(visible.size(), [&](int64_t i, int64_t lanes) {
+        const Vec<A> t = std::isnan(max) ? Vec<A>(kNaN<A>) : excess(load<A>(z + before + i, lanes), max, tau);
+        f(r, lanes, z + before + i, dp + before + i, t, std::isnan(max) ? t : weights_.u(t));
+      });
+    }
+  }
+
+  // One pass: with any constant c of the row, dq / scale = sum(u (dP - c) k) - (delta - c) sum(u k), and delta itself
+  // comes out of the same sums. c is the dP of a key in the support, near delta, so that nothing cancels.
+  void dense_query_pass() {
+    pack_dense_rows();
+    const int64_t dim = head_.head_dim;
+    std::fill_n(buffers_.weighted_k, rows_ * dim, A(0));
+    std::fill_n(buffers_.plain_k, rows_ * dim, A(0));
+    std::fill_n(buffers_.sums, rows_, typename BackwardBuffers<A>::DeltaSums{0, 0});
+    for_dense_blocks({0, head_.keys}, [&](Interval keys) {
+      for_dense_weights(keys, [&](int64_t r, int64_t lanes, A* z, A* dp, const Vec<A>& t, const Vec<A>& u) {
+        auto& sums = buffers_.sums[r];
+        const Vec<A> grads = load<A>(dp, lanes);
+        if (sums.u == 0) {
+          if (const uint32_t support = true_lanes(u > Vec<A>(0)) & ((uint32_t{1} << lanes) - 1)) {
+            buffers_.shift[r] = dp[__builtin_ctz(support)];
+          } else {
+            buffers_.shift[r] = 0;
+          }
+        }
+        store(u, z, lanes);
+        store(u * (grads - Vec<A>(buffers_.shift[r])), dp, lanes);
+        sums.u += sum_lanes(load<A>(z, lanes));
+        sums.u_dp += sum_lanes(load<A>(dp, lanes));
+      });
+      const Rows<const A> k = in_type<A>(head_.key, keys.begin, keys.size(), dim, buffers_.columns);
+      Gemm<A>::nn(rows_, dim, keys.size(), A(1), buffers_.grads, kBlockStride<A>, k.data, k.stride, A(1),
+                  buffers_.weighted_k, dim);
+      Gemm<A>::nn(rows_, dim, keys.size(), A(1), buffers_.scores, kBlockStride<A>, k.data, k.stride, A(1),
+                  buffers_.plain_k, dim);
+    });
+    for (int64_t r = 0; r < rows_; ++r) {
+      if (!buffers_.is_dense[r]) continue;
+      const A shifted_delta = static_cast<A>(buffers_.sums[r].u_dp / buffers_.sums[r].u);
+      head_.row_terms[first_ + r].delta = shifted_delta + buffers_.shift[r];
+      A* dq = buffers_.weighted_k + r * dim;
+      add_scaled(-shifted_delta, buffers_.plain_k + r * dim, dim, dq);
+      for (int64_t d = 0; d < dim; ++d) dq[d] *= static_cast<A>(head_.scale);
+      convert_back(dq, dim, head_.dq + (first_ + r) * dim);
+    }
+  }
+
+  void dense_key_pass(Interval keys) {
+    pack_dense_rows();
+    for_dense_blocks(keys, [&](Interval seen) {
+      for_dense_weights(seen, [&](int64_t r, int64_t lanes, A* z, A* dp, const Vec<A>& t, const Vec<A>& u) {
+        store(t * u, z, lanes);
+        store(u * (load<A>(dp, lanes) - Vec<A>(head_.row_terms[first_ + r].delta)), dp, lanes);
+      });
+      const int64_t offset = seen.begin - keys.begin;
+      Gemm<A>::tn(seen.size(), head_.head_dim, rows_, static_cast<A>(head_.scale), buffers_.grads, kBlockStride<A>,
+                  buffers_.query, head_.head_dim, A(1), buffers_.dk + offset * head_.head_dim, head_.head_dim);
+      Gemm<A>::tn(seen.size(), head_.value_dim, rows_, A(1), buffers_.scores, kBlockStride<A>, buffers_.grad_out,
+                  head_.value_dim, A(1), buffers_.dv + offset * head_.value_dim, head_.value_dim);
+    });
+  }
+
+  const BackwardHead<T, A>& head_;
+  const int64_t first_, rows_;
+  const Weights& weights_;
+  BackwardBuffers<A>& buffers_;
+  TileBits tiles_;
+  bool any_dense_ = false;
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace adasplash::cpu

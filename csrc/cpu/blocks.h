@@ -1,0 +1,66 @@
+// What forward and backward share: the scores of a block of queries against a block of keys, and the tile bits.
+#pragma once
+
+#include "attention.h"
+#include "blas.h"
+#include "vector.h"
+
+namespace adasplash::cpu {
+inline namespace CPU_CAPABILITY {
+
+// Calls f(keys) for the blocks of keys that the queries [first, first + rows) see, on a fixed grid.
+template <typename T, typename A, typename F>
+inline void for_key_blocks(const Head<T, A>& head, int64_t first, int64_t rows, const F& f) {
+  const Interval all = head.visible(first, first + rows - 1);
+  if (all.empty()) return;
+  for (int64_t begin = all.begin / kKeyBlock * kKeyBlock; begin < all.end; begin += kKeyBlock) {
+    f(all.clip(begin, begin + kKeyBlock));
+  }
+}
+
+// A block of scores or of dO.v, row-major; wide enough for the padding that scans ask for.
+template <typename A>
+constexpr int64_t kBlockStride = kKeyBlock + 4 * kLanes<A>;
+
+// block (rows x keys) = scale * left right^T, where right are the given rows of key or value.
+template <typename A, typename T>
+inline void multiply(Rows<const A> left, int64_t rows, A scale, Rows<const T> right, Interval keys, int64_t dim,
+                     A* converted, A* block) {
+  const Rows<const A> columns = in_type<A>(right, keys.begin, keys.size(), dim, converted);
+  Gemm<A>::nt(rows, keys.size(), dim, scale, left.data, left.stride, columns.data, columns.stride, A(0), block,
+              kBlockStride<A>);
+}
+
+// The tile bits of one row of 64 x 64 tiles; none are kept in inference.
+class TileBits {
+ public:
+  template <typename T, typename A>
+  TileBits(const Head<T, A>& head, int64_t first_query)
+      : words_(head.tiles == nullptr ? nullptr : head.tiles + first_query / kTile * head.tile_words),
+        count_(head.tile_words) {
+    static_assert(kQueryBlock == kTile, "a block of queries must have tile bits of its own");
+  }
+
+  void clear() {
+    if (words_ != nullptr) std::fill_n(words_, count_, 0);
+  }
+  void set(int64_t key) {
+    if (words_ != nullptr) words_[key / kTile / 32] |= int32_t(uint32_t{1} << (key / kTile % 32));
+  }
+  void set(Interval keys) {
+    for (int64_t key = keys.begin / kTile * kTile; key < keys.end; key += kTile) set(key);
+  }
+  bool any(Interval keys) const {
+    for (int64_t tile = keys.begin / kTile; tile * kTile < keys.end; ++tile) {
+      if (static_cast<uint32_t>(words_[tile / 32]) >> (tile % 32) & 1) return true;
+    }
+    return false;
+  }
+
+ private:
+  int32_t* words_;
+  int64_t count_;
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace adasplash::cpu

@@ -1,0 +1,83 @@
+// The candidates of a row: the few scores that can still get weight, found in one pass over all of them.
+//
+// Only scores above max - 1 can have weight. The threshold of the keys seen so far is never above that of all keys, so
+// it rules out more: a few Newton steps on the short list raise the bound, and the list stays short.
+#pragma once
+
+#include "threshold.h"
+
+namespace adasplash::cpu {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kMaxCandidates = 512;  // a row with more is done by passes over all its scores
+constexpr int64_t kFirstRefinement = 32;
+
+template <typename A>
+struct Candidates {
+  static constexpr int64_t kStep = 4 * kLanes<A>;                        // scores looked at together
+  static constexpr int64_t kSlots = kMaxCandidates + kStep + kLanes<A>;  // room for a step and for padding
+
+  A* z;  // kSlots scores, ascending in key
+  int32_t* key;
+  int64_t count = 0, refine_at = kFirstRefinement;
+  A max = -kInfinity<A>;    // of all scores seen; NaN if one was
+  A bound = -kInfinity<A>;  // no score up to here can get weight
+  bool overflowed = false;  // the list is not kept any more, only max
+
+  A tau_bound() const { return std::max(bound - max, A(-1)); }  // of tau - max, from below
+
+  // Takes the scores of keys first_key, first_key + 1, ...; z_row must hold -inf from n to the next multiple of kStep.
+  template <typename Weights>
+  void scan(const Weights& weights, const A* z_row, int64_t n, int64_t first_key) {
+    if (std::isnan(max)) return;
+    for (int64_t i = 0; i < n; i += kStep) {
+      Vec<A> v[4];
+      for (int64_t k = 0; k < 4; ++k) v[k] = Vec<A>::loadu(z_row + i + k * kLanes<A>);
+      const Vec<A> top = at::vec::maximum(at::vec::maximum(v[0], v[1]), at::vec::maximum(v[2], v[3]));
+      if ((top <= Vec<A>(overflowed ? max : bound)).zero_mask() == 0) continue;  // NaN is never <=
+
+      const A step_max = max_lanes(top);
+      if (!(step_max <= max)) {
+        max = step_max;
+        if (std::isnan(max)) return;
+        bound = std::max(bound, max - 1);
+      }
+      if (overflowed) continue;
+      for (int64_t k = 0; k < 4; ++k) {
+        for (uint32_t lanes = true_lanes(v[k] > Vec<A>(bound)); lanes != 0; lanes &= lanes - 1) {
+          const int64_t at = i + k * kLanes<A> + __builtin_ctz(lanes);
+          z[count] = z_row[at];
+          key[count++] = static_cast<int32_t>(first_key + at);
+        }
+      }
+      if (count >= refine_at) refine(weights);
+    }
+  }
+
+ private:
+  template <typename Weights>
+  void refine(const Weights& weights) {
+    A tau = tau_bound();
+    pad_scores(z, count, kLanes<A>);
+    for (int step = 0; step < 2; ++step) {
+      Sums sums;
+      add_sums(weights, z, count, max, tau, sums);
+      tau += static_cast<A>(newton_step(weights, sums));
+    }
+    // What rounding could have added to tau comes off again: the bound must not be above it.
+    const A slack = 4 * std::numeric_limits<A>::epsilon() * (std::abs(max) + 1);
+    bound = std::max(bound, max + tau - slack);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      z[kept] = z[i];
+      key[kept] = key[i];
+      kept += z[i] > bound;
+    }
+    count = kept;
+    overflowed = count > kMaxCandidates / 2;
+    refine_at = std::min(std::max(2 * count, kFirstRefinement), kMaxCandidates);
+  }
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace adasplash::cpu

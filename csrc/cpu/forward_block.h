@@ -1,0 +1,222 @@
+// The forward of one block of queries: one matrix product a block of keys, a scan that keeps candidates, the threshold
+// on the short list, and the output gathered from the support. Rows with too many candidates are finished by passes
+// over all their scores, at the cost of dense blockwise attention.
+#pragma once
+
+#include "blocks.h"
+#include "candidates.h"
+
+namespace adasplash::cpu {
+inline namespace CPU_CAPABILITY {
+
+template <typename A>
+struct ForwardBuffers {
+  struct DenseRow {
+    int64_t row;
+    A max, tau;
+    Sums sums;
+    bool settled;
+  };
+
+  ForwardBuffers(int64_t head_dim, int64_t value_dim, Arena& arena)
+      : candidates(arena.take<Candidates<A>>(kQueryBlock)),
+        dense(arena.take<DenseRow>(kQueryBlock)),
+        z(arena.take<A>(kQueryBlock * Candidates<A>::kSlots)),
+        key(arena.take<int32_t>(kQueryBlock * Candidates<A>::kSlots)),
+        block(arena.take<A>(kQueryBlock * kBlockStride<A>)),
+        query(arena.take<A>(kQueryBlock * head_dim)),
+        columns(arena.take<A>(kKeyBlock * std::max(head_dim, value_dim))),
+        out(arena.take<A>(kQueryBlock * value_dim)) {}
+
+  Candidates<A>* candidates;  // a row each
+  DenseRow* dense;            // the rows whose candidates did not fit
+  A* z;                       // lists of the candidates
+  int32_t* key;
+  A* block;            // scores, later weights, of the block of queries and one block of keys
+  A *query, *columns;  // converted copies, where the tensors have another type
+  A* out;
+};
+
+template <typename T, typename A, typename Weights>
+class ForwardBlock {
+ public:
+  ForwardBlock(const ForwardHead<T, A>& head, int64_t first, const Weights& weights, Arena& arena)
+      : head_(head),
+        first_(first),
+        rows_(std::min(kQueryBlock, head.queries - first)),
+        weights_(weights),
+        buffers_(head.head_dim, head.value_dim, arena),
+        query_(in_type<A>(head.query, first, rows_, head.head_dim, buffers_.query)),
+        tiles_(head, first) {}
+
+  void run() {
+    find_candidates();
+    tiles_.clear();
+    for (int64_t r = 0; r < rows_; ++r) {
+      const Candidates<A>& row = buffers_.candidates[r];
+      const Interval visible = head_.visible(first_ + r);
+      if (visible.empty()) {
+        finish_empty(r);
+      } else if (!std::isfinite(row.max)) {
+        finish_nan(r, visible);
+      } else if (row.overflowed) {
+        buffers_.dense[dense_count_++] = {r, row.max, row.tau_bound(), {}, false};
+      } else {
+        finish_list(r);
+      }
+    }
+    if (dense_count_ > 0) {
+      find_dense_thresholds();
+      finish_dense();
+    }
+  }
+
+ private:
+  void compute_scores(Interval keys) {
+    multiply(query_, rows_, head_.z_scale(), head_.key, keys, head_.head_dim, buffers_.columns, buffers_.block);
+  }
+  A* scores(int64_t r, Interval keys, Interval visible) {
+    return buffers_.block + r * kBlockStride<A> + (visible.begin - keys.begin);
+  }
+
+  void find_candidates() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const int64_t slot = r * Candidates<A>::kSlots;
+      buffers_.candidates[r] = Candidates<A>{buffers_.z + slot, buffers_.key + slot};
+    }
+    for_key_blocks(head_, first_, rows_, [&](Interval keys) {
+      compute_scores(keys);
+      for (int64_t r = 0; r < rows_; ++r) {
+        const Interval visible = head_.visible(first_ + r).clip(keys.begin, keys.end);
+        if (visible.empty()) continue;
+        A* z = scores(r, keys, visible);
+        pad_scores(z, visible.size(), Candidates<A>::kStep);
+        buffers_.candidates[r].scan(weights_, z, visible.size(), visible.begin);
+      }
+    });
+  }
+
+  void save_state(int64_t r, A max, A tau, int32_t first_support) {
+    if (head_.row_state == nullptr) return;
+    head_.row_state[2 * (first_ + r)] = max;
+    head_.row_state[2 * (first_ + r) + 1] = tau;
+    int32_t* support = head_.support + (first_ + r) * head_.capacity;
+    std::fill_n(support, head_.capacity, kEndOfSupport);
+    if (head_.capacity > 0) support[0] = first_support;
+  }
+
+  void write_out(int64_t r, const A* out) {
+    convert_back(out, head_.value_dim, head_.out + (first_ + r) * head_.value_dim);
+  }
+
+  // No visible key: tau = inf leaves no key any weight.
+  void finish_empty(int64_t r) {
+    std::fill_n(buffers_.out, head_.value_dim, A(0));
+    write_out(r, buffers_.out);
+    save_state(r, 0, kInfinity<A>, kEndOfSupport);
+  }
+
+  // A score that is NaN or infinite makes the whole row NaN, in the backward too.
+  void finish_nan(int64_t r, Interval visible) {
+    std::fill_n(buffers_.out, head_.value_dim, kNaN<A>);
+    write_out(r, buffers_.out);
+    save_state(r, kNaN<A>, kNaN<A>, kSupportOverflow);
+    tiles_.set(visible);
+  }
+
+  void finish_list(int64_t r) {
+    const Candidates<A>& row = buffers_.candidates[r];
+    const A tau = solve(weights_, row.z, row.count, row.max, row.tau_bound());
+    // In place, candidates become the support and scores become weights.
+    int64_t count = 0;
+    for (int64_t i = 0; i < row.count; ++i) {
+      row.z[count] = row.z[i];
+      row.key[count] = row.key[i];
+      count += (row.z[i] - row.max) - tau > 0;
+    }
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      const Vec<A> t = excess(Vec<A>::loadu(row.z + i), row.max, tau);
+      (t * weights_.u(t)).store(row.z + i);
+    }
+    weighted_sum(row.z, row.key, count, head_.value, head_.value_dim, buffers_.out);
+    write_out(r, buffers_.out);
+
+    const bool fits = count <= head_.capacity;
+    save_state(r, row.max, tau, kSupportOverflow);
+    if (fits) std::copy_n(row.key, count, head_.support + (first_ + r) * head_.capacity);
+    for (int64_t i = 0; i < count; ++i) tiles_.set(row.key[i]);
+  }
+
+  // The products of the dense rows are of whole blocks, so that their bits, and with them every row's, do not depend on
+  // which rows these are.
+  void find_dense_thresholds() {
+    bool all_settled = false;
+    for (int step = 0; step < kMaxSteps && !all_settled; ++step) {
+      for (int64_t d = 0; d < dense_count_; ++d) buffers_.dense[d].sums = {};
+      for_key_blocks(head_, first_, rows_, [&](Interval keys) {
+        compute_scores(keys);
+        for (int64_t d = 0; d < dense_count_; ++d) {
+          auto& row = buffers_.dense[d];
+          const Interval visible = head_.visible(first_ + row.row).clip(keys.begin, keys.end);
+          if (row.settled || visible.empty()) continue;
+          A* z = scores(row.row, keys, visible);
+          pad_scores(z, visible.size(), kLanes<A>);
+          add_sums(weights_, z, visible.size(), row.max, row.tau, row.sums);
+        }
+      });
+      all_settled = true;
+      for (int64_t d = 0; d < dense_count_; ++d) {
+        auto& row = buffers_.dense[d];
+        if (row.settled) continue;
+        row.tau = std::max(row.tau + static_cast<A>(newton_step(weights_, row.sums)), A(-1));
+        row.settled = settled<A>(row.sums);
+        all_settled &= row.settled;
+      }
+    }
+  }
+
+  void finish_dense() {
+    std::fill_n(buffers_.out, rows_ * head_.value_dim, A(0));
+    for_key_blocks(head_, first_, rows_, [&](Interval keys) {
+      compute_scores(keys);
+      for (int64_t d = 0; d < dense_count_; ++d) {
+        const auto& row = buffers_.dense[d];
+        const Interval visible = head_.visible(first_ + row.row).clip(keys.begin, keys.end);
+        A* block = buffers_.block + row.row * kBlockStride<A>;
+        if (visible.empty()) {
+          std::fill_n(block, keys.size(), A(0));
+          continue;
+        }
+        A* z = scores(row.row, keys, visible);
+        for_lanes<A>(visible.size(), [&](int64_t i, int64_t lanes) {
+          const Vec<A> t = excess(load<A>(z + i, lanes), row.max, row.tau);
+          const Vec<A> p = t * weights_.u(t);
+          store(p, z + i, lanes);
+          if (true_lanes(p > Vec<A>(0)) != 0) tiles_.set(Interval{visible.begin + i, visible.begin + i + lanes});
+        });
+        // Keys that this row does not see have no weight in the product.
+        std::fill(block, z, A(0));
+        std::fill(z + visible.size(), block + keys.size(), A(0));
+      }
+      const Rows<const A> values = in_type<A>(head_.value, keys.begin, keys.size(), head_.value_dim, buffers_.columns);
+      Gemm<A>::nn(rows_, head_.value_dim, keys.size(), A(1), buffers_.block, kBlockStride<A>, values.data,
+                  values.stride, A(1), buffers_.out, head_.value_dim);
+    });
+    for (int64_t d = 0; d < dense_count_; ++d) {
+      const auto& row = buffers_.dense[d];
+      write_out(row.row, buffers_.out + row.row * head_.value_dim);
+      save_state(row.row, row.max, row.tau, kSupportOverflow);
+    }
+  }
+
+  const ForwardHead<T, A>& head_;
+  const int64_t first_, rows_;
+  const Weights& weights_;
+  ForwardBuffers<A> buffers_;
+  const Rows<const A> query_;
+  TileBits tiles_;
+  int64_t dense_count_ = 0;
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace adasplash::cpu

@@ -1,0 +1,82 @@
+// One head of one sequence, as the CPU kernels see it: plain pointers and extents, no torch type.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace adasplash::cpu {
+
+// Half-open range of keys.
+struct Interval {
+  int64_t begin, end;
+
+  bool empty() const { return begin >= end; }
+  int64_t size() const { return end - begin; }
+  Interval clip(int64_t from, int64_t to) const { return {std::max(begin, from), std::min(end, to)}; }
+};
+
+// A matrix whose rows are dense; `stride` is from one row to the next, in elements.
+template <typename T>
+struct Rows {
+  T* data = nullptr;
+  int64_t stride = 0;
+
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+constexpr int64_t kUnlimited = INT64_MAX / 4;
+
+// What both passes know of a head. T is the tensors' type, A the type of scores, thresholds and sums.
+template <typename T, typename A>
+struct Head {
+  Rows<const T> query, key, value;
+  int64_t queries, keys, head_dim, value_dim;
+  int64_t left = kUnlimited, right = kUnlimited;  // how far a query sees from its own place, is_causal folded in
+  double alpha, scale;
+
+  // Saved by the forward. No lists where capacity is 0; nothing at all where row_state is null (inference).
+  A* row_state = nullptr;      // (queries, 2)
+  int32_t* support = nullptr;  // (queries, capacity)
+  int32_t* tiles = nullptr;    // (ceil(queries / 64), tile_words)
+  int64_t capacity = 0, tile_words = 0;
+
+  // The one place that says which keys a query sees. The last query stands beside the last key.
+  Interval visible(int64_t query_index) const {
+    const int64_t place = query_index + keys - queries;
+    return Interval{place - left, place + right + 1}.clip(0, keys);
+  }
+  // The keys that any query of a block sees.
+  Interval visible(int64_t first_query, int64_t last_query) const {
+    return {visible(first_query).begin, visible(last_query).end};
+  }
+
+  A z_scale() const { return static_cast<A>((alpha - 1) * scale); }  // z = z_scale * q.k
+};
+
+template <typename T, typename A>
+struct ForwardHead : Head<T, A> {
+  T* out = nullptr;  // (queries, value_dim), contiguous
+};
+
+// What the first pass of the backward leaves for the second, for each row.
+template <typename A>
+struct RowTerms {
+  static constexpr int32_t kDense = -1;  // as count: the row has no list
+
+  A max, tau;     // of the row's list, as the backward computes its scores
+  A delta;        // sum(u dP) / sum(u)
+  int32_t count;  // entries in the row's list
+};
+
+template <typename T, typename A>
+struct BackwardHead : Head<T, A> {
+  Rows<const T> grad_out;
+  RowTerms<A>* row_terms = nullptr;  // (queries,)
+  T* dq = nullptr;                   // (queries, head_dim), contiguous
+};
+
+// Block shapes. They never depend on data, threads or neighbours, because BLAS bits depend on the block's shape.
+constexpr int64_t kQueryBlock = 64;  // rows of one task, a multiple of the tile edge
+constexpr int64_t kKeyBlock = 512;   // keys of one matrix product
+
+}  // namespace adasplash::cpu

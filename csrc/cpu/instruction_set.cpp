@@ -1,0 +1,80 @@
+// All CPU kernels for one instruction set: CMake compiles this file once for each, with CPU_CAPABILITY naming it.
+#include "backward_block.h"
+#include "forward_block.h"
+
+namespace adasplash::cpu {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+template <typename T, typename A>
+void forward(const ForwardHead<T, A>& head, int64_t first_query, Scratch scratch) {
+  with_weights<A>(head.alpha, [&](const auto& weights) {
+    Arena arena(scratch);
+    ForwardBlock(head, first_query, weights, arena).run();
+  });
+}
+
+template <typename A>
+int64_t forward_scratch(int64_t head_dim, int64_t value_dim) {
+  Arena counting({nullptr, 0});
+  ForwardBuffers<A>(head_dim, value_dim, counting);
+  return counting.used();
+}
+
+template <typename T, typename A>
+bool backward_query(const BackwardHead<T, A>& head, int64_t first_query, Scratch scratch) {
+  if (!read_lists(head, first_query, std::min(kQueryBlock, head.queries - first_query))) return false;
+  with_weights<A>(head.alpha, [&](const auto& weights) {
+    Arena arena(scratch);
+    BackwardBuffers<A> buffers(head.head_dim, head.value_dim, head.capacity, arena);
+    BackwardBlock(head, first_query, weights, buffers).query_pass();
+  });
+  return true;
+}
+
+template <typename T, typename A>
+void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t first_key, T* dk, T* dv,
+                  Scratch scratch) {
+  const int64_t head_dim = group->head_dim, value_dim = group->value_dim;
+  Arena arena(scratch);
+  BackwardBuffers<A> buffers(head_dim, value_dim, group->capacity, arena);
+  const Interval keys = Interval{first_key, first_key + kKeyBlock}.clip(0, group->keys);
+  std::fill_n(buffers.dk, keys.size() * head_dim, A(0));
+  std::fill_n(buffers.dv, keys.size() * value_dim, A(0));
+  for (int64_t g = 0; g < group_size; ++g) {
+    const auto& head = group[g];
+    with_weights<A>(head.alpha, [&](const auto& weights) {
+      for (int64_t first = 0; first < head.queries; first += kQueryBlock) {
+        const int64_t last = std::min(first + kQueryBlock, head.queries) - 1;
+        if (head.visible(first, last).clip(keys.begin, keys.end).empty()) continue;
+        BackwardBlock(head, first, weights, buffers).key_pass(keys);
+      }
+    });
+  }
+  convert_back(buffers.dk, keys.size() * head_dim, dk + first_key * head_dim);
+  convert_back(buffers.dv, keys.size() * value_dim, dv + first_key * value_dim);
+}
+
+template <typename A>
+int64_t backward_scratch(int64_t head_dim, int64_t value_dim, int64_t capacity) {
+  Arena counting({nullptr, 0});
+  BackwardBuffers<A>(head_dim, value_dim, capacity, counting);
+  return counting.used();
+}
+
+}  // namespace
+
+template <typename T, typename A>
+const Kernels<T, A>& table() {
+  static constexpr Kernels<T, A> kernels = {forward<T, A>, forward_scratch<A>, backward_query<T, A>, backward_key<T, A>,
+                                            backward_scratch<A>};
+  return kernels;
+}
+
+template const Kernels<double, double>& table();
+template const Kernels<float, float>& table();
+template const Kernels<at::BFloat16, float>& table();
+template const Kernels<at::Half, float>& table();
+
+}  // namespace CPU_CAPABILITY
+}  // namespace adasplash::cpu

@@ -1,0 +1,99 @@
+// From scores to weights: p = t^(1/(alpha-1)) with t = [z - tau]+ = [(z - m) - (tau - m)]+, and the threshold tau at
+// which the weights of a row sum to one. All of it is written with u = t^(1/(alpha-1) - 1) = p^(2-alpha), which is also
+// what the backward needs: p = t u, and d(sum p)/d tau = -(sum u) / (alpha - 1).
+#pragma once
+
+#include "vector.h"
+
+namespace adasplash::cpu {
+inline namespace CPU_CAPABILITY {
+
+// alpha = 1.5, 2 and any other, as functors, so that the loops over scores are compiled for each.
+template <typename A>
+struct Entmax15 {
+  Vec<A> u(const Vec<A>& t) const { return t; }
+  double power_2_minus_alpha(double x) const { return std::sqrt(x); }
+};
+
+template <typename A>
+struct Sparsemax {
+  Vec<A> u(const Vec<A>& t) const { return Vec<A>::blendv(Vec<A>(0), Vec<A>(1), t > Vec<A>(0)); }
+  double power_2_minus_alpha(double) const { return 1; }
+};
+
+template <typename A>
+struct EntmaxAny {
+  explicit EntmaxAny(double alpha) : exponent(static_cast<A>(1 / (alpha - 1) - 1)), rest(2 - alpha) {}
+  Vec<A> u(const Vec<A>& t) const {
+    return Vec<A>::blendv(Vec<A>(0), (t.log() * Vec<A>(exponent)).exp(), t > Vec<A>(0));
+  }
+  double power_2_minus_alpha(double x) const { return std::pow(x, rest); }
+
+  A exponent;
+  double rest;
+};
+
+template <typename A, typename F>
+inline void with_weights(double alpha, const F& f) {
+  if (alpha == 1.5) return f(Entmax15<A>());
+  if (alpha == 2) return f(Sparsemax<A>());
+  return f(EntmaxAny<A>(alpha));
+}
+
+template <typename A>
+inline Vec<A> excess(const Vec<A>& z, A max, A tau) {  // t; tau is relative to max
+  return at::vec::maximum((z - Vec<A>(max)) - Vec<A>(tau), Vec<A>(0));
+}
+
+struct Sums {
+  double p = 0, u = 0;
+};
+
+// Adds the sums over n scores; z must hold -inf from n to the next multiple of the vector length.
+template <typename A, typename Weights>
+inline void add_sums(const Weights& weights, const A* z, int64_t n, A max, A tau, Sums& sums) {
+  Vec<A> p(0), u(0);
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    const Vec<A> t = excess(Vec<A>::loadu(z + i), max, tau);
+    const Vec<A> w = weights.u(t);
+    p = at::vec::fmadd(t, w, p);
+    u = u + w;
+  }
+  sums.p += sum_lanes(p);
+  sums.u += sum_lanes(u);
+}
+
+// One Newton step on ||t||_r - 1 with r = 1/(alpha-1), where ||t||_r^r = sum p. That norm is decreasing and convex in
+// tau like sum p itself, so steps from the left stay left of the root, but nearly linear, so few are needed: a row with
+// one key in the support takes one.
+template <typename Weights>
+inline double newton_step(const Weights& weights, const Sums& sums) {
+  return (sums.p - weights.power_2_minus_alpha(sums.p)) / sums.u;
+}
+
+template <typename A>
+inline bool settled(const Sums& sums) {  // the step from here on is quadratically small
+  return std::abs(sums.p - 1) <= (std::is_same_v<A, double> ? 1e-13 : 1e-6);
+}
+constexpr int kMaxSteps = 64;  // a guard against rounding, never met: the steps converge quadratically
+
+template <typename A>
+inline void pad_scores(A* z, int64_t n, int64_t width) {
+  for (int64_t i = n; i < n + width; ++i) z[i] = -kInfinity<A>;
+}
+
+// tau - m of a list of scores, from any start in [-1, 0). Pads the list.
+template <typename A, typename Weights>
+inline A solve(const Weights& weights, A* z, int64_t n, A max, A tau) {
+  pad_scores(z, n, kLanes<A>);
+  for (int step = 0; step < kMaxSteps; ++step) {
+    Sums sums;
+    add_sums(weights, z, n, max, tau, sums);
+    tau = std::max(tau + static_cast<A>(newton_step(weights, sums)), A(-1));
+    if (settled<A>(sums)) break;
+  }
+  return tau;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace adasplash::cpu

@@ -1,0 +1,29 @@
+// Meta kernels: shapes, types and strides without data, for fake tensors, torch.compile and torch.export.
+#include <torch/library.h>
+
+#include "attention.h"
+#include "checks.h"
+
+namespace adasplash {
+namespace {
+
+ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                      const AttentionOptions& options, const c10::SymInt& support_capacity) {
+  check_attention("_entmax_attn_forward", query, key, value, options);
+  return allocate_forward(query, key, value, options, support_capacity);
+}
+
+BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+                        const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
+  check_backward(grad_out, query, key, value, saved, options);
+  return allocate_backward(query, key, value, options);
+}
+
+}  // namespace
+}  // namespace adasplash
+
+TORCH_LIBRARY_IMPL(adasplash, Meta, m) {
+  using namespace adasplash;
+  m.impl("_entmax_attn_forward", forward_op<forward>);
+  m.impl("_entmax_attn_backward", backward_op<backward>);
+}
