@@ -45,6 +45,8 @@ add_library(AdaSplash::torch INTERFACE IMPORTED)
 target_include_directories(AdaSplash::torch SYSTEM INTERFACE
   "${ADASPLASH_TORCH_ROOT}/include" "${ADASPLASH_TORCH_ROOT}/include/torch/csrc/api/include")
 target_compile_features(AdaSplash::torch INTERFACE cxx_std_20)
-# libtorch.so itself holds no symbols; it pulls in the CUDA half where torch has one, so it must not be dropped.
+# libtorch.so itself holds no symbols; it pulls in the CUDA half where torch has one, so it must not be dropped. One item
+# with its flags, because CMake moves flags about.
+list(GET _torch_libraries 0 _libtorch)
 target_link_libraries(AdaSplash::torch INTERFACE
-  "-Wl,--push-state,--no-as-needed" ${_torch_libraries} "-Wl,--pop-state" Threads::Threads)
+  "-Wl,--push-state,--no-as-needed,${_libtorch},--pop-state" ${_torch_libraries} Threads::Threads)

@@ -49,3 +49,6 @@ ADASPLASH_API const char* version();
 ADASPLASH_API std::string cpu_capability();
 
 }  // namespace adasplash
+
+// The same for Python's ctypes and other languages: null where the environment variable does not fit.
+extern "C" ADASPLASH_API const char* adasplash_cpu_capability();

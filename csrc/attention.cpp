@@ -21,7 +21,10 @@ std::array<c10::SymInt, 4> out_sizes(const at::Tensor& query, const at::Tensor& 
 
 SavedSizes saved_sizes(const at::Tensor& query, const at::Tensor& key, const c10::SymInt& support_capacity) {
   const c10::SymInt b = query.sym_size(0), h = query.sym_size(1), m = query.sym_size(2), n = key.sym_size(2);
-  return {{b, h, m, 2}, {b, h, m, support_capacity}, {b, h, ceil_div(m, kTile), ceil_div(ceil_div(n, kTile), 32)}};
+  // Tile rows and words come in pairs: torch.compile would guard on a size that can be 1, and compile again for
+  // sequences of up to one tile.
+  return {
+      {b, h, m, 2}, {b, h, m, support_capacity}, {b, h, 2 * ceil_div(m, 2 * kTile), 2 * ceil_div(n, 2 * 32 * kTile)}};
 }
 
 at::ScalarType row_state_type(const at::Tensor& query) {

@@ -43,7 +43,7 @@ struct AttentionShape {
 struct SavedForBackward {
   at::Tensor row_state;  // (B, H, M, 2): row maximum m and tau - m, in units of z = (alpha - 1) * score
   at::Tensor support;    // (B, H, M, capacity) int32: ascending keys, kEndOfSupport after the last one
-  at::Tensor tiles;      // (B, H, ceil(M / 64), ceil(ceil(N / 64) / 32)) int32: bit t % 32 of word t / 32 is tile t
+  at::Tensor tiles;      // (B, H, 2 ceil(M / 128), 2 ceil(N / 4096)) int32: bit t % 32 of word t / 32 is tile t
 };
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <vector>
 
+#include "blas.h"
 #include "checks.h"
 #include "kernels.h"
 
@@ -36,6 +37,7 @@ void run_tasks(int64_t count, int64_t scratch_bytes, const F& task) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const SingleThreadedBlas alone;
     const at::DataPtr memory = at::getCPUAllocator()->allocate(scratch_bytes);
     const Scratch scratch{static_cast<char*>(memory.get()), scratch_bytes};
     for (int64_t worker = begin; worker < end; ++worker) {
@@ -99,6 +101,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   check_attention(name, query, key, value, options);
   auto result = allocate_forward(query, key, value, options, support_capacity);
   auto& [out, row_state, support, tiles] = result;
+  tiles.zero_();
   ADASPLASH_DISPATCH(query.scalar_type(), name, [&] {
     using A = Accumulate<scalar_t>;
     const Call<scalar_t> call{

@@ -10,6 +10,7 @@ __attribute__((weak)) void sgemm_(const char*, const char*, const int*, const in
 __attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
                                   const double*, const int*, const double*, const int*, const double*, double*,
                                   const int*);
+__attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 }
 
 namespace adasplash::cpu {
@@ -39,6 +40,14 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, A
 }
 
 }  // namespace
+
+SingleThreadedBlas::SingleThreadedBlas() {
+  if (MKL_Set_Num_Threads_Local != nullptr) before_ = MKL_Set_Num_Threads_Local(1);
+}
+
+SingleThreadedBlas::~SingleThreadedBlas() {
+  if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
+}
 
 template <typename A>
 void Gemm<A>::nt(int64_t m, int64_t n, int64_t k, A scale, const A* a, int64_t lda, const A* b, int64_t ldb, A beta,

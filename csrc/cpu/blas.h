@@ -5,6 +5,19 @@
 
 namespace adasplash::cpu {
 
+// While it lives, products on this thread run on this thread alone: parallelism is ours, and MKL's bits depend on the
+// number of threads that it thinks it has, even where it may use only one.
+class SingleThreadedBlas {
+ public:
+  SingleThreadedBlas();
+  ~SingleThreadedBlas();
+  SingleThreadedBlas(const SingleThreadedBlas&) = delete;
+  SingleThreadedBlas& operator=(const SingleThreadedBlas&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 // C (m x n) = scale * op(A) op(B) + beta * C; ld* are the distances between rows.
 template <typename A>
 struct Gemm {

@@ -41,9 +41,6 @@ class TileBits {
     static_assert(kQueryBlock == kTile, "a block of queries must have tile bits of its own");
   }
 
-  void clear() {
-    if (words_ != nullptr) std::fill_n(words_, count_, 0);
-  }
   void set(int64_t key) {
     if (words_ != nullptr) words_[key / kTile / 32] |= int32_t(uint32_t{1} << (key / kTile % 32));
   }

@@ -51,7 +51,6 @@ class ForwardBlock {
 
   void run() {
     find_candidates();
-    tiles_.clear();
     for (int64_t r = 0; r < rows_; ++r) {
       const Candidates<A>& row = buffers_.candidates[r];
       const Interval visible = head_.visible(first_ + r);

@@ -80,3 +80,12 @@ template const Kernels<c10::Half, float>& kernels();
 std::string cpu_capability() { return cpu::kNames[static_cast<int>(cpu::chosen())]; }
 
 }  // namespace adasplash
+
+const char* adasplash_cpu_capability() {
+  try {
+    static const std::string capability = adasplash::cpu_capability();
+    return capability.c_str();
+  } catch (const c10::Error&) {
+    return nullptr;
+  }
+}

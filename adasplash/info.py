@@ -1,0 +1,70 @@
+"""What a bug report needs to say about this installation: ``python -m adasplash.info``."""
+
+import ctypes
+import os
+import platform
+import sys
+
+import torch
+
+import adasplash
+from adasplash import _C
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _cpu_capability() -> str:
+    """The instruction set that the kernels run with here."""
+    library = ctypes.CDLL(os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"))
+    library.adasplash_cpu_capability.restype = ctypes.c_char_p
+    capability = library.adasplash_cpu_capability()
+    return capability.decode() if capability else f"invalid ADASPLASH_CPU_CAPABILITY={os.environ['ADASPLASH_CPU_CAPABILITY']}"
+
+
+def _cuda_driver() -> str:
+    """The driver's CUDA version, asked of libcuda itself, as a CPU build of torch cannot."""
+    try:
+        libcuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "none"
+    version = ctypes.c_int()
+    if libcuda.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return "present, but does not answer"
+    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return "; ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in devices)
+
+
+def collect() -> dict[str, str]:
+    """Facts by name, in the order in which they are printed."""
+    return {
+        "torch-adasplash": adasplash.__version__,
+        "built against": f"torch {_C.torch_version}, C++11 ABI {'on' if _C.cxx11_abi else 'off'}, {_C.compiler}",
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": f"{platform.platform()} {platform.machine()}",
+        "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "cpu kernels built": ", ".join(_C.cpu_capabilities),
+        "cpu kernels in use": _cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "cuda kernels built": ", ".join(f"sm_{arch}" for arch in _C.cuda_architectures) or "none",
+        "cuda driver": _cuda_driver(),
+        "gpu": _gpus(),
+        "library": os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"),
+    }
+
+
+if __name__ == "__main__":
+    for name, fact in collect().items():
+        print(f"{name + ':':<20} {fact}")
