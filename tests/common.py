@@ -111,7 +111,8 @@ def gradients(inputs: Inputs, grad: Tensor, function, *options, **keywords) -> t
     """out, dq, dk, dv of `function` for the gradient `grad` of its result."""
     inputs = Inputs(*(x.detach().requires_grad_() for x in inputs))
     out = function(*inputs, *options, **keywords)
-    return out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))
+    out.backward(grad.to(out.dtype))
+    return out.detach(), *(x.grad for x in inputs)
 
 
 def check_gradients(op, inputs: Inputs, *options, **keywords) -> tuple[Tensor, ...]:

@@ -48,7 +48,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "backends(*names): the test is about these backends only")
     config.addinivalue_line("markers", "slow: builds something or takes more than a few seconds")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))  # threads that fight for cores spin
+    threads = max(1, torch.get_num_threads() // workers)  # threads that fight for cores spin
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
+    config.option.log_level = config.option.log_level or "WARNING"  # the compiler logs thousands of lines
 
 
 def pytest_collection_modifyitems(config, items):

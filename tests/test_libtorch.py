@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import adasplash
+from adasplash.info import collect
 from common import ROOT, assert_same_bits, build_once, gradients, make_inputs, run
 
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.slow]
 
 TORCH = Path(torch.__file__).parent
+PROGRAMS = ROOT / "tests/libtorch"
 NO_TOOLKIT = "no CUDA toolkit on this machine"
 
 
@@ -21,14 +23,19 @@ class Attend(torch.nn.Module):
         return torch.ops.adasplash.entmax_attn(query, key, value, 1.25, True, scale=0.3) * 2
 
 
+def link_torch(folder):
+    """This torch with CMake files of its own."""
+    for part in ("lib", "include", "bin"):
+        (folder / part).symlink_to(TORCH / part)
+    shutil.copytree(TORCH / "share", folder / "share")
+
+
 @pytest.fixture(scope="session")
 def torch_with_cuda(tmp_path_factory):
     """This torch with CUDA switched on in its CMake files, as seen on a machine without the toolkit."""
 
     def build(folder):
-        for part in ("lib", "include", "bin"):
-            (folder / part).symlink_to(TORCH / part)
-        shutil.copytree(TORCH / "share", folder / "share")
+        link_torch(folder)
         caffe2 = folder / "share/cmake/Caffe2"
         config = caffe2 / "Caffe2Config.cmake"
         text = config.read_text()
@@ -74,7 +81,8 @@ def programs(request, tmp_path_factory):
         prefixes = [adasplash.cmake_prefix_path, TORCH]
 
     def build(folder):
-        configure(ROOT / "tests/libtorch", folder, prefixes)
+        # as some distributions link: without care, nothing that only registers ops survives this
+        configure(PROGRAMS, folder, prefixes, "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed")
         run("cmake", "--build", folder, "-j", "2")
 
     return build_once(tmp_path_factory, f"programs_{request.param}", build)
@@ -122,7 +130,7 @@ def test_the_op_and_its_gradients(programs, tmp_path):
     inputs = make_inputs(2, 4, 40, 70, kv_heads=2, value_size=9)
     files = saved(tmp_path, inputs)
     done = run(programs / "call_op", 1.25, *files)
-    assert done.stdout.split() == [adasplash.__version__, adasplash._C.cpu_capability()]
+    assert done.stdout.split() == [adasplash.__version__, collect()["cpu kernels in use"]]
     expected = gradients(inputs, torch.ones(2, 4, 40, 9), adasplash.entmax_attn, 1.25, True, 0.3)
     assert_same_bits(torch.load(files[1]), expected)
 
@@ -144,6 +152,17 @@ def test_torch_itself_would_have_wanted_the_toolkit(torch_with_cuda, tmp_path):
         [*command, f"-DCMAKE_PREFIX_PATH={torch_with_cuda}"], capture_output=True, text=True, check=False
     )
     assert done.returncode and NO_TOOLKIT in done.stderr
+
+
+def test_another_torch_is_refused_while_configuring(cmake_installation, tmp_path):
+    link_torch(tmp_path)
+    version = tmp_path / "share/cmake/Torch/TorchConfigVersion.cmake"
+    version.write_text(version.read_text().replace(torch.__version__.split("+")[0], "2.1.0"))
+    command = ["cmake", "-G", "Ninja", "-S", PROGRAMS, "-B", tmp_path / "build"]
+    prefixes = f"-DCMAKE_PREFIX_PATH={cmake_installation};{tmp_path}"
+    done = subprocess.run([*command, prefixes], capture_output=True, text=True, check=False)
+    message = " ".join(done.stderr.split())
+    assert f"AdaSplash was built against torch {torch.__version__.split('+')[0]}, found 2.1.0" in message
 
 
 def test_the_library_has_no_python_and_no_cuda_in_it(cmake_installation):

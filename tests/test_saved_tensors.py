@@ -22,13 +22,17 @@ def tiles_of(length):
     return math.ceil(length / 64)
 
 
-def unpacked(tiles, n):
-    """Bits (B, H, query tiles, words) int32 -> bool (B, H, query tiles, key tiles)."""
+def tiles_shape(batch, heads, m, n):
+    return batch, heads, 2 * math.ceil(m / 128), 2 * math.ceil(n / 4096)
+
+
+def unpacked(tiles, m, n):
+    """Bits (B, H, rows, words) int32 -> bool (B, H, query tiles, key tiles)."""
     bits = (tiles[..., None] >> torch.arange(32, device=tiles.device)) & 1
     bits = bits.flatten(-2).bool()
-    count = tiles_of(n)
-    assert not bits[..., count:].any(), "a bit beyond the last key tile"
-    return bits[..., :count]
+    rows, columns = tiles_of(m), tiles_of(n)
+    assert not bits[..., columns:].any() and not bits[..., rows:, :].any(), "a bit beyond the last tile"
+    return bits[..., :rows, :columns]
 
 
 @pytest.mark.parametrize("capacity", (-1, 0, 64, 7))
@@ -47,7 +51,7 @@ def test_shapes(make_inputs, m, n, capacity, dtype, backend):
         else:
             assert row_state.shape == (3, 4, m, 2)
             assert support.shape == (3, 4, m, capacity)
-            assert tiles.shape == (3, 4, tiles_of(m), math.ceil(tiles_of(n) / 32))
+            assert tiles.shape == tiles_shape(3, 4, m, n)
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
@@ -70,7 +74,7 @@ def test_content(make_inputs, backend, alpha, is_causal):
         torch.nn.functional.pad(x, (0, -n % 64, 0, -m % 64)) for x in (surely & (exact.weights > 1e-30), possibly)
     ]
     for_sure, at_all = (x.unflatten(-1, (-1, 64)).unflatten(-3, (-1, 64)).any(-1).any(-2) for x in padded)
-    marked = unpacked(tiles, n)
+    marked = unpacked(tiles, m, n)
     assert marked[for_sure].all() and not marked[~at_all].any()
 
     for row in [(b, h, i) for b in range(2) for h in range(4) for i in range(m)] if capacity else ():
@@ -94,7 +98,7 @@ def test_tiles_say_where_the_weight_is(make_inputs, backend):
     inputs = inputs._replace(query=hot[None, None], key=hot[None, None])
     *_, tiles = forward(*inputs, *resolved(inputs), backend.support_capacity)
     tile = torch.arange(n // 64, device=backend.device) % 3
-    assert torch.equal(unpacked(tiles, n)[0, 0], tile[:, None] == tile)
+    assert torch.equal(unpacked(tiles, m, n)[0, 0], tile[:, None] == tile)
 
 
 def test_rows_without_a_visible_key_and_nan_rows(make_inputs, backend):
@@ -131,4 +135,4 @@ def test_training_asks_for_what_the_contract_says(make_inputs, backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         torch.ops.adasplash.entmax_attn(*inputs)
     shapes = {tuple(x.shape) for x in saved} - {tuple(x.shape) for x in inputs} - {(0,)}
-    assert shapes == {(1, 2, 70, 2), (1, 2, 70, backend.support_capacity), (1, 2, 2, 1)}
+    assert shapes == {(1, 2, 70, 2), (1, 2, 70, backend.support_capacity), tiles_shape(1, 2, 70, 90)}

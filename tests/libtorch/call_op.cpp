@@ -13,14 +13,15 @@ int main(int, char** argv) {
   std::ifstream file(argv[2], std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   std::vector<at::Tensor> inputs;
-  for (const auto& value : torch::jit::pickle_load(bytes).toTupleRef().elements()) {
+  const auto loaded = torch::jit::pickle_load(bytes);
+  for (const auto& value : loaded.toTupleRef().elements()) {
     inputs.push_back(value.toTensor().set_requires_grad(true));
   }
   try {
     auto out = adasplash::entmax_attn(inputs[0], inputs[1], inputs[2], std::stod(argv[1]), true, 0.3);
     out.backward(at::ones_like(out));
-    const auto saved = torch::jit::pickle_save(c10::ivalue::Tuple::create(out.detach(), inputs[0].grad(),
-                                                                          inputs[1].grad(), inputs[2].grad()));
+    const auto saved = torch::jit::pickle_save(
+        c10::ivalue::Tuple::create(out.detach(), inputs[0].grad(), inputs[1].grad(), inputs[2].grad()));
     std::ofstream(argv[3], std::ios::binary).write(saved.data(), static_cast<std::streamsize>(saved.size()));
   } catch (const c10::Error& error) {
     std::cerr << error.what_without_backtrace() << "\n";

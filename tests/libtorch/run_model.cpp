@@ -32,7 +32,8 @@ bool python_in_this_process() {
 int main(int, char** argv) {
   const std::string kind = argv[1], mode = argv[2], model = argv[3];
   std::vector<at::Tensor> inputs;
-  for (const auto& value : torch::jit::pickle_load(read(argv[4])).toTupleRef().elements()) {
+  const auto loaded = torch::jit::pickle_load(read(argv[4]));
+  for (const auto& value : loaded.toTupleRef().elements()) {
     inputs.push_back(value.toTensor());
   }
   std::vector<at::Tensor> outputs;
