@@ -34,27 +34,30 @@ struct Candidates {
       Vec<A> v[4];
       for (int64_t k = 0; k < 4; ++k) v[k] = Vec<A>::loadu(z_row + i + k * kLanes<A>);
       const Vec<A> top = at::vec::maximum(at::vec::maximum(v[0], v[1]), at::vec::maximum(v[2], v[3]));
-      if ((top <= Vec<A>(overflowed ? max : bound)).zero_mask() == 0) continue;  // NaN is never <=
+      if (all_at_most(top, overflowed ? max : bound)) continue;
 
-      const A step_max = max_lanes(top);
-      if (!(step_max <= max)) {
-        max = step_max;
+      if (!all_at_most(top, max)) {
+        max = max_lanes(top);
         if (std::isnan(max)) return;
         bound = std::max(bound, max - 1);
       }
       if (overflowed) continue;
+      int64_t end = count;  // in a register: stores to the lists could change a member
       for (int64_t k = 0; k < 4; ++k) {
         for (uint32_t lanes = true_lanes(v[k] > Vec<A>(bound)); lanes != 0; lanes &= lanes - 1) {
           const int64_t at = i + k * kLanes<A> + __builtin_ctz(lanes);
-          z[count] = z_row[at];
-          key[count++] = static_cast<int32_t>(first_key + at);
+          z[end] = z_row[at];
+          key[end++] = static_cast<int32_t>(first_key + at);
         }
       }
+      count = end;
       if (count >= refine_at) refine(weights);
     }
   }
 
  private:
+  static bool all_at_most(const Vec<A>& v, A limit) { return (v <= Vec<A>(limit)).zero_mask() == 0; }  // false for NaN
+
   template <typename Weights>
   void refine(const Weights& weights) {
     A tau = tau_bound();

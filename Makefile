@@ -1,0 +1,54 @@
+# make demo   train, compare, export, run from C++: the whole way on real text
+# make test   the test suite
+# Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE and TEXT may be given.
+
+PYTHON ?= python3
+# Another build of torch: make setup TORCH="torch --index-url …"
+TORCH ?= torch==2.13.0
+DEVICE ?= cpu
+# A file or folder to train the demo on; the standard library's sources if empty.
+TEXT ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo demo-quick test lint clean
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: the packages after it then find one that serves and fetch no other.
+$(VENV)/.requirements: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "setuptools>=70" wheel
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; \
+	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	  print(*sorted({*extras['test'], *extras['examples'], *extras['lint']}))")
+	touch $@
+
+# CMake rebuilds what changed and nothing else.
+SOURCES := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
+$(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/python examples/gpt/demo.py --device $(DEVICE) $(if $(TEXT),--text $(TEXT))
+
+# The same way in about a minute, for CI.
+demo-quick: setup
+	$(BIN)/python examples/gpt/demo.py --device $(DEVICE) --steps 20 --out build/demo-quick
+
+test: setup
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+clean:
+	rm -rf build $(VENV) adasplash/lib adasplash/include adasplash/_C*.so *.egg-info
