@@ -34,8 +34,8 @@ def entmax_attn(
         value: (B, H_kv, N, D_v). D and D_v are from 1 to 256.
         alpha: 1 or from 1.01 to 2; larger is sparser. 2 is sparsemax. 1 is softmax, which goes to torch's
             ``scaled_dot_product_attention`` and needs D_v = D, and M = N if causal.
-        is_causal: query i sees the keys up to i + N − M: the mask is aligned bottom right, as in flash-attn, so that the
-            last query sees every key.
+        is_causal: query i sees the keys up to i + N − M: the mask is aligned bottom right, as in flash-attn, so that
+            the last query sees every key.
         scale: factor of the scores, 1/√D unless given.
         q_seqlens: not available yet.
         kv_seqlens: not available yet.

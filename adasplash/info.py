@@ -24,7 +24,9 @@ def _cpu_capability() -> str:
     library = ctypes.CDLL(os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"))
     library.adasplash_cpu_capability.restype = ctypes.c_char_p
     capability = library.adasplash_cpu_capability()
-    return capability.decode() if capability else f"invalid ADASPLASH_CPU_CAPABILITY={os.environ['ADASPLASH_CPU_CAPABILITY']}"
+    if capability is None:
+        return f"none, as ADASPLASH_CPU_CAPABILITY={os.environ['ADASPLASH_CPU_CAPABILITY']} is not among them"
+    return capability.decode()
 
 
 def _cuda_driver() -> str:

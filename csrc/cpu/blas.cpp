@@ -3,6 +3,9 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 
+#include <cstdlib>
+#include <cstring>
+
 // Exported by the libtorch_cpu of some builds (MKL on x86), absent from others: then these are null.
 extern "C" {
 __attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
@@ -16,8 +19,14 @@ __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 namespace adasplash::cpu {
 namespace {
 
-constexpr auto blas_gemm(float) { return &sgemm_; }
-constexpr auto blas_gemm(double) { return &dgemm_; }
+// ADASPLASH_BLAS=aten takes the way of builds whose torch exports no BLAS, for tests.
+const bool use_blas = [] {
+  const char* choice = std::getenv("ADASPLASH_BLAS");
+  return choice == nullptr || std::strcmp(choice, "aten") != 0;
+}();
+
+auto blas_gemm(float) { return use_blas ? &sgemm_ : nullptr; }
+auto blas_gemm(double) { return use_blas ? &dgemm_ : nullptr; }
 
 // C (m x n) = scale * op(A) op(B) + beta * C, row-major. BLAS is column-major and so computes C^T = op(B)^T op(A)^T.
 template <typename A>
