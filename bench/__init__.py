@@ -1,0 +1,1 @@
+"""Benchmarks: α-entmax attention beside its peers (`bench.attention`), and threshold solvers (`bench.solver`)."""

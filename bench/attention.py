@@ -1,0 +1,290 @@
+"""Attention beside its peers: time of forward, backward and both, and peak memory.
+
+    python -m bench.attention                                       the table of goals for the CPU (10 minutes)
+    python -m bench.attention --preset gpu-targets                  … for a GPU
+    python -m bench.attention --quick                               a few seconds, to see that all of it runs
+    python -m bench.attention --peers adasplash sdpa --lengths 1024 4096 --inputs gaussian:1 structured:0.8
+
+Peers of a case run in turn in one process (but for packages that cannot share one), after each has been checked against
+an fp64 reference. Rows go to a file of JSON lines in bench/results; `python -m bench.report` makes tables and plots.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import machine, results
+from bench.case import DTYPES, PASSES, Case, grid
+from bench.inputs import captured_sizes, make_grad, make_inputs
+from bench.peers import OURS, PEERS
+from bench.presets import PRESETS, Entry, entries_of
+from bench.reference import Check, empty_tiles, make_check
+from bench.remote import RemoteRunner
+from bench.results import PEAK_MEMORY, Row
+from bench.runner import LocalRunner, Runner
+from bench.timing import Effort, Spread, Timing, measure
+
+BAR = "{percentage:3.0f}%|{bar:14}| {n:.1f}/{total} cases, {elapsed}<{remaining} {postfix}"
+
+
+class Bench:
+    """Runs entries and hands their rows on."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+        self.problems: list[str] = []
+
+    def run(self, entry: Entry) -> list[Row]:
+        """Rows of one entry, without the facts about the machine. What a peer cannot do is said, and left out."""
+        case, start = entry.case, self._bar.n
+        self._say(f"{case.title}: inputs and reference")
+        with _threads(case.threads) as threads:
+            inputs, grad = make_inputs(case), make_grad(case)
+            check = make_check(case, inputs, grad)
+            common = {**case.to_dict(), "threads_used": threads, "support": round(check.support, 2)}
+            common["empty_tiles"] = round(empty_tiles(case, inputs), 4)
+            peers = [name for name in (OURS, *entry.peers) if self._can(name, case)]
+            runners, rows = {}, []
+            try:
+                if entry.timed:
+                    errors = {}
+                    for name in peers:
+                        self._say(f"{case.title}: checking {name}")
+                        runner = self._make(name, case, inputs, grad)
+                        if runner is not None:
+                            runners[name] = runner
+                            errors[name] = self._check(runner, case, check)
+                    runners = {name: runner for name, runner in runners.items() if errors[name] is not None}
+                    rows += self._time(entry, runners, errors, start)
+            finally:
+                for runner in runners.values():
+                    runner.close()
+            if entry.memory:
+                rows += self._memory(entry, peers, inputs.numel() * 8 / 3 * grad.element_size() / 2**20)
+        self._bar.n = start + 1
+        return [{**common, **row} for row in rows]
+
+    def _say(self, text: str) -> None:
+        self._bar.set_postfix_str(text)
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(text)
+        tqdm.write(f"  ! {text}", file=sys.stderr)
+
+    def _can(self, name: str, case: Case) -> bool:
+        reason = PEERS[name].refuses(case)
+        if reason:
+            tqdm.write(f"  ({name} is left out at {case.title}: {reason})", file=sys.stderr)
+        return reason is None
+
+    def _make(self, name: str, case: Case, inputs, grad) -> Runner | None:
+        try:
+            peer = PEERS[name]
+            return RemoteRunner(peer, case) if peer.package_path else LocalRunner(peer, case, inputs, grad)
+        except RuntimeError as error:
+            self._problem(f"{name} at {case.title}: {error}")
+            return None
+
+    def _check(self, runner: Runner, case: Case, check: Check) -> dict[str, float] | None:
+        try:
+            times = 1 if runner.peer.name == OURS else 5  # others are measured too, unless they are plainly wrong
+            return check.errors(runner.peer.weights, runner.results(check.grad), times)
+        except (AssertionError, RuntimeError) as error:
+            self._problem(f"{runner.peer.name} at {case.title}: {error}")
+            return None
+
+    def _time(
+        self, entry: Entry, runners: dict[str, Runner], errors: dict[str, dict[str, float]], start: float
+    ) -> Iterator[Row]:
+        def on_round(rounds: int) -> None:
+            self._say(f"{entry.case.title}: round {rounds}")
+            self._bar.n = start + min(rounds / entry.effort.most, 0.99)
+            self._bar.refresh()
+
+        timings = dict(zip(runners, measure(list(runners.values()), entry.effort, on_round), strict=True))
+        for name, timing in timings.items():
+            for what in PASSES:
+                yield {
+                    "peer": name,
+                    "what": what,
+                    **_time_fields(timing, what),
+                    **_ratio_fields(timings.get(OURS), timing, name, what),
+                    **_goal_fields(entry, name, what, timings.get(OURS), timing),
+                    "errors": {key: float(f"{value:.1e}") for key, value in errors[name].items()},
+                    "first_call_ms": round(1000 * timing.first_call, 3),
+                }
+
+    def _memory(self, entry: Entry, peers: list[str], tensors: float) -> Iterator[Row]:
+        """tensors: MiB of query, key, value, out, the gradient of out, and those of query, key and value."""
+        peaks: dict[str, float] = {}
+        for name in peers:
+            self._say(f"{entry.case.title}: memory of {name}")
+            try:
+                runner = RemoteRunner(PEERS[name], entry.case)
+                try:
+                    peaks[name] = runner.memory()
+                finally:
+                    runner.close()
+            except RuntimeError as error:
+                self._problem(f"{name} at {entry.case.title}: {error}")
+        for name, peak in peaks.items():
+            ratio = None if name == OURS or OURS not in peaks else (peaks[OURS] + tensors) / (peak + tensors)
+            goal = next((g.at_most for g in entry.goals if (g.peer, g.what) == (name, PEAK_MEMORY)), None)
+            value = peak if name == OURS else ratio
+            yield {
+                "peer": name,
+                "what": PEAK_MEMORY,
+                "unit": "MiB",
+                **_rounded(Spread.of([peak])),
+                "samples": 1,
+                **_rounded(Spread.of([ratio]) if ratio is not None else None, "ratio"),
+                "goal": goal,
+                "reached": None if goal is None else value <= goal,
+            }
+
+
+def _rounded(spread: Spread | None, name: str = "") -> dict[str, float | None]:
+    names = (name, f"{name}_low", f"{name}_high") if name else ("median", "low", "high")
+    values = (None,) * 3 if spread is None else (spread.median, spread.low, spread.high)
+    return {key: None if value is None else float(f"{value:.5g}") for key, value in zip(names, values, strict=True)}
+
+
+def _time_fields(timing: Timing, what: str) -> Row:
+    spread = timing.spread(what)
+    milliseconds = Spread(1000 * spread.median, 1000 * spread.low, 1000 * spread.high)
+    return {"unit": "ms", **_rounded(milliseconds), "samples": len(timing.seconds[what])}
+
+
+def _ratio_fields(ours: Timing | None, timing: Timing, name: str, what: str) -> Row:
+    return _rounded(None if ours is None or name == OURS else ours.ratio_to(timing, what), "ratio")
+
+
+def _goal_fields(entry: Entry, name: str, what: str, ours: Timing | None, timing: Timing) -> Row:
+    goal = next((g.at_most for g in entry.goals if (g.peer, g.what) == (name, what)), None)
+    reached = None if goal is None or ours is None else ours.ratio_to(timing, what).median <= goal
+    return {"goal": goal, "reached": reached}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield count or before
+    finally:
+        torch.set_num_threads(before)
+
+
+def line_of(row: Row) -> str:
+    """One row as a line for people."""
+    value = f"{row['median']:10.2f} {row['unit']:<3} [{row['low']:.2f} – {row['high']:.2f}]"
+    text = f"    {row['peer']:<14}{row['what']:<18}{value:<36}"
+    if row["ratio"] is not None:
+        text += f" ours/theirs {row['ratio']:.3f} [{row['ratio_low']:.3f} – {row['ratio_high']:.3f}]"
+    if row["goal"] is not None:
+        text += f"  goal ≤ {row['goal']:g}: {'reached' if row['reached'] else 'MISSED'}"
+    return text
+
+
+def _entries(options: argparse.Namespace) -> list[Entry]:
+    if options.preset:
+        return entries_of(options.preset)
+    cases = grid(
+        device=[options.device],
+        input=options.inputs,
+        batch=options.batches,
+        heads=options.heads,
+        length=options.lengths,
+        head_dim=options.head_dims,
+        dtype=options.dtypes,
+        alpha=options.alphas,
+        causal=[{"yes": True, "no": False}[word] for word in options.causal],
+        threads=[0 if word == "all" else int(word) for word in options.threads],
+        seed=[options.seed],
+    )
+    for i, case in enumerate(cases):
+        kind, _, path = case.input.partition(":")
+        if kind == "captured":  # the file knows its own sizes
+            cases[i] = replace(case, **captured_sizes(path))
+    peers = tuple(peer for peer in options.peers if peer != OURS)
+    effort = Effort(options.seconds, options.fewest, options.most)
+    return [Entry(case, peers, effort=effort, memory=options.memory) for case in dict.fromkeys(cases)]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, help="named lists, see bench/presets.py")
+    parser.add_argument("--quick", action="store_true", help="the same as --preset quick; writes no file unless --out")
+    parser.add_argument("--out", type=Path, help="result file (default: bench/results/DATE-DEVICE-PRESET.jsonl)")
+    own = parser.add_argument_group("a sweep of one's own: every combination of what is listed")
+    own.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    own.add_argument("--peers", nargs="+", choices=PEERS, default=["sdpa"], help="beside adasplash: %(choices)s")
+    own.add_argument("--inputs", nargs="+", metavar="KIND:VALUE", help="gaussian:σ, structured:share, captured:file")
+    own.add_argument("--lengths", nargs="+", type=int, metavar="N", help="queries, and keys")
+    own.add_argument("--head-dims", nargs="+", type=int, default=[64], metavar="D")
+    own.add_argument("--heads", nargs="+", type=int, default=[4], metavar="H")
+    own.add_argument("--batches", nargs="+", type=int, default=[1], metavar="B")
+    own.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"])
+    own.add_argument("--alphas", nargs="+", type=float, default=[1.5], metavar="A")
+    own.add_argument("--threads", nargs="+", default=["all"], metavar="T", help="CPU threads: numbers, or all")
+    own.add_argument("--causal", nargs="+", choices=("yes", "no"), default=["yes"])
+    own.add_argument("--seed", type=int, default=0)
+    own.add_argument("--memory", action="store_true", help="peak memory too, in processes of their own")
+    own.add_argument("--seconds", type=float, default=10, help="of rounds a case (default: %(default)s)")
+    own.add_argument("--fewest", type=int, default=5, help="rounds a case (default: %(default)s)")
+    own.add_argument("--most", type=int, default=51, help="rounds a case (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.preset = ["quick"]
+    elif not options.preset and not (options.inputs or options.lengths):
+        options.preset = ["targets", "lengths"] if options.device == "cpu" else ["gpu-targets"]
+    options.inputs = options.inputs or ["gaussian:1.5"]
+    options.lengths = options.lengths or [4096]
+    return options
+
+
+def _file_of(options: argparse.Namespace, facts: Row, preset: str) -> Path | None:
+    if options.out or options.quick:
+        return options.out
+    date = re.sub(r"[-:]", "", facts["date"][:16]).replace("T", "-")
+    return results.FOLDER / f"{date}-{facts['device']}-{preset}.jsonl"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 1 if anything failed or was wrong, else 0; a goal that was missed is no failure."""
+    options = parse(arguments)
+    entries = _entries(options)
+    devices = {entry.case.device for entry in entries}
+    if "cuda" in devices and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device here")
+    facts = machine.facts(devices.pop())
+    preset = "+".join(options.preset or ["own"])
+    file = _file_of(options, facts, preset)
+    print(f"{facts['processor']}, {facts['cores']} cores, torch {facts['torch']}, commit {facts['commit']}")
+    with tqdm(total=len(entries), bar_format=BAR, disable=None) as bar:
+        bench = Bench(bar)
+        for number, entry in enumerate(entries):
+            rows = [{**facts, "preset": preset, "entry": number, **row} for row in bench.run(entry)]
+            if file:
+                results.append(file, rows)
+            if rows:
+                empty, support = rows[0]["empty_tiles"], rows[0]["support"]
+                tqdm.write(f"{entry.case.title}: {support:g} keys a query, {empty:.0%} of the tiles empty")
+            for row in rows:
+                tqdm.write(line_of(row))
+    if file:
+        print(f"Written to {file}")
+    return 1 if bench.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

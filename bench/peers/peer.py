@@ -1,0 +1,33 @@
+"""The interface of whatever is timed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bench.case import Case
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _always(case: Case) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation of attention.
+
+    weights: "entmax" or "softmax": what its results are checked against.
+    build: makes the function (query, key, value) -> out for a case, (B, H, N, D) each.
+    refuses: says why it cannot do a case, None if it can.
+    package_path: environment variable that names the folder to import it from, for a peer that cannot share a process
+        with this project; None for all others.
+    """
+
+    name: str
+    label: str
+    weights: str
+    build: Callable[[Case], Attention]
+    refuses: Callable[[Case], str | None] = _always
+    package_path: str | None = None

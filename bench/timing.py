@@ -1,0 +1,74 @@
+"""Times runners in turn: every round runs each of them once, so that whatever slows the machine slows all alike."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import quantiles
+
+from bench.case import BACKWARD, BOTH, FORWARD
+from bench.runner import Runner
+
+SHORTEST_SAMPLE = 0.01  # seconds of calls that make a sample
+
+
+@dataclass(frozen=True)
+class Effort:
+    """A case is run for `seconds`, but for at least `fewest` and at most `most` rounds."""
+
+    seconds: float = 10.0
+    fewest: int = 5
+    most: int = 51
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        if len(values) == 1:
+            return Spread(values[0], values[0], values[0])
+        low, median, high = quantiles(values, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+
+@dataclass
+class Timing:
+    """Seconds a call, one entry a round."""
+
+    first_call: float  # of a training step and a forward, with whatever compiling and tuning it starts
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {FORWARD: [], BACKWARD: [], BOTH: []})
+
+    def spread(self, what: str) -> Spread:
+        return Spread.of(self.seconds[what])
+
+    def ratio_to(self, other: "Timing", what: str) -> Spread:
+        """Of the pairs: both ran in the same round."""
+        return Spread.of([a / b for a, b in zip(self.seconds[what], other.seconds[what], strict=True)])
+
+
+def measure(
+    runners: Sequence[Runner], effort: Effort, on_round: Callable[[int], None] = lambda rounds: None
+) -> list[Timing]:
+    """Warms every runner up, then runs rounds of all of them, each round beginning with the next one."""
+    timings, calls = [], []
+    for runner in runners:
+        start = time.perf_counter()
+        runner.sample(1)
+        timings.append(Timing(time.perf_counter() - start))
+        warm = runner.sample(1)
+        calls.append(max(1, min(100, round(SHORTEST_SAMPLE / (warm.forward + warm.both)))))
+    start, rounds = time.perf_counter(), 0
+    while rounds < effort.most and (rounds < effort.fewest or time.perf_counter() - start < effort.seconds):
+        order = [(rounds + i) % len(runners) for i in range(len(runners))]
+        for i in order:
+            sample = runners[i].sample(calls[i])
+            for what, value in zip((FORWARD, BACKWARD, BOTH), sample, strict=True):
+                timings[i].seconds[what].append(value)
+        rounds += 1
+        on_round(rounds)
+    return timings

@@ -1,0 +1,76 @@
+"""One peer in a process of its own: for peak memory on the CPU, and for packages that need another import path.
+
+It is run as a script (`bench.remote` does), reads one JSON request a line from standard input and answers with one JSON
+line: {"ok": …} or {"error": text}.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+WARM_UP_LENGTH = 256
+
+
+def _set_path(package_path: str | None) -> None:
+    """This project's folder comes last: the installed adasplash, or the one of package_path, is the one to import."""
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [p for p in sys.path if p not in (here, ROOT, "")]
+    sys.path[:] = [*([package_path] if package_path else []), *sys.path, ROOT]
+
+
+class Worker:
+    def prepare(self, peer: str, case: dict[str, Any]) -> None:
+        import torch
+
+        from bench.case import Case
+        from bench.inputs import make_grad, make_inputs
+        from bench.peers import PEERS
+        from bench.runner import LocalRunner
+
+        self._case = Case(**case)
+        if self._case.threads:
+            torch.set_num_threads(self._case.threads)
+
+        def runner(case: Case) -> LocalRunner:
+            return LocalRunner(PEERS[peer], case, make_inputs(case), make_grad(case))
+
+        # What stays for good is not the case's: threads' stacks, a library's workspaces, compiled kernels.
+        small = self._case.length if self._case.input.startswith("captured") else WARM_UP_LENGTH
+        warm_up = replace(self._case, length=min(small, self._case.length))
+        runner(warm_up).results(make_grad(warm_up))
+        self._runner = runner(self._case)
+
+    def results(self, grad: str, out: str) -> None:
+        """grad and out are files of tensors."""
+        import torch
+
+        results = self._runner.results(torch.load(grad, map_location=self._case.device, weights_only=True))
+        torch.save([x.cpu() for x in results], out)
+
+    def sample(self, calls: int) -> tuple[float, ...]:
+        return tuple(self._runner.sample(calls))
+
+    def memory(self) -> float:
+        return self._runner.memory()
+
+
+def main() -> None:
+    _set_path(os.environ.get(sys.argv[1]) if len(sys.argv) > 1 else None)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print must not get between the answers
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"ok": getattr(worker, request["do"])(**request["with"])}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
