@@ -17,7 +17,7 @@ from pathlib import Path
 from data import Corpus
 from export import export
 from pictures import draw_all
-from serve import Mismatch, build, check_gradients, verify_all
+from serve import Failure, build, check_gradients, verify_all
 from train import add_options, train_from_options
 
 STAGES = 5
@@ -54,10 +54,8 @@ def main() -> None:
     serving = parser.add_argument_group("serving")
     serving.add_argument("--prompt", help="text that C++ continues (default: held-out text)")
     serving.add_argument("--bytes", type=int, default=160, help="how many bytes it writes (default: %(default)s)")
-    add_options(parser)
+    add_options(parser, minutes=2.5)
     options = parser.parse_args()
-    if options.minutes is None and options.steps is None:
-        options.minutes = 2.5
     if options.prompt is not None and len(os.fsencode(options.prompt)) < 2:
         parser.error("argument --prompt: must hold at least 2 bytes")
     if options.bytes < 1:
@@ -80,7 +78,7 @@ def main() -> None:
         print(check_gradients(programs).rstrip())
 
     with stage(4, "Continuing a prompt from C++, without Python"):
-        prompt = os.fsencode(options.prompt) if options.prompt else passage(corpus, model.context // 2)
+        prompt = os.fsencode(options.prompt) if options.prompt else passage(corpus, max(2, model.context // 2))
         verdicts = verify_all(programs, exported, model, prompt, options.bytes)
         show("Prompt", prompt)
         for name, verdict in verdicts.items():
@@ -97,7 +95,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (Mismatch, RuntimeError) as error:
+    except Failure as error:
         sys.exit(f"\nFAILED: {error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted.")

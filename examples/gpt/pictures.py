@@ -84,7 +84,7 @@ def draw_attention(checkpoint: Checkpoint, passage: bytes, path: Path) -> None:
             seen = weights[layer][0, head].float().cpu().numpy()
             image = panel.imshow(numpy.ma.masked_equal(seen, 0), cmap=colors, norm=LogNorm(1e-3, 1))
             future = numpy.ma.masked_equal(numpy.triu(numpy.ones_like(seen), 1), 0)
-            panel.imshow(future, cmap="Greys", vmin=0, vmax=10)
+            panel.imshow(future, cmap="Greys", vmin=0, vmax=7)
             panel.set_title(f"layer {layer + 1}, head {head + 1}: {(seen > 0).sum(-1).mean():.1f} keys a byte")
             panel.set_xticks(range(length), letters, fontsize=4.5, family="monospace")
             panel.set_yticks(range(length), letters, fontsize=4.5, family="monospace")

@@ -1,6 +1,7 @@
 """Builds the C++ programs in ../libtorch and holds what they write against what Python computes."""
 
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,11 @@ SOURCES = Path(__file__).resolve().parent.parent / "libtorch"
 TIE = 1e-4
 
 
-class Mismatch(Exception):
+class Failure(Exception):
+    """The C++ programs could not be built or run."""
+
+
+class Mismatch(Failure):
     """C++ and Python disagree."""
 
 
@@ -42,13 +47,16 @@ class Verdict:
 
 def build(folder: Path) -> Path:
     """Builds the programs through the installed CMake package; returns the folder that holds them."""
+    if not shutil.which("cmake"):
+        raise Failure("cmake is needed to build the C++ programs, and was not found")
     prefix = f"{adasplash.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
-    options = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_PREFIX_PATH={prefix}"]
+    # -U forgets where the package was found when this folder was last built in.
+    options = ["-UAdaSplash_DIR", "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_PREFIX_PATH={prefix}"]
     configure = ["cmake", "-S", str(SOURCES), "-B", str(folder), *options]
     for command in (configure, ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)]):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}")
+            raise Failure(f"{' '.join(command)} failed:\n{done.stdout}")
     return folder
 
 
@@ -59,7 +67,7 @@ def continue_in_cpp(program: Path, model: Path, prompt: bytes, count: int) -> by
     command = [str(program), str(model), str(count)]
     done = subprocess.run(command, input=prompt, capture_output=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr.decode(errors='replace')}")
+        raise Failure(f"{' '.join(command)} failed:\n{done.stderr.decode(errors='replace')}")
     return done.stdout
 
 

@@ -197,8 +197,9 @@ def report(checkpoint: Checkpoint, corpus: Corpus, device: torch.device) -> str:
     return "\n".join(lines)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Everything that training can be told, for this program and for the demo."""
+def add_options(parser: argparse.ArgumentParser, minutes: float) -> None:
+    """Everything that training can be told, for this program and for the demo. It takes `minutes` if told nothing."""
+    parser.set_defaults(default_minutes=minutes)
     text = parser.add_argument_group("text")
     text.add_argument(
         "--text",
@@ -207,7 +208,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="file or folder to train on (default: the Python standard library's own source files)",
     )
     budget = parser.add_argument_group("budget (training ends with the first that is used up)")
-    budget.add_argument("--minutes", type=_positive(float), help="of training, both models together")
+    unless = f"(default: {minutes:g}, unless --steps is given)"
+    budget.add_argument("--minutes", type=_positive(float), help=f"of training, both models together {unless}")
     budget.add_argument("--steps", type=_positive(int), help="of training, for each of the models")
     model = parser.add_argument_group("model")
     defaults = GPTConfig()
@@ -268,7 +270,7 @@ def train_from_options(options: argparse.Namespace) -> tuple[Checkpoint, Corpus]
         config,
         device=options.device,
         steps=options.steps,
-        minutes=options.minutes,
+        minutes=options.minutes or (None if options.steps else options.default_minutes),
         batch=options.batch,
         learning_rate=options.learning_rate,
         seed=options.seed,
@@ -280,10 +282,8 @@ def train_from_options(options: argparse.Namespace) -> tuple[Checkpoint, Corpus]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpt.pt"), help="checkpoint to write (default: %(default)s)")
-    add_options(parser)
+    add_options(parser, minutes=10)
     options = parser.parse_args()
-    if options.minutes is None and options.steps is None:
-        options.minutes = 10.0
     checkpoint, _ = train_from_options(options)
     checkpoint.save(options.out)
     print(f"\nSaved both models: {options.out}")
