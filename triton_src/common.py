@@ -12,7 +12,7 @@ TILE = tl.constexpr(64)  # side of the tiles that the op's tile bits speak of
 WORD = tl.constexpr(32)  # tile bits in a word
 UNLIMITED = 1 << 30  # a window bound that never binds, small enough that adding a row index does not overflow
 
-# How `Lengths` are given (the LENGTHS_* constants in csrc/cuda say the same).
+# How lengths are given (`Lengths` in csrc/cuda/kernels.h says the same).
 LENGTHS_NONE = tl.constexpr(0)
 LENGTHS_PADDED = tl.constexpr(1)  # (B,) length of every sequence of a right-padded batch
 LENGTHS_PACKED = tl.constexpr(2)  # (B + 1,) offsets into a packed batch
@@ -61,6 +61,15 @@ def max_or_nan(x, axis: tl.constexpr):
 
 
 @triton.jit
+def program(blocks, heads):
+    """(block, head, batch) of this program in a grid of one dimension; the others end at 65535. Head and batch are 64
+    bits wide, and so is every offset that begins with one of them."""
+    index = tl.program_id(0)
+    head = index // blocks
+    return index % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
+
+
+@triton.jit
 def load_rows(base, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr):
     """Rows first, first + 1, ... of a matrix as a (ROWS, PAD) block; zeros right of `width` and, if MASKED, from row
     `limit` on. Only the offset inside a block is 32 bits wide times the stride: the block's own place is 64."""
@@ -70,6 +79,41 @@ def load_rows(base, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.con
     if MASKED:
         mask = mask & (first + row < limit)[:, None]
     return tl.load(base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def products(
+    a, a_base, a_first, a_limit, a_stride, b_base, b_first, b_limit, b_stride, width, sign,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """sign * a_i.b_j of two blocks of rows. `a` is the block itself, sign included, if STEP == PAD; else (large fp32
+    heads, which fit neither registers nor shared memory) both go by STEP columns at a time and are read again."""
+    if STEP == PAD:
+        b = load_rows(b_base, b_first, b_limit, b_stride, width, B_ROWS, PAD, MASKED)
+        s = dot(a, tl.trans(b))
+    else:
+        s = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+        for column in range(0, width, STEP):
+            a_part = load_rows(a_base + column, a_first, a_limit, a_stride, width - column, A_ROWS, STEP, True)
+            b_part = load_rows(b_base + column, b_first, b_limit, b_stride, width - column, B_ROWS, STEP, MASKED)
+            s = dot(a_part, tl.trans(b_part), s)
+        s *= sign
+    return s
+
+
+@triton.jit
+def load_signed(base, first, limit, stride, width, sign, ROWS: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr):
+    """The block `a` of `products`: rows times a sign, which is exact in every type."""
+    if STEP == PAD:
+        a = load_rows(base, first, limit, stride, width, ROWS, PAD, True)
+        return cast(a.to(tl.float32) * sign, a.dtype)
+    else:
+        return 0
+
+
+@triton.jit
+def sign_of(x):
+    return tl.where(x < 0, -1.0, 1.0)
 
 
 @triton.jit
@@ -110,7 +154,7 @@ def visible_keys(row, length_q, length_k, window_left, window_right):
 @triton.jit
 def visible_tiles(row, rows, length_q, length_k, window_left, window_right, WIDTH: tl.constexpr):
     """The key tiles (WIDTH keys each) that a block of query rows sees: `inner` of them, from `inner_first` on, seen
-    whole by all rows, and `edge` more around them, from `first` on (see edge_tile)."""
+    whole by all rows, and `edge` more around them, from `first` on (see ordered_tile)."""
     last_row = tl.minimum(row + rows, length_q) - 1
     first_key, end_low = visible_keys(row, length_q, length_k, window_left, window_right)
     first_high, end_key = visible_keys(last_row, length_q, length_k, window_left, window_right)
@@ -122,10 +166,10 @@ def visible_tiles(row, rows, length_q, length_k, window_left, window_right, WIDT
 
 
 @triton.jit
-def edge_tile(index, first, inner_first, inner):
-    """The index-th tile that not all rows see whole: left of the inner ones, then right of them."""
-    tile = first + index
-    return tl.where(tile >= inner_first, tile + inner, tile)
+def ordered_tile(index, first, inner_first, inner):
+    """The visible tiles in the order of visit: the inner ones, then those left of them, then those right of them."""
+    tile = first + index - inner
+    return tl.where(index < inner, inner_first + index, tl.where(tile >= inner_first, tile + inner, tile))
 
 
 @triton.jit
@@ -155,7 +199,8 @@ def weights(y, t, alpha, ALPHA: tl.constexpr):
     elif ALPHA == ALPHA_2:
         return x, tl.where(x > 0.0, 1.0, 0.0)
     else:
-        log = tl.log2(x) / (alpha - 1.0)
+        exponent = 1.0 / (alpha - 1.0)  # on its own, so that the one division leaves the loop
+        log = tl.log2(x) * exponent
         return tl.exp2(log), tl.where(x > 0.0, tl.exp2((2.0 - alpha) * log), 0.0)
 
 
@@ -177,12 +222,18 @@ def newton_step(sum_p, sum_u, alpha, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def append(listed, count, entry, wanted):
-    """Appends the wanted ones of a vector of entries to a list in global memory; returns its new length. Loops over a
-    list have a known trip count and no branch, which is what keeps them pipelined."""
+def append(listed, count, entry, wanted, STEP: tl.constexpr = 1):
+    """Appends the wanted ones of a vector of entries to a list in global memory, upwards or downwards; returns its new
+    length. Loops over a list have a known trip count and no branch, which is what keeps them pipelined."""
     place = count + tl.cumsum(wanted.to(tl.int32), 0) - 1
-    tl.store(listed + place, entry, mask=wanted)
+    tl.store(listed + place * STEP, entry, mask=wanted)
     return count + tl.sum(wanted.to(tl.int32), 0)
+
+
+@triton.jit
+def part_of(index, PARTS: tl.constexpr):
+    """Which part of its tile the index-th step of a loop over a list works on, if a tile takes PARTS steps."""
+    return index - index // PARTS * PARTS  # the interpreter's loop indices know no %
 
 
 @triton.jit

@@ -22,13 +22,18 @@ from .common import (
     append,
     cast,
     dot,
-    edge_tile,
     hide,
     load_rows,
+    load_signed,
     max_or_nan,
     newton_step,
+    ordered_tile,
+    part_of,
+    products,
+    program,
     score_scale,
     sequence,
+    sign_of,
     store_rows,
     visible_keys,
     visible_tiles,
@@ -42,41 +47,35 @@ ROUNDING = tl.constexpr(2.0**-21)
 
 
 @triton.jit
-def load_queries(base, first, limit, stride, width, scale, ROWS: tl.constexpr, PAD: tl.constexpr):
-    """A block of queries with the sign of `scale`, which is exact in every type: q.k then orders keys as z does."""
-    q = load_rows(base, first, limit, stride, width, ROWS, PAD, True)
-    return cast(q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0), q.dtype)
-
-
-@triton.jit
 def row_max(
     query, key, row_state, numbers, lengths_q, lengths_k,
     query_batch, query_head, query_row, key_batch, key_head, key_row, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, width, kind_q, kind_k, window_left, window_right,
     scale, alpha,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """m of each row into row_state, and the number of each visible (64 rows) x (64 keys) tile into `numbers`.
 
-    Grid (ceil(limit_q / BLOCK_M), heads, batch). BLOCK_N is a multiple of TILE."""
-    block, head, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    Programs: ceil(limit_q / BLOCK_M) * heads * batch. BLOCK_N is a multiple of TILE."""
+    block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
     offset_q, length_q, extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
-    offset_k, length_k, extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
+    offset_k, length_k, _extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
     query += batch * query_batch + head * query_head + offset_q * query_row
     key += batch * key_batch + (head // group) * key_head + offset_k * key_row
     tiles_q, tiles_k = tl.cdiv(limit_q, TILE), tl.cdiv(limit_k, TILE)
 
-    first_row = block * BLOCK_M
+    first_row = (tl.cdiv(limit_q, BLOCK_M) - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
     row = first_row + tl.arange(0, BLOCK_M)
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     visible = first_key < end_key
-    q = load_queries(query, first_row, length_q, query_row, width, scale, BLOCK_M, PAD)
+    sign = sign_of(scale)  # goes into q, so that q.k orders keys as z does
+    q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
     factor = score_scale(scale, alpha)
 
     PARTS: tl.constexpr = BLOCK_N // TILE
     HALVES: tl.constexpr = BLOCK_M // TILE
     half = first_row // TILE + tl.arange(0, HALVES)
-    numbers += ((batch.to(tl.int64) * heads + head) * tiles_q + half[:, None]) * tiles_k + tl.arange(0, PARTS)[None, :]
+    numbers += ((batch * heads + head) * tiles_q + half[:, None]) * tiles_k + tl.arange(0, PARTS)[None, :]
     never = tl.where(visible, 0.0, float("-inf"))  # rows that see nothing ask for no tile
 
     first, inner_first, inner, edge = visible_tiles(
@@ -85,9 +84,11 @@ def row_max(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     for EDGE in tl.static_range(2):
         for index in range(edge if EDGE else inner):
-            tile = edge_tile(index, first, inner_first, inner) if EDGE else inner_first + index
-            k = load_rows(key, tile * BLOCK_N, length_k, key_row, width, BLOCK_N, PAD, EDGE)
-            s = dot(q, tl.trans(k))
+            tile = ordered_tile(inner + index if EDGE else index, first, inner_first, inner)
+            s = products(
+                q, query, first_row, length_q, query_row, key, tile * BLOCK_N, length_k, key_row, width, sign,
+                BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+            )  # fmt: skip
             if EDGE:
                 s = hide(s, first_key, end_key, 0, tile * BLOCK_N + tl.arange(0, BLOCK_N))
             tile_max = max_or_nan(tl.reshape(s, [BLOCK_M, PARTS, TILE]), 2)
@@ -110,17 +111,14 @@ def list_tiles(
     count = 0
     inner_count = 0
     tl.debug_barrier()  # what is read here was written by other threads, and they may still read the old list
-    for EDGE in tl.static_range(2):
-        total = edge if EDGE else inner
-        for start in range(0, total, CHUNK):
-            index = start + tl.arange(0, CHUNK)
-            tile = edge_tile(index, first, inner_first, inner) if EDGE else inner_first + index
-            number = tl.load(
-                numbers + half[:, None] * tiles_k + tile[None, :], mask=(index < total)[None, :], other=float("-inf")
-            )
-            count = append(listed, count, tile, tl.max(number, 0) > threshold)
-        if not EDGE:
-            inner_count = count
+    for start in range(0, inner + edge, CHUNK):
+        index = start + tl.arange(0, CHUNK)
+        tile = ordered_tile(index, first, inner_first, inner)
+        known = (index < inner + edge)[None, :]
+        number = tl.load(numbers + half[:, None] * tiles_k + tile[None, :], mask=known, other=float("-inf"))
+        wanted = tl.max(number, 0) > threshold
+        count = append(listed, count, tile, wanted)
+        inner_count += tl.sum((wanted & (index < inner)).to(tl.int32), 0)
     tl.debug_barrier()
     return inner_count, count
 
@@ -130,16 +128,16 @@ def attend(
     query, key, value, out, row_state, tiles, numbers, lists, lengths_q, lengths_k,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
     out_batch, out_head, out_row, state_batch,
-    heads, group, rows_q, rows_k, limit_q, limit_k, width, width_v, kind_q, kind_k, window_left, window_right,
-    scale, alpha,
-    BLOCK_M: tl.constexpr, PAD: tl.constexpr, ALPHA: tl.constexpr,
+    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
+    kind_q, kind_k, window_left, window_right, scale, alpha,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """Completes row_state with t = tau - m, writes the output and one bit for each tile that holds weight.
 
-    Grid as row_max. `numbers` comes from row_max and is used up; `lists` is scratch."""
-    block, head, batch = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    Programs as row_max. `numbers` comes from row_max and is used up; `lists` is scratch."""
+    block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
     offset_q, length_q, extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
-    offset_k, length_k, extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
+    offset_k, length_k, _extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
     query += batch * query_batch + head * query_head + offset_q * query_row
     key += batch * key_batch + (head // group) * key_head + offset_k * key_row
     value += batch * value_batch + (head // group) * value_head + offset_k * value_row
@@ -147,11 +145,12 @@ def attend(
     row_state += 2 * (batch * state_batch + head * rows_q + offset_q)
     tiles_q, tiles_k = tl.cdiv(limit_q, TILE), tl.cdiv(limit_k, TILE)
 
-    first_row = block * BLOCK_M
+    first_row = (tl.cdiv(limit_q, BLOCK_M) - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
     row = first_row + tl.arange(0, BLOCK_M)
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     visible = first_key < end_key
-    q = load_queries(query, first_row, length_q, query_row, width, scale, BLOCK_M, PAD)
+    sign = sign_of(scale)  # goes into q, so that q.k orders keys as z does
+    q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
     factor = score_scale(scale, alpha)
     m = tl.load(row_state + 2 * row, mask=row < extent_q, other=0.0)
     finite = visible & (tl.abs(m) < float("inf"))
@@ -160,25 +159,29 @@ def attend(
 
     HALVES: tl.constexpr = BLOCK_M // TILE
     half = first_row // TILE + tl.arange(0, HALVES)
-    place = (batch.to(tl.int64) * heads + head) * tiles_q + first_row // TILE
+    place = (batch * heads + head) * tiles_q + first_row // TILE
     numbers += place * tiles_k
     listed = lists + place * tiles_k
-    column = tl.arange(0, TILE)
+    SPLIT: tl.constexpr = TILE // BLOCK_N  # a tile is visited in so many steps
+    column = tl.arange(0, BLOCK_N)
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
 
     # 1. The two largest scores of each column over the candidate tiles, and tau of those.
     inner_count, count = list_tiles(listed, numbers, -1.0, tiles_k, first, inner_first, inner, edge, HALVES, 64)
-    largest = tl.full([BLOCK_M, TILE], float("-inf"), tl.float32)
-    second = tl.full([BLOCK_M, TILE], float("-inf"), tl.float32)
+    largest = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    second = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     for EDGE in tl.static_range(2):
-        for index in range(inner_count if EDGE else 0, count if EDGE else inner_count):
-            tile = tl.load(listed + index)
-            k = load_rows(key, tile * TILE, length_k, key_row, width, TILE, PAD, EDGE)
-            s = dot(q, tl.trans(k))
+        for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
+            tile = tl.load(listed + index // SPLIT)
+            first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
+            s = products(
+                q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
+                BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+            )  # fmt: skip
             if EDGE:
-                s = hide(s, first_key, end_key, 0, tile * TILE + column)
+                s = hide(s, first_key, end_key, 0, first_j + column)
             second = tl.maximum(second, tl.minimum(largest, s))
             largest = tl.maximum(largest, s)
     largest = largest * factor - m[:, None]
@@ -201,18 +204,23 @@ def attend(
         )
         sum_p = tl.zeros([BLOCK_M], tl.float32)
         sum_u = tl.zeros([BLOCK_M], tl.float32)
+        tile_p = tl.zeros([BLOCK_M], tl.float32)
         for EDGE in tl.static_range(2):
-            for index in range(inner_count if EDGE else 0, count if EDGE else inner_count):
-                tile = tl.load(listed + index)
-                k = load_rows(key, tile * TILE, length_k, key_row, width, TILE, PAD, EDGE)
-                s = dot(q, tl.trans(k))
+            for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
+                tile = tl.load(listed + index // SPLIT)
+                first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
+                s = products(
+                    q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
+                    BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+                )  # fmt: skip
                 if EDGE:
-                    s = hide(s, first_key, end_key, 0, tile * TILE + column)
+                    s = hide(s, first_key, end_key, 0, first_j + column)
                 p, u = weights(s * factor - m[:, None], t[:, None], alpha, ALPHA)
                 here = tl.sum(p, 1)
                 sum_p += here
                 sum_u += tl.sum(u, 1)
-                number = tl.max(tl.reshape(here, [HALVES, TILE]), 1)
+                tile_p = here + tl.where(part_of(index, SPLIT) > 0, tile_p, 0.0)
+                number = tl.max(tl.reshape(tile_p, [HALVES, TILE]), 1)
                 tl.store(numbers + tl.arange(0, HALVES) * tiles_k + tile, number, mask=half < tiles_q)
         risen = tl.where(refined, t + newton_step(sum_p, sum_u, alpha, ALPHA), t)
         refined = (sum_p > 1.0 + TOLERANCE) & (risen > t)
@@ -223,14 +231,17 @@ def attend(
     inner_count, count = list_tiles(listed, numbers, threshold, tiles_k, first, inner_first, inner, edge, HALVES, 64)
     acc = tl.zeros([BLOCK_M, PAD], tl.float32)
     for EDGE in tl.static_range(2):
-        for index in range(inner_count if EDGE else 0, count if EDGE else inner_count):
-            tile = tl.load(listed + index)
-            k = load_rows(key, tile * TILE, length_k, key_row, width, TILE, PAD, EDGE)
-            s = dot(q, tl.trans(k))
+        for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
+            tile = tl.load(listed + index // SPLIT)
+            first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
+            s = products(
+                q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
+                BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+            )  # fmt: skip
             if EDGE:
-                s = hide(s, first_key, end_key, 0, tile * TILE + column)
+                s = hide(s, first_key, end_key, 0, first_j + column)
             p, u = weights(s * factor - m[:, None], t[:, None], alpha, ALPHA)
-            v = load_rows(value, tile * TILE, length_k, value_row, width_v, TILE, PAD, EDGE)
+            v = load_rows(value, first_j, length_k, value_row, width_v, BLOCK_N, PAD, EDGE)
             acc = dot(cast(p, v.dtype), v, acc)
 
     broken = visible & ~finite
@@ -240,14 +251,13 @@ def attend(
     acc = tl.where(broken[:, None], float("nan"), acc)
     store_rows(out, cast(acc, out.dtype.element_ty), first_row, extent_q, out_row, width_v, BLOCK_M, PAD)
 
-    words = tl.cdiv(tiles_k, WORD)
-    tiles += place * words
+    tiles += ((batch * heads + head) * tile_rows + first_row // TILE) * tile_words
     bit = tl.arange(0, WORD)
     index_half = tl.arange(0, HALVES)[:, None]
-    for word in range(words):
+    for word in range(tile_words):
         tile = word * WORD + bit
         seen = (tile >= first) & (tile < first + inner + edge)
         known = (half < tiles_q)[:, None] & seen[None, :]
         number = tl.load(numbers + index_half * tiles_k + tile[None, :], mask=known, other=float("-inf"))
         packed = tl.sum((number > threshold).to(tl.int32) << bit[None, :], 1)
-        tl.store(tiles + tl.arange(0, HALVES) * words + word, packed, mask=half < tiles_q)
+        tl.store(tiles + tl.arange(0, HALVES) * tile_words + word, packed, mask=half < tile_rows)

@@ -1,0 +1,243 @@
+"""Compiles every variant ahead of time, without a GPU: python -m triton_src.compile --arch 80 90 --out DIR
+
+Writes to DIR
+    cubins.bin      machine code of all variants, and PTX of one architecture below 90, one after the other
+    manifest.json   what each is: symbol, arguments and their types, constants, warps, shared memory, place in the file
+    launchers.h, launchers.cpp   the same for C++: typed arguments and the table that picks a variant
+    resources.txt   registers, spills, stack, shared memory and size of each
+and fails if a variant breaks triton_src/limits.json. Results are cached by content (sources, compiler, variant), so a
+second run takes seconds.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent
+LIMITS = json.loads((SOURCE / "limits.json").read_text())
+
+# Set before Triton is imported: no line tables in the machine code, no cache beside ours, and the assembler of CUDA 12
+# for all architectures. That of CUDA 13, which Triton would take from sm_90 up, makes code that drivers before 580
+# refuse.
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton  # noqa: E402
+from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from . import launchers  # noqa: E402
+from .variants import APPENDED, ARCHS, DEFAULT_ARCHS, KERNELS, SHARED_KIB, variants  # noqa: E402
+
+FORMAT = "1"  # of what the cache holds; raise it when `compile_variant` changes what it makes of the same variant
+
+# The lowest PTX version that knows an architecture; a driver translates PTX up to its own version. 8.0 is CUDA 12.0,
+# which cuLibraryLoadData needs anyway.
+PTX_VERSION = {80: 80, 86: 80, 89: 80, 90: 80, 100: 86, 103: 88, 120: 87}
+
+
+def code_name(arch):
+    """sm_90 and above are compiled for exactly one architecture (sm_90a)."""
+    return f"sm_{arch}{'a' if arch >= 90 else ''}"
+
+
+def options(variant, arch):
+    return {
+        "num_warps": variant.warps,
+        "num_stages": variant.stages,
+        "enable_fp_fusion": True,
+        "ptx_version": PTX_VERSION[arch],
+    }
+
+
+def cache_key(variant, arch):
+    family = Path(KERNELS[variant.kernel].fn.__code__.co_filename)
+    parts = [
+        FORMAT,
+        triton.__version__,
+        knobs.nvidia.ptxas.version,
+        repr(variant),
+        str(arch),
+        str(options(variant, arch)),
+    ]
+    parts += [str(variant.arguments()), str(variant.divisibility())]
+    parts += [path.read_text() for path in (SOURCE / "common.py", family)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def compile_variant(variant, arch, cache):
+    """Compiles one variant unless it is in the cache. Returns (description, from cache)."""
+    stored = Path(cache) / cache_key(variant, arch)
+    if stored.with_suffix(".json").exists():
+        return json.loads(stored.with_suffix(".json").read_text()), True
+    kernel = KERNELS[variant.kernel]
+    signature = dict.fromkeys(kernel.arg_names, "constexpr") | dict(variant.arguments())
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", divisor]]
+        for name, divisor in variant.divisibility().items()
+    }
+    knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
+    knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
+        knobs.cache.dir = folder
+        kernel._repr = lambda _: f"adasplash_{variant.name}"  # the symbol, which profilers show
+        source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(variant, arch))
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise RuntimeError(f"{variant.name}: Triton asks for global scratch memory, which the launchers do not give")
+
+    def usage(pattern):
+        return sum(map(int, re.findall(pattern, log.getvalue())))
+
+    description = {
+        "name": variant.name,
+        "kernel": variant.kernel,
+        "arch": arch,
+        "symbol": metadata.name,
+        "arguments": [*variant.arguments(), *APPENDED],
+        "divisibility": variant.divisibility(),
+        "constants": variant.constants,
+        "dtype": variant.dtype,
+        "pad": variant.pad,
+        "alpha": variant.alpha,
+        "aligned": variant.aligned,
+        "hot": variant.hot,
+        "warps": metadata.num_warps,
+        "shared": metadata.shared,
+        "registers": usage(r"Used (\d+) registers"),
+        "spilled": usage(r"(\d+) bytes spill stores"),
+        "stack": usage(r"(\d+) bytes stack frame"),
+    }
+    stored.with_suffix(".cubin").write_bytes(compiled.asm["cubin"])
+    stored.with_suffix(".ptx").write_text(compiled.asm["ptx"])
+    description["stored"] = str(stored)
+    partial = stored.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(description))
+    partial.rename(stored.with_suffix(".json"))  # last, so that an interrupted run leaves nothing half done
+    return description, False
+
+
+def compile_all(archs, cache, jobs):
+    tasks = [(variant, arch) for arch in archs for variant in variants(arch)]
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    done = {}
+    cached = 0
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = {pool.submit(compile_variant, *task, cache): task for task in tasks}
+        for future in as_completed(futures):
+            variant, arch = futures[future]
+            description, hit = future.result()
+            done[variant.name, arch] = description
+            cached += hit
+            show_progress(len(done), len(tasks), f"{variant.name} {code_name(arch)}")
+    print(f"{len(tasks)} variants, {cached} from the cache", flush=True)
+    return [done[variant.name, arch] for variant, arch in tasks]
+
+
+def show_progress(count, total, what):
+    if sys.stderr.isatty():
+        filled = 30 * count // total
+        end = "\n" if count == total else ""
+        bar = "#" * filled + "." * (30 - filled)
+        print(f"\r[{bar}] {count}/{total} {what:60.60}", end=end, file=sys.stderr, flush=True)
+    elif count % 25 == 0 or count == total:
+        print(f"{count}/{total} variants compiled", file=sys.stderr, flush=True)
+
+
+def broken_limits(descriptions):
+    """Sentences about what the limits forbid."""
+    for one in descriptions:
+        where = f"{one['name']} {code_name(one['arch'])}"
+        if one["shared"] > SHARED_KIB[one["arch"]] * 1024:
+            yield f"{where}: {one['shared']} bytes of shared memory, the architecture has {SHARED_KIB[one['arch']]} KiB"
+        if one["size"] > LIMITS["cubin_bytes"]:
+            yield f"{where}: {one['size']} bytes of machine code, the limit is {LIMITS['cubin_bytes']}"
+        if one["hot"] and one["spilled"] > LIMITS["spilled_bytes"]["hot"]:
+            yield f"{where}: hot, but spills {one['spilled']} bytes"
+    default = sum(len(variants(arch)) for arch in DEFAULT_ARCHS)
+    if default > LIMITS["default_variants"]:
+        yield f"{default} default variants, the limit is {LIMITS['default_variants']}"
+
+
+def table(descriptions):
+    lines = [f"{'variant':44} {'code':7} {'regs':>4} {'spill':>5} {'stack':>5} {'shared':>7} {'bytes':>7}"]
+    for one in descriptions:
+        lines.append(
+            f"{one['name'] + (' *' if one['hot'] else ''):44} {code_name(one['arch']):7} {one['registers']:4} "
+            f"{one['spilled']:5} {one['stack']:5} {one['shared']:7} {one['size']:7}"
+        )
+    return "\n".join([*lines, "* hot: may not spill", ""])
+
+
+def write_if_changed(path, content):
+    """Leaves a file that already says this alone, so that what depends on it is not rebuilt."""
+    content = content.encode() if isinstance(content, str) else content
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
+
+
+def write_outputs(descriptions, out):
+    """Lays the code out in cubins.bin, and writes what says where it is. PTX is that of the lowest architecture below
+    90: every later GPU's driver can translate it."""
+    out.mkdir(parents=True, exist_ok=True)
+    portable = min((one["arch"] for one in descriptions if one["arch"] < 90), default=None)
+    blob = bytearray()
+
+    def append(path, end=b""):
+        blob.extend(b"\0" * (-len(blob) % 64))
+        offset, code = len(blob), path.read_bytes() + end
+        blob.extend(code)
+        return offset, len(code)
+
+    for one in descriptions:
+        stored = Path(one.pop("stored"))
+        one["code"] = code_name(one["arch"])
+        one["offset"], one["size"] = append(stored.with_suffix(".cubin"))
+        if one["arch"] == portable:
+            one["ptx_offset"], one["ptx_size"] = append(stored.with_suffix(".ptx"), b"\0")  # the driver reads a string
+    manifest = {
+        "triton": triton.__version__,
+        "archs": sorted({one["arch"] for one in descriptions}),
+        "ptx_arch": portable,
+        "variants": descriptions,
+    }
+    write_if_changed(out / "cubins.bin", bytes(blob))
+    write_if_changed(out / "manifest.json", json.dumps(manifest, indent=1))
+    write_if_changed(out / "resources.txt", table(descriptions))
+    write_if_changed(out / "launchers.h", launchers.header())
+    write_if_changed(out / "launchers.cpp", launchers.source(manifest))
+    return manifest
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="*", default=DEFAULT_ARCHS, choices=ARCHS, metavar="ARCH")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=SOURCE.parent / ".cache" / "cubins")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--table", action="store_true", help="print resources.txt")
+    args = parser.parse_args()
+    descriptions = compile_all(sorted(set(args.arch)), args.cache, args.jobs)
+    write_outputs(descriptions, args.out)
+    if args.table:
+        print((args.out / "resources.txt").read_text(), end="")
+    broken = list(broken_limits(descriptions))
+    for sentence in broken:
+        print(sentence, file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Which specialisations exist. The one place that says so: tile shapes, warps and stages are data here, and the table
+from which C++ picks a variant at run time is generated from it.
+
+A variant is (kernel, element type, padded head size, kind of alpha, aligned). `aligned` ones assume what flash-attn
+does, rows that start at 16-byte boundaries; the others serve every stride and head size. Everything else is a run-time
+value: causal, window, lengths, grouped queries, scale, M and N, head sizes below the padded one.
+"""
+
+from dataclasses import dataclass
+
+from . import backward, forward
+from .common import ALPHA_1_5, ALPHA_2, ALPHA_ANY
+
+DEFAULT_ARCHS = (80, 90)
+
+# Shared memory that a block may ask for, in KiB (CUDA C++ programming guide, compute capabilities).
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+ARCHS = tuple(SHARED_KIB)
+
+# Triton's name for an element type: (its size, the C++ enumerator of torch's type).
+TYPES = {"bf16": (2, "at::kBFloat16"), "fp16": (2, "at::kHalf"), "fp32": (4, "at::kFloat")}
+
+ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
+
+KERNELS = {
+    "row_max": forward.row_max,
+    "attend": forward.attend,
+    "grad_query": backward.grad_query,
+    "grad_key_value": backward.grad_key_value,
+}
+
+# What the names of kernel arguments mean, with `T` for the variant's element type. Names not listed here are found by
+# their ending (strides) or are 32-bit integers.
+ARGUMENT_TYPES = {
+    **dict.fromkeys(("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"), "*T"),
+    **dict.fromkeys(("row_state", "numbers", "delta"), "*fp32"),
+    **dict.fromkeys(("tiles", "lists", "lengths_q", "lengths_k"), "*i32"),
+    **dict.fromkeys(("scale", "alpha"), "fp32"),
+}
+# What each kernel writes; all other pointers are const in C++.
+WRITTEN = {
+    "row_max": ("row_state", "numbers"),
+    "attend": ("out", "row_state", "tiles", "numbers", "lists"),
+    "grad_query": ("grad_query", "delta", "lists"),
+    "grad_key_value": ("grad_key", "grad_value", "lists"),
+}
+STRIDE_ENDINGS = ("_batch", "_head", "_row")
+# Pointers that Triton appends to every kernel; no variant needs the memory, so they are null.
+APPENDED = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))
+
+
+@dataclass(frozen=True)
+class Variant:
+    kernel: str
+    dtype: str
+    pad: int  # head size that registers and shared memory are laid out for
+    alpha: str  # a key of ALPHAS; row_max, which is the same for all, has "any"
+    aligned: bool
+    block_m: int
+    block_n: int
+    step: int  # columns at a time in q.k, see common.products
+    warps: int
+    stages: int
+    hot: bool  # may not spill
+
+    @property
+    def name(self):
+        alpha = "" if self.kernel == "row_max" else f"_a{self.alpha}"
+        return f"{self.kernel}_{self.dtype}_d{self.pad}{alpha}{'' if self.aligned else '_unaligned'}"
+
+    @property
+    def constants(self):
+        constants = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, PAD=self.pad, STEP=self.step)
+        return constants if self.kernel == "row_max" else {**constants, "ALPHA": ALPHAS[self.alpha]}
+
+    def arguments(self):
+        """[(name, Triton's type)] of the run-time arguments, in order."""
+        found = []
+        for name in KERNELS[self.kernel].arg_names:
+            if name in self.constants:
+                continue
+            kind = ARGUMENT_TYPES.get(name, "i64" if name.endswith(STRIDE_ENDINGS) else "i32")
+            found.append((name, kind.replace("T", self.dtype)))
+        return found
+
+    def divisibility(self):
+        """{name: divisor} of what an aligned variant takes as multiples of 16 bytes: addresses, strides and widths of
+        the tensors that matrix products read."""
+        if not self.aligned:
+            return {}
+        divisors = {}
+        for name, kind in self.arguments():
+            if kind == "*" + self.dtype and kind != "*fp32":
+                divisors[name] = 16  # bytes
+            elif name in ("width", "width_v") or (kind == "i64" and name != "state_batch"):
+                divisors[name] = 16 // TYPES[self.dtype][0]  # elements
+        return divisors
+
+
+# (BLOCK_M, BLOCK_N, columns at a time, warps, stages). BLOCK_M of row_max must be a multiple of attend's. Blocks have
+# sides of 64 or more, but for the side along which attend and the gradients walk tiles, which may be part of a tile.
+HALF_BIG = {  # sm_80, sm_90, sm_100, sm_103
+    ("row_max", 64): (128, 128, 64, 8, 3),
+    ("row_max", 128): (128, 128, 128, 8, 2),
+    ("row_max", 256): (64, 128, 256, 8, 1),
+    ("attend", 64): (128, 64, 64, 8, 3),
+    ("attend", 128): (128, 64, 128, 8, 2),
+    ("attend", 256): (64, 32, 256, 8, 2),
+    ("grad_query", 64): (128, 64, 64, 8, 2),
+    ("grad_query", 128): (128, 32, 128, 8, 2),
+    ("grad_query", 256): (64, 32, 128, 8, 1),
+    ("grad_key_value", 64): (64, 128, 64, 8, 2),
+    ("grad_key_value", 128): (32, 128, 128, 8, 2),
+    ("grad_key_value", 256): (32, 64, 128, 8, 1),
+}
+HALF_SMALL = {  # sm_86, sm_89, sm_120: 99 KiB of shared memory
+    **HALF_BIG,
+    ("row_max", 128): (128, 64, 128, 8, 2),
+    ("row_max", 256): (64, 64, 256, 8, 1),
+    ("attend", 128): (64, 64, 128, 8, 2),
+    ("attend", 256): (64, 32, 128, 8, 1),
+    ("grad_query", 128): (64, 32, 128, 8, 2),
+    ("grad_key_value", 128): (32, 64, 128, 8, 2),
+}
+FP32 = {  # three tf32 products for one: large code and many registers, so small blocks
+    (kernel, pad): {
+        "row_max": (64, 64, 32, 8, 1),
+        "attend": (64, 32 if pad < 256 else 16, 32, 8, 1),
+        "grad_query": (64, 32 if pad < 256 else 16, 32, 8, 1),
+        "grad_key_value": (32 if pad < 256 else 16, 64, 32, 8, 1),
+    }[kernel]
+    for kernel in KERNELS
+    for pad in (64, 128, 256)
+}
+# What differs from the tables above for some kinds of alpha: powers need registers.
+ALPHA_ANY_TILES = {
+    ("attend", 64): (128, 32, 64, 8, 3),
+    ("attend", 128): (128, 32, 128, 8, 2),
+}
+
+
+def tile(arch, kernel, dtype, pad, alpha, aligned):
+    if dtype == "fp32":
+        return FP32[kernel, pad]
+    table = HALF_SMALL if SHARED_KIB[arch] < 128 else HALF_BIG
+    if alpha == "any" and table is HALF_BIG:
+        table = {**table, **ALPHA_ANY_TILES}
+    return table[kernel, pad]
+
+
+def specialisations():
+    """Yields (dtype, pad, alpha, aligned). Fast code for alpha = 1.5 and 2 exists where it pays: aligned half types up
+    to head size 128. Above, and for fp32, matrix products weigh more than the powers."""
+    for dtype in ("bf16", "fp16"):
+        for pad in (64, 128):
+            for alpha in ALPHAS:
+                yield dtype, pad, alpha, True
+        yield dtype, 256, "any", True
+        for pad in (128, 256):
+            yield dtype, pad, "any", False
+    for pad in (64, 128, 256):
+        yield "fp32", pad, "any", False
+
+
+def variants(arch):
+    """All variants of an architecture, without repetition, in a fixed order."""
+    found = {}
+    for dtype, pad, alpha, aligned in specialisations():
+        for kernel in KERNELS:
+            kind = "any" if kernel == "row_max" else alpha
+            hot = aligned and pad <= 128 and (kernel == "row_max" or alpha != "any") and SHARED_KIB[arch] > 128
+            variant = Variant(
+                kernel, dtype, pad, kind, aligned, *tile(arch, kernel, dtype, pad, kind, aligned), hot=hot
+            )
+            found[variant.name] = variant
+    return list(found.values())
