@@ -5,7 +5,6 @@ rotary positions; the switch in `CausalSelfAttention.forward` is all that differ
 scripted (`torch.jit.script`) and exported (`torch.export`) as it stands.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -122,20 +121,20 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
-        self.apply(_initialise)
-        for block in self.blocks:  # keeps the residual stream's variance from growing with depth
+        self._initialise(config)
+
+    def _initialise(self, config: GPTConfig) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:  # keeps the size of what goes through; norms stay at one
+                nn.init.normal_(parameter, std=config.width**-0.5)
+        for block in self.blocks:  # what is added to the residual stream stays as large together as one of them
             for last in (block.attention.output, block.feed_forward[-1]):
-                nn.init.normal_(last.weight, std=0.05 / math.sqrt(2 * config.layers))
+                nn.init.normal_(last.weight, std=(config.width * 2 * config.layers) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.05)  # for a width of a few hundred at most
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
