@@ -3,6 +3,8 @@
 import functools
 import importlib
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 
 import pytest
@@ -28,11 +30,8 @@ class Backend:
         if dtype not in self.dtypes:
             pytest.skip(f"the {self.name} backend has no {dtype}")
 
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
-
+COMPILED = pytest.StashKey[str]()
 BACKENDS = {
     "cpu": Backend("cpu", "cpu", 1 << 20, (DOUBLE, SINGLE, *HALF), support_capacity=64),
     "emulated": Backend("emulated", "cpu", 140, (SINGLE, *HALF), support_capacity=0),
@@ -51,7 +50,15 @@ def pytest_configure(config):
     threads = max(1, torch.get_num_threads() // workers)  # threads that fight for cores spin
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        # Compiled code of an earlier build of the library must not be found again; workers share the new folder.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = config.stash[COMPILED] = tempfile.mkdtemp(prefix="compiled-")
     config.option.log_level = config.option.log_level or "WARNING"  # the compiler logs thousands of lines
+
+
+def pytest_unconfigure(config):
+    if COMPILED in config.stash:
+        shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,4 +1,4 @@
-"""On one number of threads the same inputs give the same bits: again, alone or in a batch."""
+"""The same inputs give the same bits: again, alone or in a batch, on any number of threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,7 +29,7 @@ def alpha(request):
 
 @pytest.fixture(autouse=True, params=(1, 3), ids="threads={}".format)
 def count(request, threads):
-    """BLAS may split a product by the number of threads; it must not by who else is in the batch."""
+    """A batch of one has fewer tasks than threads, where BLAS might start threads of its own."""
     threads(request.param)
 
 
@@ -64,6 +64,14 @@ def test_heads_alone(inputs, alpha):
         part = Inputs(inputs.query[:, of_query], inputs.key[:, of_key], inputs.value[:, of_key])
         alone = gradients(part, grad[:, of_query], entmax_attn, alpha=alpha, is_causal=True)
         assert_same_bits([x[:, part] for x, part in zip(together, slices, strict=True)], alone)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("other", (2, 5))
+def test_threads_change_no_bit(inputs, alpha, threads, other):
+    first = run(inputs, alpha)
+    threads(other)
+    assert_same_bits(first, run(inputs, alpha))
 
 
 @pytest.mark.backends("cpu")

@@ -110,27 +110,3 @@ def test_entmax_attn_is_typed_and_documented():
         assert name in adasplash.entmax_attn.__doc__
     assert signature.return_annotation is torch.Tensor
     assert (Path(adasplash.__file__).parent / "py.typed").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
-def test_every_instruction_set_computes_the_same(capability):
-    """The kernels are compiled for several instruction sets, of which a machine would test one."""
-    environment = {**os.environ, "ADASPLASH_CPU_CAPABILITY": capability}
-    program = "from adasplash.info import collect; print(collect()['cpu kernels in use'])"
-    in_use = run_python(program, env=environment).strip()
-    if in_use.startswith("invalid"):
-        pytest.skip(f"this machine has no {capability}")
-    assert in_use == capability
-    run(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-        "tests/test_forward.py", "tests/test_backward.py", "-k", "test_alphas or overflow or nothing",
-        cwd=ROOT, env=environment,
-    )  # fmt: skip
-
-
-def test_an_unknown_instruction_set_is_refused_by_name():
-    program = "import torch, adasplash; x = torch.ones(1, 1, 3, 4); adasplash.entmax_attn(x, x, x)"
-    line = run_python(program, fails=True, env={**os.environ, "ADASPLASH_CPU_CAPABILITY": "sse9"})
-    for word in ("ADASPLASH_CPU_CAPABILITY", "sse9", "default", "avx2", "avx512"):
-        assert word in line
