@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bench import machine, results
 from bench.case import DTYPES, PASSES, Case, grid
-from bench.inputs import captured_sizes, make_grad, make_inputs
+from bench.inputs import Inputs, captured_sizes, make_grad, make_inputs
 from bench.peers import OURS, PEERS
 from bench.presets import PRESETS, Entry, entries_of
 from bench.reference import Check, empty_tiles, make_check
@@ -32,6 +34,14 @@ from bench.runner import LocalRunner, Runner
 from bench.timing import Effort, Spread, Timing, measure
 
 BAR = "{percentage:3.0f}%|{bar:14}| {n:.1f}/{total} cases, {elapsed}<{remaining} {postfix}"
+
+
+class Contender(NamedTuple):
+    """A runner that was found right."""
+
+    runner: Runner
+    errors: dict[str, float]
+    first_call: float  # seconds of the first forward and training step, with whatever compiling and tuning they start
 
 
 class Bench:
@@ -48,24 +58,21 @@ class Bench:
         with _threads(case.threads) as threads:
             inputs, grad = make_inputs(case), make_grad(case)
             check = make_check(case, inputs, grad)
-            common = {**case.to_dict(), "threads_used": threads, "support": round(check.support, 2)}
+            kind, _, path = case.input.partition(":")
+            name = f"captured:{Path(path).name}" if kind == "captured" else case.input
+            common = {**case.to_dict(), "input": name, "threads_used": threads, "support": round(check.support, 2)}
             common["empty_tiles"] = round(empty_tiles(case, inputs), 4)
             peers = [name for name in (OURS, *entry.peers) if self._can(name, case)]
-            runners, rows = {}, []
+            rows: list[Row] = []
+            contenders: list[Contender] = []
             try:
-                if entry.timed:
-                    errors = {}
-                    for name in peers:
-                        self._say(f"{case.title}: checking {name}")
-                        runner = self._make(name, case, inputs, grad)
-                        if runner is not None:
-                            runners[name] = runner
-                            errors[name] = self._check(runner, case, check)
-                    runners = {name: runner for name, runner in runners.items() if errors[name] is not None}
-                    rows += self._time(entry, runners, errors, start)
+                for name in peers if entry.timed else ():
+                    self._say(f"{case.title}: checking {name}")
+                    contenders += self._contender(name, case, inputs, grad, check)
+                rows += self._time(entry, contenders, start)
             finally:
-                for runner in runners.values():
-                    runner.close()
+                for contender in contenders:
+                    contender.runner.close()
             if entry.memory:
                 rows += self._memory(entry, peers, inputs.numel() * 8 / 3 * grad.element_size() / 2**20)
         self._bar.n = start + 1
@@ -84,41 +91,42 @@ class Bench:
             tqdm.write(f"  ({name} is left out at {case.title}: {reason})", file=sys.stderr)
         return reason is None
 
-    def _make(self, name: str, case: Case, inputs, grad) -> Runner | None:
+    def _contender(self, name: str, case: Case, inputs: Inputs, grad: Tensor, check: Check) -> list[Contender]:
+        """Of one peer; none if it fails or is wrong, which is said."""
+        peer, runner = PEERS[name], None
+        times = 1 if name == OURS else 5  # others are measured too, unless they are plainly wrong
         try:
-            peer = PEERS[name]
-            return RemoteRunner(peer, case) if peer.package_path else LocalRunner(peer, case, inputs, grad)
-        except RuntimeError as error:
-            self._problem(f"{name} at {case.title}: {error}")
-            return None
-
-    def _check(self, runner: Runner, case: Case, check: Check) -> dict[str, float] | None:
-        try:
-            times = 1 if runner.peer.name == OURS else 5  # others are measured too, unless they are plainly wrong
-            return check.errors(runner.peer.weights, runner.results(check.grad), times)
+            runner = RemoteRunner(peer, case) if peer.package_path else LocalRunner(peer, case, inputs, grad)
+            first = runner.sample(1)
+            errors = check.errors(peer.weights, runner.results(check.grad), times)
         except (AssertionError, RuntimeError) as error:
-            self._problem(f"{runner.peer.name} at {case.title}: {error}")
-            return None
+            self._problem(f"{name} at {case.title}: {error}")
+            if runner is not None:
+                runner.close()
+            return []
+        return [Contender(runner, errors, first.forward + first.both)]
 
-    def _time(
-        self, entry: Entry, runners: dict[str, Runner], errors: dict[str, dict[str, float]], start: float
-    ) -> Iterator[Row]:
+    def _time(self, entry: Entry, contenders: list[Contender], start: float) -> Iterator[Row]:
         def on_round(rounds: int) -> None:
             self._say(f"{entry.case.title}: round {rounds}")
             self._bar.n = start + min(rounds / entry.effort.most, 0.99)
             self._bar.refresh()
 
-        timings = dict(zip(runners, measure(list(runners.values()), entry.effort, on_round), strict=True))
-        for name, timing in timings.items():
+        if not contenders:
+            return
+        timings = measure([contender.runner for contender in contenders], entry.effort, on_round)
+        names = [contender.runner.peer.name for contender in contenders]
+        ours = timings[names.index(OURS)] if OURS in names else None
+        for name, contender, timing in zip(names, contenders, timings, strict=True):
             for what in PASSES:
                 yield {
                     "peer": name,
                     "what": what,
                     **_time_fields(timing, what),
-                    **_ratio_fields(timings.get(OURS), timing, name, what),
-                    **_goal_fields(entry, name, what, timings.get(OURS), timing),
-                    "errors": {key: float(f"{value:.1e}") for key, value in errors[name].items()},
-                    "first_call_ms": round(1000 * timing.first_call, 3),
+                    **_ratio_fields(ours, timing, name, what),
+                    **_goal_fields(entry, name, what, ours, timing),
+                    "errors": {key: float(f"{value:.1e}") for key, value in contender.errors.items()},
+                    "first_call_ms": round(1000 * contender.first_call, 3),
                 }
 
     def _memory(self, entry: Entry, peers: list[str], tensors: float) -> Iterator[Row]:
@@ -222,12 +230,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, help="named lists, see bench/presets.py")
+    parser.add_argument(
+        "--preset", nargs="+", choices=PRESETS, metavar="NAME", help=f"named lists of cases: {', '.join(PRESETS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="the same as --preset quick; writes no file unless --out")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/DATE-DEVICE-PRESET.jsonl)")
     own = parser.add_argument_group("a sweep of one's own: every combination of what is listed")
     own.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    own.add_argument("--peers", nargs="+", choices=PEERS, default=["sdpa"], help="beside adasplash: %(choices)s")
+    own.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=["sdpa"], metavar="PEER", help=f"of {', '.join(PEERS)}"
+    )
     own.add_argument("--inputs", nargs="+", metavar="KIND:VALUE", help="gaussian:σ, structured:share, captured:file")
     own.add_argument("--lengths", nargs="+", type=int, metavar="N", help="queries, and keys")
     own.add_argument("--head-dims", nargs="+", type=int, default=[64], metavar="D")

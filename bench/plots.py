@@ -1,5 +1,6 @@
 """Pictures from rows of result files."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,26 +52,32 @@ def ratios(axes: Axes, rows: Sequence[Row], peer: str) -> None:
             row = found[name, what]
             place, ratio = i + (k - 0.5) * 0.36, row["ratio"]
             spread = [[ratio - row["ratio_low"]], [row["ratio_high"] - ratio]]
-            axes.barh(place, ratio, 0.34, color=shade, label=what if i == 0 else None)
+            axes.barh(place, ratio - 1, 0.34, left=1, color=shade, label=what if i == 0 else None)
             axes.errorbar(ratio, place, xerr=spread, color="#333333", linewidth=0.8, capsize=2)
-            axes.text(row["ratio_high"] * 1.04, place, f"{ratio:.2f}", va="center", fontsize=8)
+            side, align = (row["ratio_low"] / 1.06, "right") if ratio < 1 else (row["ratio_high"] * 1.06, "left")
+            axes.text(side, place, f"{ratio:.2f}", va="center", ha=align, fontsize=8)
             if row["goal"] is not None:
                 label = "goal" if (k, i) == (1, 0) else None
                 axes.plot([row["goal"]] * 2, [place - 0.17, place + 0.17], color="black", linewidth=2, label=label)
     axes.axvline(1, color=COLOURS["sdpa"], linewidth=1.2)
     axes.set_xscale("log")
-    ticks = (0.1, 0.2, 0.5, 1, 2, 5)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low / 1.3, 0.1), max(high * 1.3, 10))
+    axes.set_xlabel("← faster        slower →", fontsize=8)
+    ticks = (0.1, 0.2, 0.5, 1, 2, 5, 10)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    labels = [f"{tables.input_name(name)}\n{found[name, BOTH]['support']:.3g} keys a query" for name in inputs]
+    labels = [
+        f"{tables.input_name(name)}\n{tables.number(found[name, BOTH]['support'])} keys a query" for name in inputs
+    ]
     axes.set_yticks(range(len(inputs)), labels)
     axes.invert_yaxis()
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
     size = f"N = {base.length:,}, D = {base.head_dim}, H = {base.heads}, {base.dtype}"
     _clean(axes, f"Time relative to {PEERS[peer].label}\n{size}")
 
 
-def against_length(axes: Axes, rows: Sequence[Row], what: str, title: str, unit: str) -> None:
+def against_length(axes: Axes, rows: Sequence[Row], what: str, title: str, unit: str, shortest: int = 0) -> None:
     """Medians against the length, for the setting that was run at most lengths, with the fitted exponents."""
     found = tables.series(rows, what)
     if not found:
@@ -79,9 +86,11 @@ def against_length(axes: Axes, rows: Sequence[Row], what: str, title: str, unit:
     for (of, peer), points in found.items():
         if of != setting:
             continue
+        points = [point for point in points if point[0] >= shortest and point[1] > 0]
         fitted = tables.exponent([point for point in points if point[0] >= 1024])
-        points = [point for point in points if point[1] > 0]
-        label = f"{PEERS[peer].label}, N^{fitted:.1f}"
+        label = PEERS[peer].label + ("" if math.isnan(fitted) else f", N^{fitted:.1f}")
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), "o-", color=colour(peer), markersize=3, linewidth=1.5, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -119,7 +128,7 @@ def overview(rows: Sequence[Row]) -> Figure:
     else:
         ratios(axes[0], rows, "sdpa")
     against_length(axes[1], rows, BOTH, "Forward + backward", "ms")
-    against_length(axes[2], rows, PEAK_MEMORY, "Peak memory beyond inputs, outputs, gradients", "MiB")
+    against_length(axes[2], rows, PEAK_MEMORY, "Peak memory beyond inputs, outputs, gradients", "MiB", 1024)
     figure.text(0.005, -0.03, tables.heading(rows), fontsize=7, color="#555555")
     return figure
 

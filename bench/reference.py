@@ -18,11 +18,12 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 def entmax(scores: Tensor, alpha: float) -> Tensor:
-    """Weights of the rows (last dimension) of scores, hidden keys at -inf; differentiable. alpha > 1."""
+    """Weights over the last dimension of scores, hidden keys at -inf, bisected in fp64; differentiable. alpha > 1."""
+    kind, scores = scores.dtype, scores.double()
     z = (alpha - 1) * scores.detach()
     z = z - z.amax(-1, keepdim=True)
     low, high = torch.full_like(z[..., :1], -1), torch.zeros_like(z[..., :1])
-    for _ in range(60 if z.dtype == torch.float64 else 30):
+    for _ in range(60):
         middle = (low + high) / 2
         heavy = (z - middle).clamp(min=0).pow(1 / (alpha - 1)).sum(-1, keepdim=True) >= 1
         low, high = torch.where(heavy, middle, low), torch.where(heavy, high, middle)
@@ -31,7 +32,7 @@ def entmax(scores: Tensor, alpha: float) -> Tensor:
     # weights + 0 · (…) in value; its derivative is that of entmax: diag(u) - u uᵀ / Σu.
     centred = scores.masked_fill(u == 0, 0)
     change = u * (centred - (u * centred).sum(-1, keepdim=True) / u.sum(-1, keepdim=True))
-    return weights + (change - change.detach())
+    return (weights + (change - change.detach())).to(kind)
 
 
 class Check(NamedTuple):

@@ -46,8 +46,9 @@ def block(rows: Sequence[Row], plot: Path, full: Path) -> str:
     base = tables.base_case(rows).title.split(", ", 1)[1]
     parts = [
         f"![Time and memory beside the peers]({plot.relative_to(ROOT)})",
-        f"Time as a share of softmax attention's (torch `scaled_dot_product_attention`), {base} unless said otherwise; "
-        f"σ: entries of query and key are drawn from N(0, σ²). Bold: goal missed. "
+        f"Time as a share of that of softmax attention (torch `scaled_dot_product_attention`), forward / forward + "
+        f"backward; {base} unless said otherwise; entries of query and key from N(0, σ²). Bold: the goal was missed "
+        f"(for the settings on the right, 1.2 times that on the left). "
         f"[Every number]({full.relative_to(ROOT)}).",
         tables.summary(rows, peer),
         tables.heading(rows),

@@ -77,6 +77,8 @@ def bisection(z: F32, alpha: float) -> Trace:
         mass = powers(z - middle, 1 / (alpha - 1)).sum()
         low, high = (middle, high) if mass >= 1 else (low, middle)
         trace.step((low + high) / 2, len(z))
+        if trace.tau[-1] == middle:
+            break
     return trace
 
 
@@ -92,8 +94,10 @@ def _halley_bisection(z: F32, alpha: float, low: np.float32, high: np.float32, t
         low, high = (tau if f > 0 else low), (tau if f < 0 else high)
         with np.errstate(divide="ignore", invalid="ignore"):
             new = tau - 2 * f * df / (2 * df * df - f * ddf)
-        tau = np.float32(new if low - slack < new < high + slack else (low + high) / 2)
+        last, tau = tau, np.float32(new if low - slack < new < high + slack else (low + high) / 2)
         trace.step(tau, len(z))
+        if tau == last:
+            break
     return trace
 
 
@@ -129,7 +133,7 @@ def _newton_step(z: F32, alpha: float, tau: np.float32) -> tuple[np.float32, boo
     u = powers(t, 1 / (alpha - 1) - 1)
     p_sum, u_sum = float((t * u).sum()), float(u.sum())
     change = np.float32((p_sum - p_sum ** (2 - alpha)) / u_sum)
-    return np.maximum(tau + change, np.float32(-1)), abs(p_sum - 1) <= 1e-6
+    return np.maximum(tau + change, np.float32(-1)), abs(p_sum - 1) <= (1e-4 if alpha <= 1.5 else 1e-6)
 
 
 def _newton(z: F32, alpha: float, tau: np.float32, trace: Trace) -> Trace:
@@ -255,7 +259,7 @@ def steps_table(rows: list[results.Row]) -> str:
     for kind, alpha in dict.fromkeys((row["scores"], row["alpha"]) for row in rows):
         found = [row for row in rows if (row["scores"], row["alpha"]) == (kind, alpha)]
         supports = [row["support"] for row in found]
-        cells = [kind, f"{alpha:g}", f"{min(supports):.3g} – {max(supports):.3g}"]
+        cells = [kind, f"{alpha:g}", f"{tables.number(min(supports))} – {tables.number(max(supports))}"]
         for name in METHODS:
             of = [row for row in found if row["method"] == name]
             failed = sum(row["failed"] for row in of)

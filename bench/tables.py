@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from bench.case import BACKWARD, BOTH, FORWARD, Case
 from bench.peers import OURS, PEERS
@@ -60,12 +61,13 @@ def input_name(text: str) -> str:
     return f"structured, {float(value):.0%} empty" if kind == "structured" else "captured"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all of them before the point."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def ratio_text(row: Row) -> str:
-    return f"{_number(row['ratio'])} ({_number(row['ratio_low'])} – {_number(row['ratio_high'])})"
+    return f"{number(row['ratio'])} ({number(row['ratio_low'])} – {number(row['ratio_high'])})"
 
 
 def base_case(rows: Iterable[Row]) -> Case:
@@ -86,32 +88,52 @@ def goals(rows: Sequence[Row]) -> str:
             if row["goal"] is None:
                 continue
             mark = "reached" if row["reached"] else "**missed**"
-            own, theirs = (f"{_number(r['median'])} {r['unit']}" for r in (ours[row["what"]], row))
+            own, theirs = (f"{number(r['median'])} {r['unit']}" for r in (ours[row["what"]], row))
             ratio = ratio_text(row) if row["ratio"] is not None else ""
             goal = f"≤ {row['goal']:g}" + (" MiB" if row["peer"] == OURS else "")
             against = "" if row["peer"] == OURS else PEERS[row["peer"]].label
             theirs = "" if row["peer"] == OURS else theirs
             name = _differences(case, base)
-            table.append([name, f"{row['support']:.3g}", row["what"], against, own, theirs, ratio, goal, mark])
+            table.append([name, number(row["support"]), row["what"], against, own, theirs, ratio, goal, mark])
     return markdown(table, left=4) if len(table) > 1 else ""
 
 
 def summary(rows: Sequence[Row], peer: str) -> str:
-    """ours / peer for forward and forward + backward, one line a case with a goal: the README's table."""
-    table: Table = [["case", "keys a query", "forward", "goal", "forward + backward", "goal"]]
+    """ours / peer for forward and for forward + backward of the cases with a goal: the README's table.
+
+    A line for each input and type, a column for each other setting; the goals of the base case beside.
+    """
     base = base_case(rows)
+    cells: dict[tuple[str, str], dict[str, str]] = {}  # of lines: of columns
+    supports: dict[tuple[str, str], float] = {}
+    goals_of: dict[tuple[str, str], str] = {}
     for case, of_case in _by_entry(rows):
         found = {row["what"]: row for row in of_case if row["peer"] == peer and row["what"] in (FORWARD, BOTH)}
         if all(row["goal"] is None for row in found.values()):
             continue
-        cells = [_differences(case, base), f"{of_case[0]['support']:.3g}"]
-        for what in (FORWARD, BOTH):
-            row = found[what]
-            missed = row["goal"] is not None and not row["reached"]
-            text = _number(row["ratio"])
-            cells += [f"**{text}**" if missed else text, "" if row["goal"] is None else f"≤ {row['goal']:g}"]
-        table.append(cells)
+        line = _differences(replace(base, input=case.input, dtype=case.dtype), base), case.dtype
+        column = _differences(replace(case, input=base.input, dtype=base.dtype), base).partition(", ")[2]
+        cells.setdefault(line, {})[column] = " / ".join(_marked(found[what]) for what in (FORWARD, BOTH))
+        if not column:
+            supports[line] = of_case[0]["support"]
+            goals_of[line] = " / ".join(_goal(found[what]) for what in (FORWARD, BOTH))
+    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
+    first, *others = sorted(columns, key=bool)  # the base case, which differs in nothing, first
+    table: Table = [["input", "keys a query", first or f"N = {base.length:,}", "goal", *others]]
+    for line, of_line in cells.items():
+        support = number(supports[line]) if line in supports else ""
+        start = [line[0], support, of_line.get(first, ""), goals_of.get(line, "")]
+        table.append(start + [of_line.get(column, "") for column in others])
     return markdown(table)
+
+
+def _marked(row: Row) -> str:
+    text = number(row["ratio"])
+    return f"**{text}**" if row["goal"] is not None and not row["reached"] else text
+
+
+def _goal(row: Row) -> str:
+    return "–" if row["goal"] is None else f"{row['goal']:g}"
 
 
 def times(rows: Sequence[Row]) -> str:
@@ -125,14 +147,14 @@ def times(rows: Sequence[Row]) -> str:
             found = {row["what"]: row for row in of_case if row["peer"] == peer}
             first = peer == peers[0]
             name, support, empty = _differences(case, base), of_case[0]["support"], of_case[0]["empty_tiles"]
-            cells = [name, f"{support:.3g}", f"{empty:.0%}"] if first else ["", "", ""]
+            cells = [name, number(support), f"{empty:.0%}"] if first else ["", "", ""]
             cells.append(PEERS[peer].label)
             for what in (FORWARD, BACKWARD, BOTH):
                 row = found.get(what)
-                text = "" if row is None else f"{_number(row['median'])} ms"
-                cells.append(text + (f" ({_number(row['ratio'])})" if row and row["ratio"] is not None else ""))
+                text = "" if row is None else f"{number(row['median'])} ms"
+                cells.append(text + (f" ({number(row['ratio'])})" if row and row["ratio"] is not None else ""))
             row = found.get(PEAK_MEMORY)
-            cells.append("" if row is None else _number(row["median"]))
+            cells.append("" if row is None else number(row["median"]))
             table.append(cells)
     return markdown(table, left=1)
 

@@ -40,7 +40,6 @@ class Spread:
 class Timing:
     """Seconds a call, one entry a round."""
 
-    first_call: float  # of a training step and a forward, with whatever compiling and tuning it starts
     seconds: dict[str, list[float]] = field(default_factory=lambda: {FORWARD: [], BACKWARD: [], BOTH: []})
 
     def spread(self, what: str) -> Spread:
@@ -54,12 +53,9 @@ class Timing:
 def measure(
     runners: Sequence[Runner], effort: Effort, on_round: Callable[[int], None] = lambda rounds: None
 ) -> list[Timing]:
-    """Warms every runner up, then runs rounds of all of them, each round beginning with the next one."""
-    timings, calls = [], []
+    """Sees how many calls make a sample, then runs rounds of all runners, each round beginning with the next one."""
+    timings, calls = [Timing() for _ in runners], []
     for runner in runners:
-        start = time.perf_counter()
-        runner.sample(1)
-        timings.append(Timing(time.perf_counter() - start))
         warm = runner.sample(1)
         calls.append(max(1, min(100, round(SHORTEST_SAMPLE / (warm.forward + warm.both)))))
     start, rounds = time.perf_counter(), 0
