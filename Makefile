@@ -36,11 +36,11 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 setup: $(VENV)/.installed
 
 demo: setup
-	$(BIN)/python examples/gpt/demo.py --device $(DEVICE) $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python examples/gpt/demo.py --device "$(DEVICE)" --text "$(TEXT)" --out demo-out
 
 # The same way in about a minute, for CI.
 demo-quick: setup
-	$(BIN)/python examples/gpt/demo.py --device $(DEVICE) --steps 20 --out build/demo-quick
+	$(BIN)/python examples/gpt/demo.py --device "$(DEVICE)" --steps 20 --bytes 40 --out build/demo-quick
 
 test: setup
 	$(BIN)/python -m pytest -n 2 tests

@@ -168,7 +168,7 @@ class ForwardBlock {
         auto& row = buffers_.dense[d];
         if (row.settled) continue;
         row.tau = std::max(row.tau + static_cast<A>(newton_step(weights_, row.sums)), A(-1));
-        row.settled = settled<A>(row.sums);
+        row.settled = settled<A>(weights_, row.sums);
         all_settled &= row.settled;
       }
     }

@@ -39,6 +39,10 @@ void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t f
   Arena arena(scratch);
   BackwardBuffers<A> buffers(head_dim, value_dim, group->capacity, arena);
   const Interval keys = Interval{first_key, first_key + kKeyBlock}.clip(0, group->keys);
+  if constexpr (std::is_same_v<T, A>) {  // sums go straight to where they belong
+    buffers.dk = dk + first_key * head_dim;
+    buffers.dv = dv + first_key * value_dim;
+  }
   std::fill_n(buffers.dk, keys.size() * head_dim, A(0));
   std::fill_n(buffers.dv, keys.size() * value_dim, A(0));
   for (int64_t g = 0; g < group_size; ++g) {
@@ -51,8 +55,10 @@ void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t f
       }
     });
   }
-  convert_back(buffers.dk, keys.size() * head_dim, dk + first_key * head_dim);
-  convert_back(buffers.dv, keys.size() * value_dim, dv + first_key * value_dim);
+  if constexpr (!std::is_same_v<T, A>) {
+    convert_back(buffers.dk, keys.size() * head_dim, dk + first_key * head_dim);
+    convert_back(buffers.dv, keys.size() * value_dim, dv + first_key * value_dim);
+  }
 }
 
 template <typename A>

@@ -8,27 +8,32 @@
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
 
-// alpha = 1.5, 2 and any other, as functors, so that the loops over scores are compiled for each.
+// alpha = 1.5, 2 and any other, as functors, so that the loops over scores are compiled for each. `smooth` says that p
+// has no kink at t = 0 (alpha <= 1.5), where Newton steps converge quadratically across the edge of the support.
 template <typename A>
 struct Entmax15 {
+  static constexpr bool smooth = true;
   Vec<A> u(const Vec<A>& t) const { return t; }
   double power_2_minus_alpha(double x) const { return std::sqrt(x); }
 };
 
 template <typename A>
 struct Sparsemax {
+  static constexpr bool smooth = false;
   Vec<A> u(const Vec<A>& t) const { return Vec<A>::blendv(Vec<A>(0), Vec<A>(1), t > Vec<A>(0)); }
   double power_2_minus_alpha(double) const { return 1; }
 };
 
 template <typename A>
 struct EntmaxAny {
-  explicit EntmaxAny(double alpha) : exponent(static_cast<A>(1 / (alpha - 1) - 1)), rest(2 - alpha) {}
+  explicit EntmaxAny(double alpha)
+      : smooth(alpha <= 1.5), exponent(static_cast<A>(1 / (alpha - 1) - 1)), rest(2 - alpha) {}
   Vec<A> u(const Vec<A>& t) const {
     return Vec<A>::blendv(Vec<A>(0), (t.log() * Vec<A>(exponent)).exp(), t > Vec<A>(0));
   }
   double power_2_minus_alpha(double x) const { return std::pow(x, rest); }
 
+  bool smooth;
   A exponent;
   double rest;
 };
@@ -71,9 +76,12 @@ inline double newton_step(const Weights& weights, const Sums& sums) {
   return (sums.p - weights.power_2_minus_alpha(sums.p)) / sums.u;
 }
 
-template <typename A>
-inline bool settled(const Sums& sums) {  // the step from here on is quadratically small
-  return std::abs(sums.p - 1) <= (std::is_same_v<A, double> ? 1e-13 : 1e-6);
+// Whether the step from here is the last one needed: what it leaves is the square of this distance where p is smooth.
+template <typename A, typename Weights>
+inline bool settled(const Weights& weights, const Sums& sums) {
+  const double distance = std::abs(sums.p - 1);
+  if constexpr (std::is_same_v<A, double>) return distance <= (weights.smooth ? 1e-7 : 1e-13);
+  return distance <= (weights.smooth ? 1e-4 : 1e-6);
 }
 constexpr int kMaxSteps = 64;  // a guard against rounding, never met: the steps converge quadratically
 
@@ -85,12 +93,13 @@ inline void pad_scores(A* z, int64_t n, int64_t width) {
 // tau - m of a list of scores, from any start in [-1, 0). Pads the list.
 template <typename A, typename Weights>
 inline A solve(const Weights& weights, A* z, int64_t n, A max, A tau) {
+  if (n == 1) return A(-1);
   pad_scores(z, n, kLanes<A>);
   for (int step = 0; step < kMaxSteps; ++step) {
     Sums sums;
     add_sums(weights, z, n, max, tau, sums);
     tau = std::max(tau + static_cast<A>(newton_step(weights, sums)), A(-1));
-    if (settled<A>(sums)) break;
+    if (settled<A>(weights, sums)) break;
   }
   return tau;
 }

@@ -1,0 +1,16 @@
+// The CUDA kernels of the two private ops.
+#pragma once
+
+#include "attention.h"
+
+namespace adasplash::cuda {
+
+// Whether the CUDA kernels serve tensors on this device: CUDA devices, and in tests the CPU.
+bool serves(c10::Device device);
+
+ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                      const AttentionOptions& options, const c10::SymInt& support_capacity);
+BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+                        const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options);
+
+}  // namespace adasplash::cuda

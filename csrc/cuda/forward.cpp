@@ -1,0 +1,59 @@
+// _entmax_attn_forward on the GPU.
+#include <ATen/ops/empty.h>
+
+#include "checks.h"
+#include "cuda/attention.h"
+#include "cuda/call.h"
+
+namespace adasplash::cuda {
+
+ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                      const AttentionOptions& options, const c10::SymInt& support_capacity) {
+  constexpr const char* name = "_entmax_attn_forward";
+  check_attention(name, query, key, value, options);
+  const Call call(name, query, key, value, options);
+  auto result = allocate_forward(query, key, value, options, support_capacity);
+  auto& [out, saved_state, support, saved_tiles] = result;
+  if (out.numel() == 0) return result;
+
+  // The kernels need both, whether they are kept or not.
+  const SavedSizes sizes = saved_sizes(query, key, 0);
+  const bool training = support_capacity >= 0;
+  const at::Tensor state = training ? saved_state : at::empty_symint(sizes.row_state, saved_state.options());
+  const at::Tensor tiles = training ? saved_tiles : at::empty_symint(sizes.tiles, saved_tiles.options());
+  tiles.zero_();                    // some rows only round the shape up
+  support.fill_(kSupportOverflow);  // its rows are never listed here; the backward walks tiles
+  const at::Tensor numbers = call.empty_per_tile(at::kFloat), lists = call.empty_per_tile(at::kInt);
+
+  const Variant &max = call.variant(Kernel::kRowMax, {out}), &rest = call.variant(Kernel::kAttend, {out});
+  TORCH_INTERNAL_ASSERT(max.block_m % rest.block_m == 0, "attend would read tiles that row_max did not visit");
+  row_max(max, call.place, call.query_programs(max),
+          {
+              .query = rows_of(call.query),
+              .key = rows_of(call.key),
+              .row_state = state.mutable_data_ptr<float>(),
+              .numbers = numbers.mutable_data_ptr<float>(),
+              .lengths_q = Call::kNoLengths,
+              .lengths_k = Call::kNoLengths,
+              .state_batch = call.state_batch,
+              .shape = call.shape,
+          });
+  attend(rest, call.place, call.query_programs(rest),
+         {
+             .query = rows_of(call.query),
+             .key = rows_of(call.key),
+             .value = rows_of(call.value),
+             .out = mutable_rows_of(out),
+             .row_state = state.mutable_data_ptr<float>(),
+             .tiles = tiles.mutable_data_ptr<int32_t>(),
+             .numbers = numbers.mutable_data_ptr<float>(),
+             .lists = lists.mutable_data_ptr<int32_t>(),
+             .lengths_q = Call::kNoLengths,
+             .lengths_k = Call::kNoLengths,
+             .state_batch = call.state_batch,
+             .shape = call.shape,
+         });
+  return result;
+}
+
+}  // namespace adasplash::cuda

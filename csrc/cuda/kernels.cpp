@@ -1,0 +1,179 @@
+#include "cuda/kernels.h"
+
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/Stream.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+#include <dlfcn.h>
+
+#include <array>
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <tuple>
+
+#include "cuda/driver.h"
+
+extern "C" const unsigned char adasplash_cubins[];  // cubins.bin, by way of the assembler
+
+namespace adasplash::cuda {
+namespace {
+
+int device_attribute(int device, int attribute) {
+  int handle = 0, value = 0;
+  const std::string about = "device " + std::to_string(device);
+  check(driver().cuDeviceGet(&handle, device), "cuDeviceGet", about);
+  check(driver().cuDeviceGetAttribute(&value, attribute, handle), "cuDeviceGetAttribute", about);
+  return value;
+}
+
+std::string built_archs() {
+  std::ostringstream text;
+  for (int arch : kBuiltArchs) text << (text.tellp() > 0 ? ", " : "") << "sm_" << arch;
+  return kBuiltArchs.empty() ? "none" : text.str();
+}
+
+// Which code runs on a device.
+struct Code {
+  int arch = 0;
+  bool ptx = false;
+};
+
+// Code for sm_90 and above runs on exactly that architecture; below, on the same major with an equal or higher minor.
+// PTX of an architecture under 90 serves every later one, translated by the driver.
+Code choose_code(int device) {
+  const int found =
+      10 * device_attribute(device, kComputeCapabilityMajor) + device_attribute(device, kComputeCapabilityMinor);
+  int best = 0;
+  for (int arch : kBuiltArchs) {
+    if (arch == found || (arch < 90 && arch / 10 == found / 10 && arch < found && arch > best)) best = arch;
+    if (best == found) break;
+  }
+  if (best) return {best, false};
+  TORCH_CHECK(kPtxArch && kPtxArch <= found, "adasplash: this build has no GPU kernels for the architecture of device ",
+              device, ", sm_", found, "; it was built for: ", built_archs(), ". Build with -DADASPLASH_ARCHS=", found,
+              " (several are separated by ;)");
+  return {kPtxArch, true};
+}
+
+Code code_for(int device) {
+  constexpr int kRemembered = 64;
+  static std::array<std::atomic<int>, kRemembered> memory{};  // 0: not known; else 2 * arch + ptx
+  if (device < 0 || device >= kRemembered) return choose_code(device);
+  int known = memory[device].load(std::memory_order_relaxed);
+  if (!known) {
+    const Code code = choose_code(device);
+    known = 2 * code.arch + code.ptx;
+    memory[device].store(known, std::memory_order_relaxed);
+  }
+  return {known / 2, known % 2 == 1};
+}
+
+// A variant's code in the driver: loaded by the first launch, for all devices and threads.
+class Loaded {
+ public:
+  Function function(const Variant& variant, bool ptx, int device) {
+    std::call_once(once_, [&] {
+      const void* code = adasplash_cubins + (ptx ? variant.ptx_offset : variant.offset);
+      Library library = nullptr;
+      check(driver().cuLibraryLoadData(&library, code, nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData",
+            variant.name);
+      check(driver().cuLibraryGetKernel(&function_, library, variant.symbol), "cuLibraryGetKernel", variant.name);
+    });
+    if (variant.shared_bytes > kSharedBytesByDefault) allow_shared(variant, device);
+    return function_;
+  }
+
+ private:
+  void allow_shared(const Variant& variant, int device) {
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (allowed_.load(std::memory_order_acquire) & bit) return;
+    int handle = 0;
+    check(driver().cuDeviceGet(&handle, device), "cuDeviceGet", variant.name);
+    check(driver().cuKernelSetAttribute(kMaxDynamicSharedBytes, variant.shared_bytes, function_, handle),
+          "cuKernelSetAttribute", variant.name);
+    allowed_.fetch_or(bit, std::memory_order_release);
+  }
+
+  std::once_flag once_;
+  Function function_ = nullptr;
+  std::atomic<uint64_t> allowed_{0};  // devices on which the shared memory was asked for, one bit each
+};
+
+Loaded& loaded(const Variant& variant, bool ptx) {
+  static const auto all = std::make_unique<Loaded[]>(2 * kVariants.size());
+  return all[2 * (&variant - kVariants.data()) + ptx];
+}
+
+void* current_stream(c10::Device device) {
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+  if constexpr (requires { stream.native_handle(); }) {
+    return stream.native_handle();
+  } else {
+    // A torch that does not tell: its C interface does, if this is a build with CUDA.
+    using Shim = int32_t (*)(int32_t device, void** stream);
+    static const auto shim = reinterpret_cast<Shim>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    void* handle = nullptr;
+    TORCH_CHECK(shim && shim(device.index(), &handle) == 0,
+                "adasplash: this torch does not tell its current CUDA stream; 2.6 or newer does");
+    return handle;
+  }
+}
+
+Place place_of_cuda(c10::Device device) { return {device.index(), current_stream(device)}; }
+
+std::atomic<PlaceOf> replaceable_place_of{place_of_cuda};
+
+// Torch sets the context together with the device; a thread that never met its runtime has none yet.
+void ensure_context(int device) {
+  Context context = nullptr;
+  const std::string about = "device " + std::to_string(device);
+  check(driver().cuCtxGetCurrent(&context), "cuCtxGetCurrent", about);
+  if (context) return;
+  int handle = 0;
+  check(driver().cuDeviceGet(&handle, device), "cuDeviceGet", about);
+  check(driver().cuDevicePrimaryCtxRetain(&context, handle), "cuDevicePrimaryCtxRetain", about);
+  check(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent", about);
+}
+
+}  // namespace
+
+Place place_of(c10::Device device) { return replaceable_place_of.load()(device); }
+void replace_place_of(PlaceOf replacement) { replaceable_place_of = replacement; }
+
+const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, double alpha, bool aligned,
+                            int device) {
+  const Code code = code_for(device);
+  const Alpha wanted = alpha == 1.5 ? Alpha::k15 : alpha == 2 ? Alpha::k2 : Alpha::kAny;
+  const Variant* best = nullptr;
+  const auto rank = [](const Variant& v) { return std::tuple(v.pad, !v.aligned, v.alpha == Alpha::kAny); };
+  for (const Variant& v : kVariants) {
+    const bool fits = v.kernel == kernel && v.dtype == dtype && v.arch == code.arch && v.pad >= head_size &&
+                      (aligned || !v.aligned) && (v.alpha == wanted || v.alpha == Alpha::kAny);
+    if (fits && (!best || rank(v) < rank(*best))) best = &v;
+  }
+  TORCH_CHECK(best, "adasplash: no GPU kernel was built for ", dtype, " with head size ", head_size);
+  return *best;
+}
+
+void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t programs, const void* arguments,
+            size_t size) {
+  TORCH_INTERNAL_ASSERT(variant.kernel == kernel, variant.name);
+  TORCH_CHECK(programs <= std::numeric_limits<int32_t>::max(), "adasplash: ", variant.name, " would need ", programs,
+              " programs, more than a launch takes; split the batch");
+  ensure_context(place.device);
+  const bool ptx = code_for(place.device).ptx;
+  const Function function = loaded(variant, ptx).function(variant, ptx, place.device);
+  const LaunchConfig config{{static_cast<unsigned>(programs), 1, 1},
+                            {static_cast<unsigned>(variant.warps) * 32, 1, 1},
+                            static_cast<unsigned>(variant.shared_bytes),
+                            place.stream};
+  // CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE and CU_LAUNCH_PARAM_END
+  void* extra[] = {reinterpret_cast<void*>(1), const_cast<void*>(arguments), reinterpret_cast<void*>(2), &size,
+                   nullptr};
+  check(driver().cuLaunchKernelEx(&config, function, nullptr, extra), "cuLaunchKernelEx", variant.name);
+}
+
+}  // namespace adasplash::cuda
