@@ -36,15 +36,17 @@ def test_scale(make_inputs, scale, dtype):
     check_gradients(entmax_attn, make_inputs(dtype=dtype), scale=scale)
 
 
+@pytest.mark.parametrize("sigma", (1.5, 0.1), ids=("little support", "much support"))
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_values_with_a_large_mean(make_inputs, alpha, dtype):
+def test_values_with_a_large_mean(make_inputs, alpha, sigma, dtype):
     """Without a shift of dP the difference A - delta * b loses everything but the mean (3.5e-2 in bf16)."""
-    check_gradients(entmax_attn, make_inputs(m=70, n=130, mean=16, dtype=dtype), alpha=alpha)
+    check_gradients(entmax_attn, make_inputs(m=70, n=130, sigma=sigma, mean=16, dtype=dtype), alpha=alpha)
 
 
-def test_a_constant_added_to_the_values_leaves_the_query_gradient(make_inputs):
-    """dq does not depend on it in exact arithmetic; here by far less than 16 units in the last place."""
-    inputs = make_inputs(m=70, n=130, sigma=0.5)
+@pytest.mark.parametrize("sigma", (1.5, 0.1), ids=("little support", "much support"))
+def test_a_constant_added_to_the_values_leaves_the_query_gradient(make_inputs, sigma):
+    """In exact arithmetic dq does not depend on it."""
+    inputs = make_inputs(m=70, n=130, sigma=sigma)
     grad = normal_like(inputs.query)
     plain = gradients(inputs, grad, entmax_attn)
     shifted = gradients(inputs._replace(value=inputs.value + 16), grad, entmax_attn)
