@@ -104,7 +104,7 @@ class Bench:
             if runner is not None:
                 runner.close()
             return []
-        return [Contender(runner, errors, first.forward + first.both)]
+        return [Contender(runner, errors, first.spent)]
 
     def _time(self, entry: Entry, contenders: list[Contender], start: float) -> Iterator[Row]:
         def on_round(rounds: int) -> None:
@@ -114,8 +114,9 @@ class Bench:
 
         if not contenders:
             return
-        timings = measure([contender.runner for contender in contenders], entry.effort, on_round)
-        names = [contender.runner.peer.name for contender in contenders]
+        runners, _, first_calls = zip(*contenders, strict=True)
+        timings = measure(runners, entry.effort, first_calls, on_round)
+        names = [runner.peer.name for runner in runners]
         ours = timings[names.index(OURS)] if OURS in names else None
         for name, contender, timing in zip(names, contenders, timings, strict=True):
             for what in PASSES:

@@ -23,6 +23,7 @@ def facts(device: str) -> dict[str, Any]:
         "device": device,
         "processor": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "cores": available_cores(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,  # before: 0 on a quiet machine
         "adasplash": adasplash.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

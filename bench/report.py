@@ -47,13 +47,14 @@ def block(rows: Sequence[Row], plot: Path, full: Path) -> str:
     parts = [
         f"![Time and memory beside the peers]({plot.relative_to(ROOT)})",
         f"Time as a share of that of softmax attention (torch `scaled_dot_product_attention`), forward / forward + "
-        f"backward; {base} unless said otherwise; entries of query and key from N(0, σ²). Bold: the goal was missed "
-        f"(for the settings on the right, 1.2 times that on the left). "
+        f"backward; {base} unless said otherwise; σ: entries of query and key are from N(0, σ²). Bold: goal missed"
+        f"{' (on the right of the goals, 1.2 times them)' if device == 'cpu' else ''}. "
         f"[Every number]({full.relative_to(ROOT)}).",
         tables.summary(rows, peer),
+        tables.other_goals(rows, peer),
         tables.heading(rows),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def replace_block(text: str, name: str, new: str) -> str:

@@ -20,6 +20,10 @@ class Seconds(NamedTuple):
     backward: float
     both: float
 
+    @property
+    def spent(self) -> float:
+        return self.forward + self.both
+
 
 class Runner(Protocol):
     """A peer ready to run a case; here (`LocalRunner`) or in a process of its own (`bench.remote.RemoteRunner`)."""

@@ -127,6 +127,23 @@ def summary(rows: Sequence[Row], peer: str) -> str:
     return markdown(table)
 
 
+def other_goals(rows: Sequence[Row], peer: str) -> str:
+    """The goals that `summary` does not show, as a list."""
+    base, lines = base_case(rows), []
+    for case, of_case in _by_entry(rows):
+        for row in of_case:
+            if row["goal"] is None or (row["peer"] == peer and row["what"] in (FORWARD, BOTH)):
+                continue
+            name = f"{row['what']}, {_differences(case, base)}"
+            if row["ratio"] is None:
+                text = f"{number(row['median'])} {row['unit']}"
+            else:
+                text = f"{number(row['ratio'])} of {PEERS[row['peer']].label}"
+            mark = "" if row["reached"] else "**"
+            lines.append(f"- {name}: {mark}{text}{mark} (goal: {row['goal']:g})")
+    return "\n".join(lines)
+
+
 def _marked(row: Row) -> str:
     text = number(row["ratio"])
     return f"**{text}**" if row["goal"] is not None and not row["reached"] else text

@@ -51,13 +51,19 @@ class Timing:
 
 
 def measure(
-    runners: Sequence[Runner], effort: Effort, on_round: Callable[[int], None] = lambda rounds: None
+    runners: Sequence[Runner],
+    effort: Effort,
+    first_calls: Sequence[float],
+    on_round: Callable[[int], None] = lambda rounds: None,
 ) -> list[Timing]:
-    """Sees how many calls make a sample, then runs rounds of all runners, each round beginning with the next one."""
+    """Runs rounds of all runners, each round beginning with the next one.
+
+    first_calls: seconds of every runner's first call. Where that was short, a second one says how many make a sample.
+    """
     timings, calls = [Timing() for _ in runners], []
-    for runner in runners:
-        warm = runner.sample(1)
-        calls.append(max(1, min(100, round(SHORTEST_SAMPLE / (warm.forward + warm.both)))))
+    for runner, first in zip(runners, first_calls, strict=True):
+        warm = runner.sample(1).spent if first < 1 else first
+        calls.append(max(1, min(100, round(SHORTEST_SAMPLE / warm))))
     start, rounds = time.perf_counter(), 0
     while rounds < effort.most and (rounds < effort.fewest or time.perf_counter() - start < effort.seconds):
         order = [(rounds + i) % len(runners) for i in range(len(runners))]

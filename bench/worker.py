@@ -39,9 +39,9 @@ class Worker:
             return LocalRunner(PEERS[peer], case, make_inputs(case), make_grad(case))
 
         self._runner = runner(self._case)
-        # For `memory`: what stays for good (threads' stacks, workspaces, compiled kernels) is not the case's. On the CPU
-        # a small run, so that no freed memory lies ready; on a GPU, whose meter sees through that, the case itself, so
-        # that no tuning falls into the step that is measured.
+        # For `memory`: what stays for good (threads' stacks, workspaces, compiled code) is not the case's. On the CPU
+        # the run is a small one, so that no freed memory lies ready; on a GPU, whose meter sees through that, it is the
+        # case's own, so that no tuning falls into the step that is measured.
         longest = self._case.length if self._case.device == "cuda" else WARM_UP_LENGTH
         small = replace(self._case, length=min(longest, self._case.length))
         self._warm_up = lambda: runner(small).results(make_grad(small))

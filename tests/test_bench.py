@@ -109,7 +109,7 @@ def test_runners_take_turns_and_ratios_are_of_pairs():
             log.append(self.name)
             return Seconds(self.seconds * len(log), 1.0, 2.0)  # the machine gets slower and slower
 
-    timings = measure([Fake("a", 1.0), Fake("b", 2.0)], Effort(seconds=0, fewest=4, most=9))
+    timings = measure([Fake("a", 1.0), Fake("b", 2.0)], Effort(seconds=0, fewest=4, most=9), (0.1, 0.1))
     assert log[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     ratio = timings[0].ratio_to(timings[1], FORWARD)
     assert ratio.low < 0.5 < ratio.high
