@@ -99,8 +99,8 @@ class Bench:
             runner = RemoteRunner(peer, case) if peer.package_path else LocalRunner(peer, case, inputs, grad)
             first = runner.sample(1)
             errors = check.errors(peer.weights, runner.results(check.grad), times)
-        except (AssertionError, RuntimeError) as error:
-            self._problem(f"{name} at {case.title}: {error}")
+        except Exception as error:  # whatever goes wrong in a peer, the others are still measured
+            self._problem(f"{name} at {case.title}: {type(error).__name__}: {error}")
             if runner is not None:
                 runner.close()
             return []
