@@ -1,5 +1,6 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
 # make test   the test suite
+# make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE and TEXT may be given.
 
 PYTHON ?= python3
@@ -11,9 +12,9 @@ TEXT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo demo-quick test lint clean
+.PHONY: help setup demo demo-quick test lint bench clean
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +50,11 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+bench: setup
+	$(BIN)/python -m bench.attention --preset targets lengths
+	$(BIN)/python -m bench.solver
+	$(BIN)/python -m bench.report --readme
 
 clean:
 	rm -rf build $(VENV) adasplash/lib adasplash/include adasplash/_C*.so *.egg-info
