@@ -129,9 +129,13 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:  # keeps the size of what goes through; norms stay at one
                 nn.init.normal_(parameter, std=config.width**-0.5)
-        for block in self.blocks:  # what is added to the residual stream stays as large together as one of them
+        for block in self.blocks:
+            # What is added to the residual stream stays as large together as one of them.
             for last in (block.attention.output, block.feed_forward[-1]):
                 nn.init.normal_(last.weight, std=(config.width * 2 * config.layers) ** -0.5)
+            # Attention starts flat: a key that gets no weight gets no gradient either.
+            query_key = block.attention.query_key_value.weight[: 2 * config.width]
+            nn.init.normal_(query_key, std=0.4 * config.width**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)

@@ -122,7 +122,7 @@ def train(
     steps: int | None,
     minutes: float | None,
     batch: int = 4,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2e-3,
     seed: int = 0,
     measure_every: int = 20,
 ) -> Checkpoint:
@@ -225,7 +225,7 @@ def add_options(parser: argparse.ArgumentParser, minutes: float) -> None:
         model.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)")
     training = parser.add_argument_group("training")
     training.add_argument("--batch", type=_positive(int), default=4, help="windows a step (default: %(default)s)")
-    training.add_argument("--learning-rate", type=_positive(float), default=3e-3, help="peak (default: %(default)s)")
+    training.add_argument("--learning-rate", type=_positive(float), default=2e-3, help="peak (default: %(default)s)")
     training.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     training.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:1, … (default: %(default)s)")
 
