@@ -52,6 +52,11 @@ BackwardResult allocate_backward(const at::Tensor& query, const at::Tensor& key,
                              : at::empty({0}, query.options().dtype(row_state_type(query)))};
 }
 
+std::array<int64_t, 2> window_pair(c10::IntArrayRef window) {
+  TORCH_CHECK(window.size() == 2, "entmax_attn: window must be two numbers (left, right), got ", window);
+  return {window[0], window[1]};
+}
+
 ForwardResult call_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            const AttentionOptions& o, c10::SymInt support_capacity) {
   using Signature = decltype(forward_op<ForwardKernel{}>);

@@ -66,6 +66,9 @@ ForwardResult allocate_forward(const at::Tensor& query, const at::Tensor& key, c
 BackwardResult allocate_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const AttentionOptions& options);
 
+// The schema's int[2] is a list of any length to those who call through torch.ops.
+std::array<int64_t, 2> window_pair(c10::IntArrayRef window);
+
 // Through the dispatcher, so that tracers and profilers see the two ops.
 ForwardResult call_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            const AttentionOptions& options, c10::SymInt support_capacity);
@@ -87,18 +90,8 @@ ForwardResult forward_op(const at::Tensor& query, const at::Tensor& key, const a
                          c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, c10::IntArrayRef window,
                          const OptionalTensor& alibi_slopes, c10::SymInt support_capacity) {
   return kernel(query, key, value,
-                {head_alpha,
-                 alpha,
-                 is_causal,
-                 scale,
-                 q_seqlens,
-                 kv_seqlens,
-                 cu_seqlens_q,
-                 cu_seqlens_k,
-                 std::move(max_seqlen_q),
-                 std::move(max_seqlen_k),
-                 {window[0], window[1]},
-                 alibi_slopes},
+                {head_alpha, alpha, is_causal, scale, q_seqlens, kv_seqlens, cu_seqlens_q, cu_seqlens_k,
+                 std::move(max_seqlen_q), std::move(max_seqlen_k), window_pair(window), alibi_slopes},
                 support_capacity);
 }
 
@@ -111,18 +104,8 @@ BackwardResult backward_op(const at::Tensor& grad_out, const at::Tensor& query, 
                            const OptionalTensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k,
                            c10::IntArrayRef window, const OptionalTensor& alibi_slopes) {
   return kernel(grad_out, query, key, value, {row_state, support, tiles},
-                {head_alpha,
-                 alpha,
-                 is_causal,
-                 scale,
-                 q_seqlens,
-                 kv_seqlens,
-                 cu_seqlens_q,
-                 cu_seqlens_k,
-                 std::move(max_seqlen_q),
-                 std::move(max_seqlen_k),
-                 {window[0], window[1]},
-                 alibi_slopes});
+                {head_alpha, alpha, is_causal, scale, q_seqlens, kv_seqlens, cu_seqlens_q, cu_seqlens_k,
+                 std::move(max_seqlen_q), std::move(max_seqlen_k), window_pair(window), alibi_slopes});
 }
 
 }  // namespace adasplash

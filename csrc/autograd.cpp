@@ -19,8 +19,17 @@ using torch::autograd::variable_list;
 // Support entries kept for each row. The CPU's backward walks the lists; the CUDA kernels walk tile bits.
 int64_t support_capacity(const at::Tensor& query) { return query.device().is_cuda() ? 0 : 64; }
 
-// Saved as IValues and not as one object, so that compiled autograd can trace them.
-void save_options(AutogradContext* ctx, const AttentionOptions& o) {
+// The options that are tensors, in the order in which they are saved.
+constexpr OptionalTensor AttentionOptions::* kTensorOptions[] = {
+    &AttentionOptions::head_alpha,   &AttentionOptions::q_seqlens,    &AttentionOptions::kv_seqlens,
+    &AttentionOptions::cu_seqlens_q, &AttentionOptions::cu_seqlens_k, &AttentionOptions::alibi_slopes};
+
+void save_for_backward(AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                       const SavedForBackward& saved, const AttentionOptions& o) {
+  variable_list tensors = {query, key, value, saved.row_state, saved.support, saved.tiles};
+  for (const auto option : kTensorOptions) tensors.push_back((o.*option).value_or(at::Tensor()));
+  ctx->save_for_backward(std::move(tensors));
+  // As IValues and not as one object, so that compiled autograd can trace them.
   auto& data = ctx->saved_data;
   data["alpha"] = o.alpha;
   data["is_causal"] = o.is_causal;
@@ -30,7 +39,7 @@ void save_options(AutogradContext* ctx, const AttentionOptions& o) {
   data["window"] = std::vector<int64_t>(o.window.begin(), o.window.end());
 }
 
-AttentionOptions load_options(AutogradContext* ctx) {
+AttentionOptions load_options(AutogradContext* ctx, const variable_list& tensors) {
   auto& data = ctx->saved_data;
   AttentionOptions o;
   o.alpha = data["alpha"].toDouble();
@@ -38,8 +47,12 @@ AttentionOptions load_options(AutogradContext* ctx) {
   o.scale = data["scale"].toOptional<double>();
   o.max_seqlen_q = data["max_seqlen_q"].toSymInt();
   o.max_seqlen_k = data["max_seqlen_k"].toSymInt();
-  const auto window = data["window"].toIntVector();
-  o.window = {window[0], window[1]};
+  o.window = window_pair(data["window"].toIntVector());
+  auto tensor = tensors.begin() + 6;
+  for (const auto option : kTensorOptions) {
+    if (tensor->defined()) o.*option = *tensor;
+    ++tensor;
+  }
   return o;
 }
 
@@ -63,29 +76,16 @@ class EntmaxAttnBackward : public torch::autograd::Function<EntmaxAttnBackward> 
 class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
  public:
   static Variable forward(AutogradContext* ctx, const Variable& query, const Variable& key, const Variable& value,
-                          const OptionalTensor& head_alpha, const AttentionOptions& options, int64_t capacity) {
+                          const OptionalTensor& /*head_alpha*/, const AttentionOptions& options, int64_t capacity) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, row_state, support, tiles] = call_forward(query, key, value, options, capacity);
-    if (capacity != kInference) {
-      const auto tensor = [](const OptionalTensor& t) { return t ? *t : Variable(); };
-      ctx->save_for_backward({query, key, value, row_state, support, tiles, tensor(head_alpha),
-                              tensor(options.q_seqlens), tensor(options.kv_seqlens), tensor(options.cu_seqlens_q),
-                              tensor(options.cu_seqlens_k), tensor(options.alibi_slopes)});
-      save_options(ctx, options);
-    }
+    if (capacity != kInference) save_for_backward(ctx, query, key, value, {row_state, support, tiles}, options);
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const auto v = ctx->get_saved_variables();
-    const auto optional = [](const Variable& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-    AttentionOptions options = load_options(ctx);
-    options.head_alpha = optional(v[6]);
-    options.q_seqlens = optional(v[7]);
-    options.kv_seqlens = optional(v[8]);
-    options.cu_seqlens_q = optional(v[9]);
-    options.cu_seqlens_k = optional(v[10]);
-    options.alibi_slopes = optional(v[11]);
+    const AttentionOptions options = load_options(ctx, v);
     const auto g = EntmaxAttnBackward::apply(grad[0], v[0], v[1], v[2], SavedForBackward{v[3], v[4], v[5]}, options);
     return {g[0], g[1], g[2], options.head_alpha ? g[3] : Variable(), Variable(), Variable()};
   }
@@ -113,7 +113,7 @@ void refuse_forward_mode(const at::Tensor& tensor) {
 
 at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const AttentionOptions& options) {
-  check_attention("entmax_attn", query, key, value, options);
+  check_attention("entmax_attn", query, key, value, options, /*softmax_elsewhere=*/true);
   if (!options.head_alpha && options.alpha == 1) return softmax_attn(query, key, value, options);
   bool training = false;
   for (const auto& t : {query, key, value, options.head_alpha.value_or(at::Tensor())}) {
@@ -127,7 +127,7 @@ at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, co
 
 at::Tensor attention_inference(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const AttentionOptions& options) {
-  check_attention("entmax_attn", query, key, value, options);
+  check_attention("entmax_attn", query, key, value, options, /*softmax_elsewhere=*/true);
   if (!options.head_alpha && options.alpha == 1) return softmax_attn(query, key, value, options);
   return std::get<0>(call_forward(query, key, value, options, kInference));
 }
@@ -135,33 +135,22 @@ at::Tensor attention_inference(const at::Tensor& query, const at::Tensor& key, c
 using AttentionKernel = at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                        const AttentionOptions&);
 
-template <AttentionKernel kernel>
-at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double alpha,
+// Both overloads: Alpha is double, or a tensor.
+template <AttentionKernel kernel, typename Alpha>
+at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Alpha alpha,
                        bool is_causal, std::optional<double> scale, const OptionalTensor& q_seqlens,
                        const OptionalTensor& kv_seqlens, c10::IntArrayRef window, const OptionalTensor& alibi_slopes) {
   AttentionOptions o;
-  o.alpha = alpha;
+  if constexpr (std::is_same_v<Alpha, double>) {
+    o.alpha = alpha;
+  } else {
+    o.head_alpha = alpha;
+  }
   o.is_causal = is_causal;
   o.scale = scale;
   o.q_seqlens = q_seqlens;
   o.kv_seqlens = kv_seqlens;
-  o.window = {window[0], window[1]};
-  o.alibi_slopes = alibi_slopes;
-  return kernel(query, key, value, o);
-}
-
-template <AttentionKernel kernel>
-at::Tensor entmax_attn_per_head(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                const at::Tensor& alpha, bool is_causal, std::optional<double> scale,
-                                const OptionalTensor& q_seqlens, const OptionalTensor& kv_seqlens,
-                                c10::IntArrayRef window, const OptionalTensor& alibi_slopes) {
-  AttentionOptions o;
-  o.head_alpha = alpha;
-  o.is_causal = is_causal;
-  o.scale = scale;
-  o.q_seqlens = q_seqlens;
-  o.kv_seqlens = kv_seqlens;
-  o.window = {window[0], window[1]};
+  o.window = window_pair(window);
   o.alibi_slopes = alibi_slopes;
   return kernel(query, key, value, o);
 }
@@ -179,14 +168,14 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const at::Tensor& q
 
 TORCH_LIBRARY_IMPL(adasplash, Autograd, m) {
   using namespace adasplash;
-  m.impl("entmax_attn", entmax_attn<attention_autograd>);
-  m.impl("entmax_attn.per_head", entmax_attn_per_head<attention_autograd>);
+  m.impl("entmax_attn", entmax_attn<attention_autograd, double>);
+  m.impl("entmax_attn.per_head", entmax_attn<attention_autograd, const at::Tensor&>);
   m.impl("_entmax_attn_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_entmax_attn_backward", backward_op<backward_autograd>);
 }
 
 TORCH_LIBRARY_IMPL(adasplash, CompositeExplicitAutograd, m) {
   using namespace adasplash;
-  m.impl("entmax_attn", entmax_attn<attention_inference>);
-  m.impl("entmax_attn.per_head", entmax_attn_per_head<attention_inference>);
+  m.impl("entmax_attn", entmax_attn<attention_inference, double>);
+  m.impl("entmax_attn.per_head", entmax_attn<attention_inference, const at::Tensor&>);
 }

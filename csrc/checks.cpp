@@ -52,7 +52,7 @@ void check_like(const char* op, const char* name, const at::Tensor& tensor, at::
 }  // namespace
 
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                     const AttentionOptions& options) {
+                     const AttentionOptions& options, bool softmax_elsewhere) {
   TORCH_CHECK(query.defined(), op, ": query must be a tensor, got none");
   const auto type = query.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble, op,
@@ -80,7 +80,8 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
 
   if (!options.head_alpha) {
     const double alpha = options.alpha;
-    TORCH_CHECK(alpha == 1 || (alpha >= 1.01 && alpha <= 2), op, ": alpha must be 1 or from 1.01 to 2, got ", alpha);
+    TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= 1.01 && alpha <= 2), op, ": alpha must be ",
+                softmax_elsewhere ? "1 or " : "", "from 1.01 to 2, got ", alpha);
   }
   TORCH_CHECK(!options.scale || std::isfinite(*options.scale), op, ": scale must be finite, got ", *options.scale);
   check_available(op, options);

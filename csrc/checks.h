@@ -5,9 +5,10 @@
 
 namespace adasplash {
 
-// Throws unless the arguments fit the contract of the padded form. `op` is the name that the message starts with.
+// Throws unless the arguments fit the contract of the padded form. `op` is the name that the message starts with. alpha
+// = 1 passes only where `softmax_elsewhere`: no kernel of ours computes it.
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                     const AttentionOptions& options);
+                     const AttentionOptions& options, bool softmax_elsewhere = false);
 
 // Throws unless the saved tensors and grad_out are of the shapes that the forward returned.
 void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

@@ -190,3 +190,16 @@ def test_support_entries_out_of_range_are_no_stray_access(entry):
         torch.ops.adasplash._entmax_attn_backward(*tensors.values(), *options)
     except RuntimeError as error:
         assert "support" in str(error)
+
+
+@pytest.mark.parametrize("window", ([], [-1], [-1, -1, -1]))
+def test_window_of_another_length(make_inputs, window):
+    """torch.ops takes a list of any length where the schema says int[2]."""
+    with pytest.raises(RuntimeError, match=r"window must be two numbers \(left, right\), got"):
+        torch.ops.adasplash.entmax_attn(*make_inputs(1, 1, 2, 2), window=window)
+
+
+def test_the_private_op_does_not_compute_softmax(make_inputs):
+    options = (None, 1.0, False, None, None, None, None, None, 0, 0, [-1, -1], None)
+    with pytest.raises(RuntimeError, match=r"_entmax_attn_forward: alpha must be from 1.01 to 2, got 1"):
+        torch.ops.adasplash._entmax_attn_forward(*make_inputs(1, 1, 2, 2), *options, -1)

@@ -2,8 +2,8 @@
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
-#include "cuda/attention.h"
 #include "cuda/call.h"
+#include "cuda/ops.h"
 
 namespace adasplash::cuda {
 

@@ -122,7 +122,10 @@ void* current_stream(c10::Device device) {
   }
 }
 
-Place place_of_cuda(c10::Device device) { return {device.index(), current_stream(device)}; }
+void place_of_cuda(int device, Place* place) {
+  const c10::Device torch_device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+  *place = {device, current_stream(torch_device)};
+}
 
 std::atomic<PlaceOf> replaceable_place_of{place_of_cuda};
 
@@ -140,7 +143,12 @@ void ensure_context(int device) {
 
 }  // namespace
 
-Place place_of(c10::Device device) { return replaceable_place_of.load()(device); }
+Place place_of(c10::Device device) {
+  Place place{};
+  replaceable_place_of.load()(device.index(), &place);
+  return place;
+}
+
 void replace_place_of(PlaceOf replacement) { replaceable_place_of = replacement; }
 
 const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, double alpha, bool aligned,

@@ -52,8 +52,8 @@ struct Place {
   void* stream;  // CUstream
 };
 
-// The current stream of a tensor's device. What finds it can be replaced, by tests: CPU tensors have no stream.
-using PlaceOf = Place (*)(c10::Device);
+// The current stream of a device of torch's. What finds it can be replaced, by tests: CPU tensors have no stream.
+using PlaceOf = void (*)(int device, Place* place);
 Place place_of(c10::Device device);
 void replace_place_of(PlaceOf replacement);
 

@@ -3,8 +3,8 @@
 
 #include <atomic>
 
-#include "cuda/attention.h"
 #include "cuda/kernels.h"
+#include "cuda/ops.h"
 
 namespace adasplash::cuda {
 namespace {
