@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,12 +149,16 @@ def build_once(tmp_path_factory, name: str, build: Callable[[Path], None]) -> Pa
     """A folder that `build` has filled; the workers of pytest-xdist share what one of them has built."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, done = base / name, base / f"{name}.done"
+    folder, outcome = base / name, base / f"{name}.outcome"
     with open(base / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        if not outcome.exists():
             folder.mkdir()
-            build(folder)
-            done.touch()
+            try:
+                build(folder)
+                outcome.touch()
+            except BaseException as error:
+                outcome.write_text(f"{name} could not be built: {error}")
+                raise
+    assert not outcome.read_text(), outcome.read_text()
     return folder
