@@ -43,9 +43,12 @@ def load_state(row_state, row, limit):
 
 @triton.jit
 def grad_query(
-    query, key, value, grad_out, grad_query, delta, row_state, tiles, lists, lengths_q, lengths_k,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    grad_out_batch, grad_out_head, grad_out_row, grad_query_batch, grad_query_head, grad_query_row, state_batch,
+    query, query_batch, query_head, query_row,
+    key, key_batch, key_head, key_row,
+    value, value_batch, value_head, value_row,
+    grad_out, grad_out_batch, grad_out_head, grad_out_row,
+    grad_query, grad_query_batch, grad_query_head, grad_query_row,
+    delta, row_state, tiles, lists, lengths_q, lengths_k, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
     kind_q, kind_k, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
@@ -132,10 +135,13 @@ def grad_query(
 
 @triton.jit
 def grad_key_value(
-    query, key, value, grad_out, grad_key, grad_value, delta, row_state, tiles, lists, lengths_q, lengths_k,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    grad_out_batch, grad_out_head, grad_out_row, grad_key_batch, grad_key_head, grad_key_row,
-    grad_value_batch, grad_value_head, grad_value_row, state_batch,
+    query, query_batch, query_head, query_row,
+    key, key_batch, key_head, key_row,
+    value, value_batch, value_head, value_row,
+    grad_out, grad_out_batch, grad_out_head, grad_out_row,
+    grad_key, grad_key_batch, grad_key_head, grad_key_row,
+    grad_value, grad_value_batch, grad_value_head, grad_value_row,
+    delta, row_state, tiles, lists, lengths_q, lengths_k, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
     kind_q, kind_k, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,

@@ -3,7 +3,7 @@
 Writes to DIR
     cubins.bin      machine code of all variants, and PTX of one architecture below 90, one after the other
     manifest.json   what each is: symbol, arguments and their types, constants, warps, shared memory, place in the file
-    launchers.h, launchers.cpp   the same for C++: typed arguments and the table that picks a variant
+    variants.cpp    the same as a table in C++
     resources.txt   registers, spills, stack, shared memory and size of each
 and fails if a variant breaks triton_src/limits.json. Results are cached by content (sources, compiler, variant), so a
 second run takes seconds.
@@ -216,8 +216,7 @@ def write_outputs(descriptions, out):
     write_if_changed(out / "cubins.bin", bytes(blob))
     write_if_changed(out / "manifest.json", json.dumps(manifest, indent=1))
     write_if_changed(out / "resources.txt", table(descriptions))
-    write_if_changed(out / "launchers.h", launchers.header())
-    write_if_changed(out / "launchers.cpp", launchers.source(manifest))
+    write_if_changed(out / "variants.cpp", launchers.source(manifest))
     return manifest
 
 
@@ -229,6 +228,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--table", action="store_true", help="print resources.txt")
     args = parser.parse_args()
+    header = SOURCE.parent / "csrc" / "cuda" / "launchers.h"
+    if header.read_text() != launchers.header():
+        sys.exit(f"{header} does not fit the kernels: python -m triton_src.launchers > {header}")
     descriptions = compile_all(sorted(set(args.arch)), args.cache, args.jobs)
     write_outputs(descriptions, args.out)
     if args.table:

@@ -48,10 +48,11 @@ ROUNDING = tl.constexpr(2.0**-21)
 
 @triton.jit
 def row_max(
-    query, key, row_state, numbers, lengths_q, lengths_k,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, state_batch,
-    heads, group, rows_q, rows_k, limit_q, limit_k, width, kind_q, kind_k, window_left, window_right,
-    scale, alpha,
+    query, query_batch, query_head, query_row,
+    key, key_batch, key_head, key_row,
+    row_state, numbers, lengths_q, lengths_k, state_batch,
+    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
+    kind_q, kind_k, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """m of each row into row_state, and the number of each visible (64 rows) x (64 keys) tile into `numbers`.
@@ -125,9 +126,11 @@ def list_tiles(
 
 @triton.jit
 def attend(
-    query, key, value, out, row_state, tiles, numbers, lists, lengths_q, lengths_k,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    out_batch, out_head, out_row, state_batch,
+    query, query_batch, query_head, query_row,
+    key, key_batch, key_head, key_row,
+    value, value_batch, value_head, value_row,
+    out, out_batch, out_head, out_row,
+    row_state, tiles, numbers, lists, lengths_q, lengths_k, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
     kind_q, kind_k, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,

@@ -99,7 +99,7 @@ class Variant:
 
 # (BLOCK_M, BLOCK_N, columns at a time, warps, stages). BLOCK_M of row_max must be a multiple of attend's. Blocks have
 # sides of 64 or more, but for the side along which attend and the gradients walk tiles, which may be part of a tile.
-HALF_BIG = {  # sm_80, sm_90, sm_100, sm_103
+HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
     ("row_max", 64): (128, 128, 64, 8, 3),
     ("row_max", 128): (128, 128, 128, 8, 2),
     ("row_max", 256): (64, 128, 256, 8, 1),
@@ -113,15 +113,22 @@ HALF_BIG = {  # sm_80, sm_90, sm_100, sm_103
     ("grad_key_value", 128): (32, 128, 128, 8, 2),
     ("grad_key_value", 256): (32, 64, 128, 8, 1),
 }
-HALF_SMALL = {  # sm_86, sm_89, sm_120: 99 KiB of shared memory
-    **HALF_BIG,
+HALF_80 = {  # sm_80: operands of matrix products are registers
+    **HALF_90,
+    ("attend", 64): (128, 32, 64, 8, 3),
+    ("attend", 128): (128, 32, 128, 8, 2),
+    ("grad_query", 64): (128, 32, 64, 8, 2),
+    ("grad_query", 128): (64, 64, 128, 8, 2),
+    ("grad_key_value", 64): (32, 128, 64, 8, 2),
+    ("grad_key_value", 128): (64, 64, 128, 8, 2),
+}
+HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
+    **HALF_80,
     ("row_max", 128): (128, 64, 128, 8, 2),
     ("row_max", 256): (64, 64, 256, 8, 1),
-    ("attend", 128): (64, 64, 128, 8, 2),
     ("attend", 256): (64, 32, 128, 8, 1),
-    ("grad_query", 128): (64, 32, 128, 8, 2),
-    ("grad_key_value", 128): (32, 64, 128, 8, 2),
 }
+HALF = dict.fromkeys((90, 100, 103), HALF_90) | {80: HALF_80} | dict.fromkeys((86, 89, 120), HALF_SMALL)
 FP32 = {  # three tf32 products for one: large code and many registers, so small blocks
     (kernel, pad): {
         "row_max": (64, 64, 32, 8, 1),
@@ -132,20 +139,18 @@ FP32 = {  # three tf32 products for one: large code and many registers, so small
     for kernel in KERNELS
     for pad in (64, 128, 256)
 }
-# What differs from the tables above for some kinds of alpha: powers need registers.
+# What differs for alpha in general: powers need registers.
 ALPHA_ANY_TILES = {
     ("attend", 64): (128, 32, 64, 8, 3),
     ("attend", 128): (128, 32, 128, 8, 2),
 }
 
 
-def tile(arch, kernel, dtype, pad, alpha, aligned):
+def tile(arch, kernel, dtype, pad, alpha):
     if dtype == "fp32":
         return FP32[kernel, pad]
-    table = HALF_SMALL if SHARED_KIB[arch] < 128 else HALF_BIG
-    if alpha == "any" and table is HALF_BIG:
-        table = {**table, **ALPHA_ANY_TILES}
-    return table[kernel, pad]
+    special = ALPHA_ANY_TILES if alpha == "any" else {}
+    return special.get((kernel, pad)) or HALF[arch][kernel, pad]
 
 
 def specialisations():
@@ -168,9 +173,7 @@ def variants(arch):
     for dtype, pad, alpha, aligned in specialisations():
         for kernel in KERNELS:
             kind = "any" if kernel == "row_max" else alpha
-            hot = aligned and pad <= 128 and (kernel == "row_max" or alpha != "any") and SHARED_KIB[arch] > 128
-            variant = Variant(
-                kernel, dtype, pad, kind, aligned, *tile(arch, kernel, dtype, pad, kind, aligned), hot=hot
-            )
+            hot = arch in DEFAULT_ARCHS and aligned and pad <= 128 and (kernel == "row_max" or alpha != "any")
+            variant = Variant(kernel, dtype, pad, kind, aligned, *tile(arch, kernel, dtype, pad, kind), hot=hot)
             found[variant.name] = variant
     return list(found.values())

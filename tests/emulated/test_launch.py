@@ -1,0 +1,227 @@
+"""Launches as the driver sees them: what is loaded when, where it goes, and what becomes of errors."""
+
+import threading
+
+import pytest
+import torch
+
+import reference
+from common import make_inputs, run_python
+
+pytestmark = pytest.mark.backends("emulated")
+FORWARD, BACKWARD = ["row_max", "attend"], ["grad_query", "grad_key_value"]
+
+
+@pytest.fixture
+def driver(backend):
+    from emulated import install
+
+    driver = install()
+    driver.reset()
+    driver.set_place()
+    yield driver
+    driver.reset()
+    driver.set_place()
+    driver.run_kernels = True
+
+
+def attend(inputs, alpha=1.5, **options):
+    return torch.ops.adasplash.entmax_attn(*inputs, alpha, **options)
+
+
+def kernels(driver):
+    return [launch.variant["kernel"] for launch in driver.launches]
+
+
+def test_what_a_call_launches(driver):
+    inputs = make_inputs(1, 2, 70, 90, requires_grad=True)
+    out = attend(inputs)
+    assert kernels(driver) == FORWARD
+    out.sum().backward()
+    assert kernels(driver) == FORWARD + BACKWARD
+    with torch.no_grad():
+        attend(inputs)
+    assert kernels(driver) == FORWARD + BACKWARD + FORWARD
+
+
+def test_code_is_loaded_once(driver):
+    inputs = make_inputs(1, 1, 5, 6, size=8, dtype=torch.float16)
+    attend(inputs)
+    before = driver.calls("cuLibraryLoadData")
+    attend(inputs)
+    driver.set_place(device=1, stream=3)
+    attend(inputs)
+    assert driver.calls("cuLibraryLoadData") == before
+    assert driver.calls("cuLaunchKernelEx") == 6
+
+
+def test_launches_go_to_the_current_stream_and_device(driver):
+    inputs = make_inputs(1, 1, 5, 6, size=8)
+    places = [(0, 0), (0, 0x1234), (1, 0x5678), (2, 1 << 40)]
+    for device, stream in places:
+        driver.set_place(device, stream)
+        attend(inputs)
+    seen = [(launch.device, launch.stream) for launch in driver.launches]
+    assert seen == [place for place in places for _ in FORWARD]
+
+
+def test_shared_memory_is_asked_for_once_a_device(driver):
+    driver.run_kernels = False
+    inputs = make_inputs(1, 1, 5, 6, size=128, dtype=torch.bfloat16)  # whose kernels need more than 48 KiB
+    driver.set_place(0)
+    attend(inputs)
+    driver.reset()
+    for device, expected in ((0, 0), (1, 2), (1, 2), (0, 2)):
+        driver.set_place(device)
+        attend(inputs)
+        assert driver.calls("cuKernelSetAttribute") == expected, device
+    assert all(launch.variant["shared"] > 48 * 1024 for launch in driver.launches)
+
+
+@pytest.mark.parametrize("device, arch, ptx", ((0, 90, False), (2, 80, False), (3, 80, False), (4, 80, True)))
+def test_the_code_that_a_device_runs(driver, device, arch, ptx):
+    """sm_90: its own; sm_86: that of sm_80; sm_120: PTX."""
+    driver.set_place(device)
+    attend(make_inputs(1, 1, 5, 6, size=8))
+    assert {(launch.variant["arch"], launch.variant["ptx"]) for launch in driver.launches} == {(arch, ptx)}
+
+
+def test_an_architecture_that_was_not_built(driver):
+    driver.set_place(5)
+    with pytest.raises(RuntimeError, match=r"no GPU kernels for the architecture of device 5, sm_75.*sm_80, sm_90"):
+        attend(make_inputs(1, 1, 5, 6, size=8))
+
+
+@pytest.mark.parametrize(
+    "size, dtype, alpha, name",
+    (
+        (64, torch.bfloat16, 1.5, "attend_bf16_d64_a1_5"),
+        (8, torch.bfloat16, 2.0, "attend_bf16_d64_a2"),
+        (72, torch.float16, 1.25, "attend_fp16_d128_aany"),
+        (72, torch.float16, 1.5, "attend_fp16_d128_a1_5"),
+        (9, torch.float16, 1.5, "attend_fp16_d128_aany_unaligned"),
+        (136, torch.bfloat16, 1.5, "attend_bf16_d256_aany"),
+        (255, torch.bfloat16, 2.0, "attend_bf16_d256_aany_unaligned"),
+        (64, torch.float32, 1.5, "attend_fp32_d64_aany_unaligned"),
+        (256, torch.float32, 2.0, "attend_fp32_d256_aany_unaligned"),
+    ),
+)
+def test_the_variant_that_a_call_runs(driver, size, dtype, alpha, name):
+    driver.run_kernels = False
+    attend(make_inputs(1, 1, 5, 6, size=size, dtype=dtype), alpha)
+    assert driver.launches[-1].variant["name"] == name
+
+
+def test_rows_off_16_bytes_take_the_unaligned_variant(driver):
+    inputs = make_inputs(1, 2, 20, 30, size=16, dtype=torch.bfloat16)
+    wide = torch.randn(1, 2, 30, 17).bfloat16()
+    shifted = wide[..., 1:]
+    out = attend(inputs._replace(value=shifted))
+    assert all(launch.variant["aligned"] is False for launch in driver.launches)
+    assert torch.equal(out, attend(inputs._replace(value=shifted.contiguous()), 1.5)) or torch.allclose(
+        out, attend(inputs._replace(value=shifted.contiguous())), atol=2e-2
+    )
+
+
+def test_many_threads_load_each_kernel_once(driver):
+    inputs = make_inputs(1, 1, 40, 50, size=24, dtype=torch.float16)
+    exact = reference.attention(*inputs, 1.75).out
+    outs = {}
+    barrier = threading.Barrier(8)
+
+    def work(index):
+        driver.set_place(index % 2, stream=index)
+        barrier.wait()
+        outs[index] = attend(inputs, 1.75)
+
+    before = driver.calls("cuLibraryLoadData")
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert driver.calls("cuLibraryLoadData") - before <= 2
+    assert sorted(launch.stream for launch in driver.launches) == sorted([*range(8), *range(8)])
+    assert all(launch.device == launch.stream % 2 for launch in driver.launches)
+    for out in outs.values():
+        assert torch.equal(out, outs[0])
+        torch.testing.assert_close(out.double(), exact, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("call", ("cuLaunchKernelEx", "cuCtxGetCurrent"))
+def test_an_error_of_a_launch_names_call_and_kernel(driver, call):
+    inputs = make_inputs(1, 1, 5, 6, size=8)
+    attend(inputs)
+    driver.fail(call, 2)
+    with pytest.raises(RuntimeError, match=rf"{call} failed for .*CUDA_ERROR_OUT_OF_MEMORY \(2\)"):
+        attend(inputs)
+    attend(inputs)  # nothing is left broken
+
+
+PRELUDE = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import adasplash
+from emulated import install
+driver = install()
+inputs = [torch.randn(1, 1, 5, 128).bfloat16() for _ in range(3)]
+def attend():
+    return torch.ops.adasplash.entmax_attn(*inputs)
+def message():
+    try:
+        attend()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+"""
+
+
+def in_new_process(code, **options):
+    from emulated.driver import HERE
+
+    return run_python(PRELUDE.format(tests=str(HERE.parent)) + code, **options)
+
+
+def test_errors_of_the_first_launch(backend):
+    """Each call on the way to the first launch fails once; the next attempt goes through."""
+    calls = (
+        ("cuInit", "cuInit"),
+        ("cuDeviceGet", "device 0"),
+        ("cuDeviceGetAttribute", "device 0"),
+        ("cuCtxGetCurrent", "device 0"),
+        ("cuLibraryLoadData", "row_max_bf16_d128"),
+        ("cuLibraryGetKernel", "row_max_bf16_d128"),
+        ("cuKernelSetAttribute", "row_max_bf16_d128"),
+        ("cuLaunchKernelEx", "row_max_bf16_d128"),
+    )
+    code = f"""
+for call, about in {calls}:
+    driver.fail(call)
+    text = message()
+    assert call + " failed" in text and about in text and "CUDA_ERROR_INVALID_VALUE (1)" in text, text
+assert attend().isfinite().all()
+"""
+    in_new_process(code)
+
+
+def test_no_driver(backend):
+    code = """
+import os
+os.environ["ADASPLASH_LIBCUDA"] = "/nowhere/libcuda.so.1"
+text = message()
+assert "no CUDA driver" in text and "/nowhere/libcuda.so.1" in text, text
+"""
+    in_new_process(code)
+
+
+def test_too_old_a_driver(backend):
+    code = """
+import os
+driver.reset(version=11080)
+text = message()
+assert "too old: it serves CUDA 11.8" in text and "driver 525 or newer" in text, text
+os.environ["ADASPLASH_LIBCUDA"] = "libm.so.6"  # has none of the functions
+text = message()
+assert "too old" in text and "has no cuInit" in text, text
+"""
+    in_new_process(code)

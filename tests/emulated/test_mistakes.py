@@ -1,0 +1,229 @@
+"""Mistakes in a launcher, a grid or a manifest, made on purpose: the emulation or the compiler catches each."""
+
+import copy
+import ctypes
+import itertools
+import subprocess
+
+import pytest
+import torch
+
+import reference
+from common import ROOT, make_inputs
+
+pytestmark = pytest.mark.backends("emulated")
+
+
+@pytest.fixture
+def driver(backend):
+    from emulated import install
+
+    driver = install()
+    driver.reset()
+    driver.set_place()
+    yield driver
+    driver.reset()
+
+
+@pytest.fixture
+def tamper(driver, monkeypatch):
+    """tamper(function): `function(variant, arguments, programs)` may change what the interpreter is given."""
+    from emulated import driver as module
+
+    interpret = module.interpret
+
+    def use(change):
+        def changed(variant, arguments, programs):
+            arguments = dict(arguments)
+            programs = change(variant, arguments, programs) or programs
+            interpret(variant, arguments, programs)
+
+        monkeypatch.setattr(module, "interpret", changed)
+
+    return use
+
+
+seeds = itertools.count()
+
+
+def roomy(x):
+    """The same tensor at the start of a larger block, so that what a mistake makes kernels read exists."""
+    block = torch.randn(x.numel() + 100_000).to(x.dtype)
+    block[: x.numel()] = x.detach().flatten()
+    return block[: x.numel()].view(x.shape)
+
+
+def is_right():
+    """Whether an asymmetric call, forward and backward, still agrees with the reference. Never twice the same numbers:
+    what is not written must not look right because it was once."""
+    seed = next(seeds)
+    inputs = make_inputs(2, 4, 70, 90, size=24, kv_heads=2, value_size=16, seed=seed)
+    grad = torch.randn(2, 4, 70, 16, generator=torch.Generator().manual_seed(seed + 1000))
+
+    def run(function, dtype, prepare):
+        leaves = [prepare(x.to(dtype)).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves, prepare(grad.to(dtype)))
+
+    actual = run(lambda *x: torch.ops.adasplash.entmax_attn(*x, 1.5, True), torch.float32, roomy)
+    exact = run(lambda *x: reference.attention(*x, 1.5, True).out, torch.float64, torch.clone)
+    return all(torch.allclose(a.double(), e, atol=1e-4, rtol=1e-4) for a, e in zip(actual, exact, strict=True))
+
+
+def test_untampered_it_is_right(driver):
+    assert is_right()
+
+
+@pytest.mark.parametrize(
+    "kernel, one, other",
+    (
+        ("row_max", "query_head", "key_head"),
+        ("row_max", "key_batch", "key_head"),
+        ("attend", "key", "value"),
+        ("attend", "scale", "alpha"),
+        ("attend", "window_left", "window_right"),
+        ("attend", "value_batch", "value_head"),
+        ("grad_query", "width", "width_v"),
+        ("grad_query", "key", "value"),
+        ("grad_key_value", "grad_out_batch", "grad_out_head"),
+        ("grad_key_value", "query_head", "key_head"),
+    ),
+)
+def test_swapped_arguments(tamper, kernel, one, other):
+    """Pairs of one type, which the compiler can't tell apart, and whose swap writes nothing out of bounds."""
+
+    def swap(variant, arguments, programs):
+        if variant["kernel"] == kernel:
+            assert arguments[one] != arguments[other], "the same in this call: nothing to notice"
+            arguments[one], arguments[other] = arguments[other], arguments[one]
+
+    tamper(swap)
+    assert not is_right()
+
+
+@pytest.mark.parametrize("kernel", ("row_max", "attend", "grad_query", "grad_key_value"))
+def test_too_few_programs(tamper, kernel):
+    tamper(lambda variant, arguments, programs: programs - 1 if variant["kernel"] == kernel else programs)
+    assert not is_right()
+
+
+def with_manifest(driver, monkeypatch, change):
+    """The driver reads a changed manifest; kernels that were found before are found again."""
+    manifest = copy.deepcopy(driver.manifest)
+    for variant in manifest["variants"]:
+        change(variant)
+    monkeypatch.setattr(driver, "manifest", manifest)
+    by_symbol = {(v["symbol"], v["arch"]): v for v in manifest["variants"]}
+    kernels = [{**by_symbol[k["symbol"], k["arch"]], "ptx": k["ptx"]} for k in driver.kernels]
+    monkeypatch.setattr(driver, "kernels", kernels)
+
+
+def attend():
+    return torch.ops.adasplash.entmax_attn(*make_inputs(1, 1, 5, 6, size=8))
+
+
+def test_a_dropped_argument(driver, monkeypatch):
+    with_manifest(driver, monkeypatch, lambda variant: variant["arguments"].pop(0))
+    with pytest.raises(RuntimeError, match=r"cuLaunchKernelEx failed for .* takes \d+ bytes of arguments, got \d+"):
+        attend()
+
+
+def test_a_mistyped_argument(driver, monkeypatch):
+    def widen(variant):
+        for argument in variant["arguments"]:
+            if argument[0] in ("heads", "group"):
+                argument[1] = "i64"
+
+    with_manifest(driver, monkeypatch, widen)
+    with pytest.raises(RuntimeError, match=r"takes \d+ bytes of arguments, got \d+"):
+        attend()
+
+
+def test_a_stale_manifest(driver, monkeypatch):
+    """Kernels whose arguments were renamed or reordered since the manifest was written."""
+
+    def reorder(variant):
+        names = [name for name, _ in variant["arguments"]]
+        i, j = names.index("rows_q"), names.index("limit_k")
+        variant["arguments"][i], variant["arguments"][j] = variant["arguments"][j], variant["arguments"][i]
+
+    with_manifest(driver, monkeypatch, reorder)
+    with pytest.raises(RuntimeError, match="is it stale"):
+        attend()
+
+
+def test_a_symbol_that_the_manifest_does_not_have(driver, monkeypatch):
+    driver.set_place(2)
+    monkeypatch.setattr(driver, "manifest", {"variants": []})
+    inputs = make_inputs(1, 1, 5, 6, size=200, dtype=torch.float16)  # not loaded by another test on this device
+    with pytest.raises(RuntimeError, match=r"cuLibraryGetKernel failed for row_max_fp16_d256.*NOT_FOUND"):
+        torch.ops.adasplash.entmax_attn(*inputs)
+
+
+class Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    (
+        ({}, 0),
+        ({"grid": (0, 1, 1)}, 1),
+        ({"grid": (1, 0, 1)}, 1),
+        ({"block": (2048, 1, 1)}, 1),
+        ({"shared": 300 * 1024}, 701),
+    ),
+)
+def test_what_the_stand_in_refuses(driver, change, error):
+    attend()
+    driver.run_kernels = False
+    variant = next(i for i, v in enumerate(driver.kernels) if v["kernel"] == "row_max" and v["arch"] == 90)
+    launch = driver.launches[0].variant
+    config = Config((1, 1, 1), (launch["warps"] * 32, 1, 1), driver.kernels[variant]["shared"])
+    for name, value in change.items():
+        setattr(config, name, type(getattr(config, name))(*value) if isinstance(value, tuple) else value)
+    buffer = ctypes.create_string_buffer(184)
+    size = ctypes.c_uint64(184)
+    extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), None)
+    driver.library.standin_set_context(1)
+    kernel = ctypes.c_void_p(variant + 1)
+    assert driver.library.cuLaunchKernelEx(ctypes.byref(config), kernel, None, extra) == error
+    driver.run_kernels = True
+
+
+LAUNCH = """
+#include "cuda/launchers.h"
+using namespace adasplash::cuda;
+void test(const Variant& variant, const Rows& rows, float* floats, const int32_t* lengths, const Shape& shape) {
+  row_max(variant, Place{0, nullptr}, 1, {
+      .query = rows, .key = rows, .row_state = floats, .numbers = floats,
+      .lengths_q = lengths, .lengths_k = lengths, .state_batch = int64_t{1}, .shape = shape});
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    (
+        (None, None),
+        (".numbers = floats,", ""),
+        (".state_batch = int64_t{1}", ".state_batch = 1"),
+        (".row_state = floats, .numbers = floats", ".numbers = floats, .row_state = floats"),
+        (".lengths_k = lengths", ".lengths_k = floats"),
+    ),
+    ids=("right", "dropped", "narrow", "swapped", "mistyped"),
+)
+def test_the_compiler_refuses_wrong_arguments(tmp_path, old, new):
+    source = tmp_path / "launch.cpp"
+    source.write_text(LAUNCH.replace(old, new) if old else LAUNCH)
+    include = f"{torch.__path__[0]}/include"
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-I", ROOT / "csrc", "-isystem", include, source]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == (old is None), done.stderr

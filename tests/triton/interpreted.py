@@ -1,0 +1,125 @@
+"""The kernels run by Triton's interpreter on CPU tensors, launched from Python. What the op does not offer yet, lengths
+and windows, can be asked for here."""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when it is imported
+
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common import ROOT
+
+sys.path.insert(0, str(ROOT))
+from triton_src import common, variants
+
+warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"numpy|triton")  # maxima over nothing but NaN
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sides, and columns at a time (None: all)."""
+
+    block_m: int = 64
+    block_n: int = 64
+    walk: int = 64  # the side along which tiles are walked
+    step: int | None = None
+
+
+class Result(NamedTuple):
+    out: Tensor
+    row_state: Tensor
+    tiles: Tensor
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+
+
+def rows(*tensors):
+    """A tensor and its strides, as the kernels take them; packed (tokens, heads, size) ones have no batch."""
+    for x in tensors:
+        yield x
+        if x.dim() == 3:
+            yield from (0, x.stride(1), x.stride(0))
+        else:
+            yield from x.stride()[:3]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float = 1.5,
+    is_causal: bool = False,
+    *,
+    grad: Tensor | None = None,
+    scale: float | None = None,
+    window: tuple[int, int] = (-1, -1),
+    lengths: tuple[Tensor, Tensor] | None = None,
+    offsets: tuple[Tensor, Tensor, int, int] | None = None,
+    kind: str | None = None,
+    tiles: Tiles | None = None,
+) -> Result:
+    """Forward, and with `grad` backward. Padded tensors (B, H, M, D), with `lengths` of queries and keys; or packed
+    ones (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key)."""
+    tiles = tiles or Tiles()
+    if offsets is None:
+        batch, heads, limit_q, width = query.shape
+        kv_heads, limit_k = key.shape[1:3]
+        rows_q, rows_k, state_batch = limit_q, limit_k, heads * limit_q
+    else:
+        (rows_q, heads, width), (rows_k, kv_heads) = query.shape, key.shape[:2]
+        batch, limit_q, limit_k, state_batch = len(offsets[0]) - 1, *offsets[2:], 0
+    width_v = value.shape[-1]
+    given = offsets[:2] if offsets else lengths or (torch.zeros(1, dtype=torch.int32),) * 2
+    mode = (common.LENGTHS_PACKED if offsets else common.LENGTHS_PADDED if lengths else common.LENGTHS_NONE).value
+    left, right = (common.UNLIMITED if bound < 0 else bound for bound in window)
+    right = 0 if is_causal else right
+    tile_rows, tile_words = 2 * math.ceil(limit_q / 128), 2 * math.ceil(limit_k / 4096)
+    shape = (heads, heads // kv_heads, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v)
+    shape += (mode, mode, left, right, width**-0.5 if scale is None else scale, alpha)
+    kind = kind or {1.5: "1_5", 2.0: "2"}.get(alpha, "any")
+    pad = max(16, 1 << (max(width, width_v) - 1).bit_length())
+    step = tiles.step or pad
+
+    def launch(name, programs, *arguments, block_m=tiles.block_m, block_n=tiles.walk):
+        constants = (block_m, block_n, pad, step)
+        if name != "row_max":
+            constants += (variants.ALPHAS[kind],)
+        variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants)
+
+    # Filled with what must not stay: everything is to be written.
+    garbage = 12345.0
+    out = query.new_full((*query.shape[:-1], width_v), garbage)
+    if offsets is None:
+        row_state = torch.full((batch, heads, limit_q, 2), garbage)
+    else:
+        row_state = torch.full((heads, rows_q, 2), garbage)
+    query_tiles, key_tiles = math.ceil(limit_q / 64), math.ceil(limit_k / 64)
+    numbers = torch.full((batch, heads, query_tiles, key_tiles), garbage)
+    lists = torch.full((batch, heads, query_tiles, key_tiles), 1 << 30, dtype=torch.int32)
+    bits = torch.zeros(batch, heads, tile_rows, tile_words, dtype=torch.int32)
+    programs = math.ceil(limit_q / tiles.block_m) * heads * batch
+    launch("row_max", programs, *rows(query, key), row_state, numbers, block_n=tiles.block_n)
+    launch("attend", programs, *rows(query, key, value, out), row_state, bits, numbers, lists)
+    if grad is None:
+        return Result(out, row_state, bits)
+
+    dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
+    delta = torch.full(row_state.shape[:-1], garbage)
+    tensors = (query, key, value, grad)
+    lists.fill_(1 << 30)
+    launch("grad_query", programs, *rows(*tensors, dq), delta, row_state, bits, lists)
+    lists.fill_(1 << 30)
+    programs = math.ceil(limit_k / tiles.block_n) * kv_heads * batch
+    launch(
+        "grad_key_value", programs, *rows(*tensors, dk, dv), delta, row_state, bits, lists,
+        block_m=tiles.walk, block_n=tiles.block_n,
+    )  # fmt: skip
+    return Result(out, row_state, bits, dq, dk, dv)

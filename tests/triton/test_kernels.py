@@ -1,0 +1,204 @@
+"""The kernels in Triton's interpreter against the fp64 reference: small shapes, every path."""
+
+import pytest
+import torch
+from interpreted import Tiles, attention
+
+import reference
+from common import HALF, assert_accurate, assert_same_bits, gradients, make_inputs, normal_like
+
+pytestmark = pytest.mark.backends("cpu")
+
+SMALL = Tiles()
+BIG = Tiles(block_m=128, block_n=128)
+PARTS = Tiles(walk=16, step=16)
+TYPES = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def check(inputs, *arguments, tiles=SMALL, kind=None, **options):
+    """Forward and backward; `options` as the reference takes them. Returns the result."""
+    grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
+    lengths = options.get("q_seqlens"), options.get("kv_seqlens")
+    mine = {name: value for name, value in options.items() if not name.endswith("seqlens")}
+    if lengths[0] is not None:
+        mine["lengths"] = tuple(x.int() for x in lengths)
+    actual = attention(*inputs, *arguments, grad=grad, tiles=tiles, kind=kind, **mine)
+
+    def dense(query, key, value, dtype):
+        return reference.attention(query, key, value, *arguments, **options, dtype=dtype).out
+
+    exact = gradients(type(inputs)(*(x.double() for x in inputs)), grad, dense, dtype=torch.float64)
+    composed = gradients(inputs, grad, dense, dtype=inputs.query.dtype)
+    named = zip(("out", "dq", "dk", "dv"), (actual.out, *actual[3:]), exact, composed, strict=True)
+    for what, mine, true, plain in named:
+        assert_accurate(what, mine, true, plain)
+    return actual
+
+
+@TYPES
+@pytest.mark.parametrize("alpha", (1.1, 1.5, 2.0))
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+def test_types_and_alphas(dtype, alpha, is_causal):
+    check(make_inputs(2, 1, 100, 100, size=16, dtype=dtype), alpha, is_causal)
+
+
+@pytest.mark.parametrize("tiles", (SMALL, BIG, PARTS, Tiles(walk=32, step=16)), ids=lambda tiles: str(vars(tiles)))
+@pytest.mark.parametrize("m, n", ((1, 1), (1, 130), (130, 1), (64, 128), (65, 193)))
+def test_shapes(m, n, tiles):
+    check(make_inputs(1, 1, m, n, size=24, value_size=16), 1.5, True, tiles=tiles)
+    check(make_inputs(1, 1, m, n, size=9, value_size=21), 1.5, False, tiles=tiles)
+
+
+@pytest.mark.parametrize("size, value_size", ((1, 1), (3, 40), (40, 3), (80, 80), (256, 256)))
+def test_head_sizes(size, value_size):
+    check(make_inputs(1, 1, 70, 70, size=size, value_size=value_size), 1.5, True)
+
+
+@pytest.mark.parametrize("heads, kv_heads", ((4, 2), (6, 1), (3, 3)))
+@pytest.mark.parametrize("tiles", (SMALL, BIG, PARTS), ids=("small", "big", "parts"))
+def test_grouped_queries(heads, kv_heads, tiles):
+    check(make_inputs(1, heads, 20, 70, size=16, kv_heads=kv_heads), 1.5, True, tiles=tiles)
+
+
+@pytest.mark.parametrize("scale", (0.0, -0.4, 1e-3, 2.0))
+def test_scale(scale):
+    check(make_inputs(1, 2, 70, 90, size=16), 1.5, True, scale=scale)
+
+
+@pytest.mark.parametrize("alpha", (1.5, 2.0))
+def test_fast_code_and_powers_agree(alpha):
+    inputs = make_inputs(1, 2, 70, 90, size=16)
+    fast, powers = (attention(*inputs, alpha, kind=kind).out for kind in (None, "any"))
+    torch.testing.assert_close(fast, powers, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("sigma", (0.02, 0.3, 4.0))
+@pytest.mark.parametrize("alpha", (1.05, 1.5, 2.0))
+def test_flat_and_peaked_scores(sigma, alpha):
+    """Supports from all keys to one."""
+    check(make_inputs(1, 1, 70, 300, size=16, sigma=sigma), alpha)
+
+
+@TYPES
+def test_values_far_from_zero(dtype):
+    check(make_inputs(1, 2, 100, 130, size=16, mean=16.0, dtype=dtype), 1.5)
+
+
+@pytest.mark.parametrize("spread, mean", ((0.05, 30.0), (1e-4, 5.3), (1.0, 1000.0)))
+@pytest.mark.parametrize("alpha", (1.01, 1.25, 1.5, 2.0))
+def test_weights_sum_to_one(alpha, spread, mean):
+    n = 600
+    scores = torch.randn(4, n, generator=torch.Generator().manual_seed(0)) * spread + mean
+    query = torch.eye(4, 16)[None, None]
+    key = torch.nn.functional.pad(scores.T, (0, 12))[None, None]
+    out = attention(query, key.contiguous(), torch.ones(1, 1, n, 1), alpha, scale=1.0).out
+    assert (out - 1).abs().max() <= 1e-5
+
+
+def test_strides():
+    inputs = make_inputs(2, 2, 70, 90, size=16)
+    odd = type(inputs)(
+        inputs.query.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.cat((inputs.key, inputs.key), -1)[..., 16:],
+        inputs.value[:1].expand(2, -1, -1, -1),
+    )
+    grad = normal_like(inputs.query)
+    dense = type(inputs)(*(x.contiguous() for x in odd))
+    for one, other in zip(attention(*odd, grad=grad), attention(*dense, grad=grad), strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("window", ((10, 5), (0, 0), (70, -1), (-1, 3)))
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+@pytest.mark.parametrize("m, n", ((130, 200), (200, 130)))
+def test_window(window, is_causal, m, n):
+    check(make_inputs(1, 1, m, n, size=16), 1.5, is_causal, window=window)
+    check(make_inputs(1, 1, m, n, size=16), 1.5, is_causal, window=window, tiles=BIG)
+
+
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+@pytest.mark.parametrize("tiles", (SMALL, BIG, PARTS), ids=("small", "big", "parts"))
+def test_padded_batches(is_causal, tiles):
+    """Any lengths, zero too; padding holds NaN and nothing shows it."""
+    inputs = make_inputs(4, 2, 90, 130, size=16, kv_heads=1)
+    lengths = dict(q_seqlens=torch.tensor([90, 64, 0, 33]), kv_seqlens=torch.tensor([130, 17, 90, 0]))
+    for x, length in zip(inputs, (lengths["q_seqlens"], *[lengths["kv_seqlens"]] * 2), strict=True):
+        x[(torch.arange(x.shape[2]) >= length[:, None])[:, None].expand(x.shape[:3])] = torch.nan
+    grad = normal_like(inputs.query)
+    actual = attention(
+        *inputs, 1.5, is_causal, lengths=tuple(x.int() for x in lengths.values()), grad=grad, tiles=tiles
+    )
+    clean = type(inputs)(*(x.nan_to_num(0.0).double() for x in inputs))
+    exact = gradients(clean, grad, lambda *x: reference.attention(*x, 1.5, is_causal, **lengths).out)
+    for mine, true in zip((actual.out, *actual[3:]), exact, strict=True):
+        torch.testing.assert_close(mine.double(), true, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+def test_packed_batches_equal_each_sequence_alone(is_causal):
+    queries, keys = (100, 0, 1, 70), (130, 5, 1, 70)
+    alone = [make_inputs(1, 4, m, n, size=16, kv_heads=2, seed=m) for m, n in zip(queries, keys, strict=True)]
+    packed = [torch.cat([x[0].transpose(0, 1) for x in parts]) for parts in zip(*alone, strict=True)]
+    grads = [normal_like(inputs.query, seed) for seed, inputs in enumerate(alone)]
+    cumulated = [torch.tensor([0, *x]).cumsum(0).int() for x in (queries, keys)]
+    offsets = (*cumulated, max(queries), max(keys))
+    grad = torch.cat([x[0].transpose(0, 1) for x in grads])
+    actual = attention(*packed, 1.5, is_causal, offsets=offsets, grad=grad)
+    for index, inputs in enumerate(alone):
+        expected = attention(*inputs, 1.5, is_causal, grad=grads[index])
+        for what, bounds in (("out", 0), ("dq", 0), ("dk", 1), ("dv", 1)):
+            first, last = cumulated[bounds][index : index + 2]
+            mine = getattr(actual, what)[first:last].transpose(0, 1)[None]
+            assert_same_bits(mine, getattr(expected, what))
+
+
+@pytest.mark.parametrize("wrong", ([0, 500], [-7, 90], [90, 10], [1 << 30, 1 << 30]))
+def test_wrong_lengths_stay_inside(wrong):
+    """Lengths that contradict the tensors are clamped: finite rows, whatever they mean."""
+    inputs = make_inputs(1, 1, 90, 90, size=16)
+    packed = [x[0].transpose(0, 1).contiguous() for x in inputs]
+    cumulated = torch.tensor(wrong, dtype=torch.int32)
+    out = attention(*packed, offsets=(cumulated, cumulated, 90, 90)).out
+    assert out.isfinite().all()
+    padded = attention(*inputs, lengths=(cumulated[1:], cumulated[1:]))
+    assert padded.out.isfinite().all()
+
+
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+def test_nan_stays_in_its_row(is_causal):
+    inputs = make_inputs(1, 1, 150, 150, size=16)
+    clean = attention(*inputs, 1.5, is_causal, tiles=BIG)
+    inputs.query[0, 0, 77, 3] = torch.nan
+    inputs.query[0, 0, 80] = torch.inf
+    marked = attention(*inputs, 1.5, is_causal, tiles=BIG)
+    broken = torch.tensor([77, 80])
+    assert marked.out[0, 0, broken].isnan().all() and marked.row_state[0, 0, broken].isnan().all()
+    others = torch.ones(150, dtype=torch.bool).index_fill(0, broken, False)
+    assert_same_bits(marked.out[0, 0, others], clean.out[0, 0, others])
+    assert_same_bits(marked.row_state[0, 0, others], clean.row_state[0, 0, others])
+
+
+def test_a_nan_key_reaches_the_rows_that_see_it():
+    inputs = make_inputs(1, 1, 150, 150, size=16)
+    clean = attention(*inputs, 1.5, True)
+    inputs.key[0, 0, 100, 3] = torch.nan
+    marked = attention(*inputs, 1.5, True)
+    assert marked.out[0, 0, 100:].isnan().all()
+    assert_same_bits(marked.out[0, 0, :100], clean.out[0, 0, :100])
+
+
+def test_rows_that_see_nothing():
+    result = attention(*make_inputs(1, 1, 100, 60, size=16), 1.5, True)
+    assert not result.out[0, 0, :40].any()
+    assert (result.row_state[0, 0, :40] == torch.tensor([0.0, torch.inf])).all()
+
+
+def test_empty_tiles_are_not_marked():
+    """Queries of one direction and keys of two: the bits say which tiles hold weight."""
+    band = torch.arange(64 * 7) // 64 % 3
+    hot = torch.nn.functional.one_hot(band, 16).float()[None, None] * 10
+    tiles = attention(hot, hot, torch.randn(1, 1, 64 * 7, 4), tiles=BIG).tiles
+    bits = (tiles[0, 0, :7, 0, None] >> torch.arange(7)) & 1
+    which = torch.arange(7) % 3
+    assert torch.equal(bits.bool(), which[:, None] == which)
+    assert not tiles[0, 0, 7:].any() and not tiles[0, 0, :, 1:].any()
