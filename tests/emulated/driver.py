@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def code_arch(code: int) -> tuple[int, bool]:
     """(architecture, is PTX) of the code at an address: cubins say it in their ELF flags, PTX in a line."""
     if ctypes.string_at(code, 4) == b"\x7fELF":
         (flags,) = struct.unpack("<I", ctypes.string_at(code + 48, 4))
-        return (flags >> 8) & 0xFF if (flags >> 8) & 0xFF else flags & 0xFF, False
+        return flags & 0xFF, False
     text = ctypes.string_at(code, 4096).decode(errors="replace")
     return int(text.split(".target sm_")[1][:2]), True
 
@@ -193,7 +194,9 @@ def interpret(variant: dict, arguments: dict[str, tuple[str, int | float]], prog
     expected = [name for name in kernel.arg_names if name not in variant["constants"]]
     if list(given) != expected:
         raise ValueError(f"the manifest's arguments are not those of {variant['kernel']}: is it stale?")
-    kernel[(programs,)](**{name: typed(*value) for name, value in given.items()}, **variant["constants"])
+    with np.errstate(all="ignore"), warnings.catch_warnings():  # infinities and NaN are part of the kernels' work
+        warnings.simplefilter("ignore", RuntimeWarning)
+        kernel[(programs,)](**{name: typed(*value) for name, value in given.items()}, **variant["constants"])
 
 
 def typed(kind: str, value: int | float):
@@ -222,7 +225,7 @@ def install() -> EmulatedDriver:
     """Switches emulation on for this process; returns the driver."""
     import os
 
-    sys.path.insert(0, str(ROOT))  # triton_src
+    sys.path.append(str(ROOT))  # triton_src
     from triton_src import common
 
     if not common.INTERPRETED.value:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common import ROOT
 
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 from triton_src import common, variants
 
 warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"numpy|triton")  # maxima over nothing but NaN
