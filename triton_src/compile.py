@@ -79,7 +79,7 @@ def compile_variant(variant, arch, cache):
     """Compiles one variant unless it is in the cache. Returns (description, from cache)."""
     stored = Path(cache) / cache_key(variant, arch)
     if stored.with_suffix(".json").exists():
-        return json.loads(stored.with_suffix(".json").read_text()), True
+        return json.loads(stored.with_suffix(".json").read_text()) | {"stored": str(stored)}, True
     kernel = KERNELS[variant.kernel]
     signature = dict.fromkeys(kernel.arg_names, "constexpr") | dict(variant.arguments())
     attributes = {
@@ -122,11 +122,10 @@ def compile_variant(variant, arch, cache):
     }
     stored.with_suffix(".cubin").write_bytes(compiled.asm["cubin"])
     stored.with_suffix(".ptx").write_text(compiled.asm["ptx"])
-    description["stored"] = str(stored)
     partial = stored.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(description))
     partial.rename(stored.with_suffix(".json"))  # last, so that an interrupted run leaves nothing half done
-    return description, False
+    return description | {"stored": str(stored)}, False
 
 
 def compile_all(archs, cache, jobs):
@@ -224,7 +223,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="*", default=DEFAULT_ARCHS, choices=ARCHS, metavar="ARCH")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=SOURCE.parent / ".cache" / "cubins")
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))  # shared by all checkouts of a user
+    parser.add_argument("--cache", type=Path, default=caches / "torch-adasplash" / "cubins")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--table", action="store_true", help="print resources.txt")
     args = parser.parse_args()
