@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common import ROOT
+from emulated.interpreter import patched_once
 
 sys.path.append(str(ROOT))
 from triton_src import common, variants
@@ -92,7 +93,8 @@ def attention(
         constants = (block_m, block_n, pad, step)
         if name != "row_max":
             constants += (variants.ALPHAS[kind],)
-        variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants)
+        with patched_once():
+            variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants)
 
     # Filled with what must not stay: everything is to be written.
     garbage = 12345.0
