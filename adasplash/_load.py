@@ -22,16 +22,20 @@ def load_library() -> None:
     """Registers ``torch.ops.adasplash``.
 
     Raises:
-        ImportError: torch is of another release than the one that this build was compiled against.
+        ImportError: torch is of another release than the one that this build was compiled against, or the library is
+            missing or does not fit.
     """
-    mismatch = (
-        f"torch-adasplash {version} was built against torch {_C.torch_version}, but torch {torch.__version__} is "
-        "installed: reinstall torch-adasplash (pip install --no-build-isolation --force-reinstall --no-deps "
-        "torch-adasplash) or that torch"
-    )
     if _release(torch.__version__) != _release(_C.torch_version):
-        raise ImportError(mismatch)
+        raise ImportError(
+            f"torch-adasplash {version} was built against torch {_C.torch_version}, but torch {torch.__version__} is "
+            "installed: build it again from its source folder (pip install --no-build-isolation --no-deps .), or "
+            "install that torch"
+        )
+    library = os.path.join(_FOLDER, "lib", "libadasplash.so")
     try:
-        torch.ops.load_library(os.path.join(_FOLDER, "lib", "libadasplash.so"))
+        torch.ops.load_library(library)
     except OSError as error:
-        raise ImportError(f"{mismatch} ({error})") from error
+        raise ImportError(
+            f"torch-adasplash {version}, built against torch {_C.torch_version}, cannot load {library} into torch "
+            f"{torch.__version__}: {error}"
+        ) from error

@@ -2,14 +2,16 @@
 # against a CUDA build of torch it stops where there is no CUDA toolkit, and nothing here needs one. Serves both our
 # own build and the installed package.
 #
-# Looks in Torch_DIR, CMAKE_PREFIX_PATH (torch.utils.cmake_prefix_path, or the folder of an unpacked libtorch), and
-# last asks the python3 on the path.
-if(TARGET AdaSplash::torch)
-  return()
-endif()
-
+# Looks in Torch_DIR, CMAKE_PREFIX_PATH (torch.utils.cmake_prefix_path, or the folder of an unpacked libtorch), beside
+# this package in site-packages, where ADASPLASH_TORCH_HINT says, and last asks the python3 on the path.
+# Sets ADASPLASH_TORCH_ROOT, ADASPLASH_TORCH_LIB_DIR and ADASPLASH_TORCH_VERSION.
 find_path(ADASPLASH_TORCH_CONFIG_DIR TorchConfig.cmake
   HINTS "${Torch_DIR}" PATH_SUFFIXES Torch cmake/Torch share/cmake/Torch NO_CACHE)
+if(NOT ADASPLASH_TORCH_CONFIG_DIR)
+  find_path(ADASPLASH_TORCH_CONFIG_DIR TorchConfig.cmake
+    PATHS "${CMAKE_CURRENT_LIST_DIR}/../../../../torch" "${ADASPLASH_TORCH_HINT}"
+    PATH_SUFFIXES share/cmake/Torch NO_CACHE NO_DEFAULT_PATH)
+endif()
 if(NOT ADASPLASH_TORCH_CONFIG_DIR)
   execute_process(COMMAND python3 -c "import torch; print(torch.utils.cmake_prefix_path)"
     OUTPUT_VARIABLE _torch_prefix OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
@@ -29,6 +31,10 @@ set(ADASPLASH_TORCH_VERSION "unknown")
 if(EXISTS "${ADASPLASH_TORCH_ROOT}/share/cmake/Torch/TorchConfigVersion.cmake")
   file(STRINGS "${ADASPLASH_TORCH_ROOT}/share/cmake/Torch/TorchConfigVersion.cmake" _line REGEX "set\\(PACKAGE_VERSION ")
   string(REGEX REPLACE ".*\"([^\"]+)\".*" "\\1" ADASPLASH_TORCH_VERSION "${_line}")
+endif()
+
+if(TARGET AdaSplash::torch)
+  return()
 endif()
 
 set(_torch_libraries "")

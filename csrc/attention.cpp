@@ -33,6 +33,8 @@ at::ScalarType row_state_type(const at::Tensor& query) {
 
 ForwardResult allocate_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const AttentionOptions&, const c10::SymInt& support_capacity) {
+  TORCH_CHECK(support_capacity >= kInference, "_entmax_attn_forward: support_capacity must be ", kInference,
+              " (inference) or more, got ", support_capacity);
   at::Tensor out = at::empty_symint(out_sizes(query, value), query.options());
   const auto state = query.options().dtype(row_state_type(query));
   const auto integers = query.options().dtype(at::kInt);
@@ -53,7 +55,7 @@ BackwardResult allocate_backward(const at::Tensor& query, const at::Tensor& key,
 }
 
 std::array<int64_t, 2> window_pair(c10::IntArrayRef window) {
-  TORCH_CHECK(window.size() == 2, "entmax_attn: window must be two numbers (left, right), got ", window);
+  TORCH_CHECK(window.size() == 2, "adasplash: window must be two numbers (left, right), got ", window);
   return {window[0], window[1]};
 }
 

@@ -103,8 +103,11 @@ at::Tensor softmax_attn(const at::Tensor& query, const at::Tensor& key, const at
               "entmax_attn: alpha = 1 (softmax) needs value's head_dim to be "
               "query's, got ",
               shape.value_dim, " and ", shape.head_dim);
-  return at::scaled_dot_product_attention(query, key, value, {}, /*dropout_p=*/0.0, o.is_causal, o.scale,
-                                          /*enable_gqa=*/shape.heads != shape.kv_heads);
+  // Its fused kernels want dense rows; without them it would build the M x N matrix.
+  const auto dense = [](const at::Tensor& t) { return t.sym_stride(3) == 1 ? t : t.contiguous(); };
+  return at::scaled_dot_product_attention(dense(query), dense(key), dense(value), {}, /*dropout_p=*/0.0, o.is_causal,
+                                          o.scale, /*enable_gqa=*/shape.heads != shape.kv_heads)
+      .contiguous();
 }
 
 void refuse_forward_mode(const at::Tensor& tensor) {

@@ -83,7 +83,11 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
     TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= 1.01 && alpha <= 2), op, ": alpha must be ",
                 softmax_elsewhere ? "1 or " : "", "from 1.01 to 2, got ", alpha);
   }
-  TORCH_CHECK(!options.scale || std::isfinite(*options.scale), op, ": scale must be finite, got ", *options.scale);
+  if (options.scale) {
+    const double scale = type == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
+    TORCH_CHECK(std::isfinite(scale), op, ": scale must be finite in ", row_state_type(query), ", got ",
+                *options.scale);
+  }
   check_available(op, options);
 }
 

@@ -43,6 +43,13 @@ def test_values_with_a_large_mean(make_inputs, alpha, sigma, dtype):
     check_gradients(entmax_attn, make_inputs(m=70, n=130, sigma=sigma, mean=16, dtype=dtype), alpha=alpha)
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_keys_with_a_mean(make_inputs, alpha):
+    """Flat rows: what the keys have in common cancels in dq, and must not leave its rounding behind."""
+    inputs = make_inputs(m=70, n=700, sigma=0.1)
+    check_gradients(entmax_attn, inputs._replace(key=inputs.key + 2), alpha=alpha)
+
+
 @pytest.mark.parametrize("sigma", (1.5, 0.1), ids=("little support", "much support"))
 def test_a_constant_added_to_the_values_leaves_the_query_gradient(make_inputs, sigma):
     """In exact arithmetic dq does not depend on it."""

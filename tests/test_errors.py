@@ -203,3 +203,31 @@ def test_the_private_op_does_not_compute_softmax(make_inputs):
     options = (None, 1.0, False, None, None, None, None, None, 0, 0, [-1, -1], None)
     with pytest.raises(RuntimeError, match=r"_entmax_attn_forward: alpha must be from 1.01 to 2, got 1"):
         torch.ops.adasplash._entmax_attn_forward(*make_inputs(1, 1, 2, 2), *options, -1)
+
+
+@pytest.mark.parametrize("capacity", (-2, -(2**63)))
+def test_support_capacity_below_inference(make_inputs, capacity):
+    options = (None, 1.5, False, None, None, None, None, None, 0, 0, [-1, -1], None)
+    with pytest.raises(RuntimeError, match="support_capacity must be -1"):
+        torch.ops.adasplash._entmax_attn_forward(*make_inputs(1, 1, 2, 2), *options, capacity)
+
+
+@pytest.mark.backends("cpu")
+def test_more_keys_than_an_index_can_count():
+    one = torch.ones(1, 1, 1, 1)
+    many = one.expand(1, 1, 2**31, 1)
+    with pytest.raises(RuntimeError, match="key must hold at most 2147483647 keys, got 2147483648"):
+        torch.ops.adasplash.entmax_attn(one, many, many)
+
+
+@pytest.mark.parametrize("scale", (1e39, -1e300))
+def test_a_scale_that_float32_cannot_hold(make_inputs, scale):
+    with pytest.raises(RuntimeError, match="scale must be finite in Float, got"):
+        torch.ops.adasplash.entmax_attn(*make_inputs(1, 1, 2, 2), scale=scale)
+
+
+@pytest.mark.backends("cpu")
+def test_functorch_is_refused(make_inputs):
+    inputs = make_inputs(1, 1, 2, 2)
+    with pytest.raises(RuntimeError, match=r"cannot use C\+\+ torch::autograd::Function with functorch"):
+        torch.func.grad(lambda query: torch.ops.adasplash.entmax_attn(query, *inputs[1:]).sum())(inputs.query)

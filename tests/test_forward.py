@@ -139,6 +139,21 @@ def test_weights_sum_to_one(backend, n, around, spread, alpha):
     torch.testing.assert_close(out.double(), exact, atol=2e-6 + 4 * of_score, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "alpha, n, gap", ((2.0, 4096, 0.9), (2.0, 65536, 0.9), (1.9, 65536, 0.5), (1.75, 4096, 0.5), (1.5, 40000, 1 - 5e-5))
+)
+def test_weights_sum_to_one_far_below_the_maximum(backend, alpha, n, gap):
+    """One key far above all others, whose weights together move by up to 1e-3 with the threshold's last bit."""
+    backend.needs(length=n)
+    scores = torch.full((1, n + 1), -gap / (alpha - 1))
+    scores[0, 0] = 0
+    inputs = scored_inputs(scores, torch.ones(n + 1, 1), backend.device)
+    assert abs(entmax_attn(*inputs, alpha=alpha, scale=1.0).item() - 1) <= 1e-5
+    value = inputs.value.clone().requires_grad_()
+    entmax_attn(inputs.query, inputs.key, value, alpha=alpha, scale=1.0).sum().backward()
+    assert abs(value.grad.double().sum().item() - 1) <= 1e-5
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_values_with_a_large_mean(make_inputs, alpha, dtype):
     check_forward(entmax_attn, make_inputs(m=70, n=130, mean=16, dtype=dtype), alpha=alpha)

@@ -25,6 +25,7 @@ CASES = {
     "sparse": (16384, 1.5, 1.5, "float32"),
     "sparse, half": (8192, 1.5, 2.0, "bfloat16"),
     "every key in every support": (6000, 1e-3, 1.5, "float32"),
+    "softmax": (6000, 1.0, 1.0, "float32"),
 }
 
 

@@ -144,3 +144,12 @@ def test_of_a_row_that_sees_no_key(make_inputs, bad, alpha, dtype):
     out, dq, dk, dv = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha, is_causal=True)
     assert not out[:, :, :20].any() and not dq[:, :, :20].any()
     assert all(x.isfinite().all() for x in (out, dq, dk, dv)) and dk.any()
+
+
+@pytest.mark.backends("cpu")
+def test_nan_is_seen_where_the_scale_is_zero(make_inputs):
+    """BLAS does not read its operands when their product is scaled by zero."""
+    inputs = make_inputs(1, 1, 3, 5)
+    inputs.query[0, 0, 1, 0] = float("nan")
+    rows = entmax_attn(*inputs, scale=0.0)[0, 0]
+    assert rows[1].isnan().all() and rows[[0, 2]].isfinite().all()

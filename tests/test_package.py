@@ -70,7 +70,7 @@ def test_a_patch_release_or_build_tag_is_judged_sensibly():
 
 
 def test_info_says_what_a_bug_report_needs():
-    out = run("python", "-m", "adasplash.info").stdout
+    out = run(sys.executable, "-m", "adasplash.info").stdout
     facts = (
         adasplash.__version__,
         torch.__version__,

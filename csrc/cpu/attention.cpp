@@ -7,8 +7,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "blas.h"
@@ -22,6 +25,12 @@ using namespace cpu;
 
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Keys are counted in int32. Checked here and not with the other checks, where it would bound what a model is exported
+// for.
+void check_key_count(const char* op, const at::Tensor& key) {
+  TORCH_CHECK(key.size(2) <= INT32_MAX, op, ": key must hold at most ", INT32_MAX, " keys, got ", key.size(2));
+}
 
 // The kernels read rows through BLAS: dense, not overlapping, with a stride that fits an int.
 at::Tensor with_dense_rows(const at::Tensor& t) {
@@ -39,7 +48,7 @@ void run_tasks(int64_t count, int64_t scratch_bytes, const F& task) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const SingleThreadedBlas alone;
     const at::DataPtr memory = at::getCPUAllocator()->allocate(scratch_bytes);
-    const Scratch scratch{static_cast<char*>(memory.get()), scratch_bytes};
+    char* const scratch = static_cast<char*>(memory.get());
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(index, scratch);
     }
@@ -99,6 +108,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
                       const AttentionOptions& options, const c10::SymInt& support_capacity) {
   constexpr const char* name = "_entmax_attn_forward";
   check_attention(name, query, key, value, options);
+  check_key_count(name, key);
   auto result = allocate_forward(query, key, value, options, support_capacity);
   auto& [out, row_state, support, tiles] = result;
   tiles.zero_();
@@ -109,7 +119,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
     const auto& kernel = kernels<scalar_t, A>();
     const int64_t queries = query.size(2), per_head = blocks(queries, kQueryBlock);
     run_tasks(call.batch() * call.heads() * per_head, kernel.forward_scratch(query.size(3), value.size(3)),
-              [&](int64_t index, Scratch scratch) {
+              [&](int64_t index, char* scratch) {
                 const int64_t head_index = index / per_head, b = head_index / call.heads(),
                               h = head_index % call.heads();
                 ForwardHead<scalar_t, A> head;
@@ -126,6 +136,7 @@ BackwardResult backward(const at::Tensor& grad_out_, const at::Tensor& query, co
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
   constexpr const char* name = "_entmax_attn_backward";
   check_backward(grad_out_, query, key, value, saved, options);
+  check_key_count(name, key);
   auto result = allocate_backward(query, key, value, options);
   auto& [dq, dk, dv, dalpha] = result;
   const at::Tensor row_state = saved.row_state.contiguous(), support = saved.support.contiguous(),
@@ -140,20 +151,21 @@ BackwardResult backward(const at::Tensor& grad_out_, const at::Tensor& query, co
     const int64_t scratch_bytes = kernel.backward_scratch(query.size(3), value.size(3), support.size(3));
 
     const at::Tensor terms = at::empty({call.batch() * heads * queries * int64_t(sizeof(RowTerms<A>))}, at::kByte);
-    std::vector<BackwardHead<scalar_t, A>> all(call.batch() * heads);
-    for (size_t i = 0; i < all.size(); ++i) {
-      const int64_t b = i / heads, h = i % heads;
-      call.describe(b, h, all[i]);
-      all[i].grad_out = rows_of<scalar_t>(grad_out, b, h);
-      all[i].row_terms = reinterpret_cast<RowTerms<A>*>(terms.data_ptr<uint8_t>()) + i * queries;
-      all[i].dq = dq.template data_ptr<scalar_t>() + i * queries * query.size(3);
-    }
+    const auto describe = [&](int64_t index, BackwardHead<scalar_t, A>& head) {
+      const int64_t b = index / heads, h = index % heads;
+      call.describe(b, h, head);
+      head.grad_out = rows_of<scalar_t>(grad_out, b, h);
+      head.row_terms = reinterpret_cast<RowTerms<A>*>(terms.data_ptr<uint8_t>()) + index * queries;
+      head.dq = dq.template data_ptr<scalar_t>() + index * queries * query.size(3);
+    };
 
     const int64_t query_blocks = blocks(queries, kQueryBlock);
     std::atomic<bool> lists_fit{true};
-    run_tasks(int64_t(all.size()) * query_blocks, scratch_bytes, [&](int64_t index, Scratch scratch) {
+    run_tasks(call.batch() * heads * query_blocks, scratch_bytes, [&](int64_t index, char* scratch) {
       const int64_t first = (query_blocks - 1 - index % query_blocks) * kQueryBlock;
-      if (!kernel.backward_query(all[index / query_blocks], first, scratch)) lists_fit = false;
+      BackwardHead<scalar_t, A> head;
+      describe(index / query_blocks, head);
+      if (!kernel.backward_query(head, first, scratch)) lists_fit = false;
     });
     TORCH_CHECK(lists_fit, name,
                 ": support must hold ascending keys that its row sees, as _entmax_attn_forward "
@@ -165,11 +177,13 @@ BackwardResult backward(const at::Tensor& grad_out_, const at::Tensor& query, co
       return;
     }
     const int64_t key_blocks = blocks(keys, kKeyBlock);
-    run_tasks(call.batch() * kv_heads * key_blocks, scratch_bytes, [&](int64_t index, Scratch scratch) {
+    run_tasks(call.batch() * kv_heads * key_blocks, scratch_bytes, [&](int64_t index, char* scratch) {
       const int64_t kv_index = index / key_blocks, first = index % key_blocks * kKeyBlock;
       scalar_t* dk_head = dk.template data_ptr<scalar_t>() + kv_index * keys * query.size(3);
       scalar_t* dv_head = dv.template data_ptr<scalar_t>() + kv_index * keys * value.size(3);
-      kernel.backward_key(&all[kv_index * call.group_size()], call.group_size(), first, dk_head, dv_head, scratch);
+      std::vector<BackwardHead<scalar_t, A>> group(call.group_size());
+      for (int64_t g = 0; g < call.group_size(); ++g) describe(kv_index * call.group_size() + g, group[g]);
+      kernel.backward_key(group.data(), call.group_size(), first, dk_head, dv_head, scratch);
     });
   });
   return result;

@@ -24,22 +24,21 @@ struct BackwardBuffers {
         list_dp(arena.take<A>(capacity + kLanes<A>)),
         weighted_k(arena.take<A>(kQueryBlock * head_dim)),
         plain_k(arena.take<A>(kQueryBlock * head_dim)),
-        shift(arena.take<A>(kQueryBlock)),
-        sums(arena.take<DeltaSums>(kQueryBlock)),
+        sums(arena.take<RowSums>(kQueryBlock)),
         is_dense(arena.take<bool>(kQueryBlock)),
         dk(arena.take<A>(kKeyBlock * head_dim)),
         dv(arena.take<A>(kKeyBlock * value_dim)) {}
 
-  struct DeltaSums {
-    double u_dp, u;
+  struct RowSums {
+    A c = 0;  // taken off dP
+    double p = 0, u = 0, u_dp = 0;
   };
   A *query, *grad_out;  // the block's rows in type A
   A *scores, *grads;    // of the block of queries and one block of keys: z, then u or p; dP, then dS
   A* columns;
   A *list_z, *list_u, *list_dp;  // of one row's support
   A *weighted_k, *plain_k;       // A and b of dq / scale = A - delta b
-  A* shift;
-  DeltaSums* sums;
+  RowSums* sums;
   bool* is_dense;
   A *dk, *dv;
 };
@@ -127,14 +126,17 @@ class BackwardBlock {
       // weights summing to one, which matters where scores are large.
       terms.max = *std::max_element(z, z + count);
       terms.tau = solve(weights_, z, count, terms.max, head_.row_state[2 * i + 1]);
-      double sum_u = 0, sum_u_dp = 0;
+      double sum_p = 0, sum_u = 0, sum_u_dp = 0;
       for (int64_t e = 0; e < count; e += kLanes<A>) {
-        weights_.u(excess(Vec<A>::loadu(z + e), terms.max, terms.tau)).store(u + e);
+        const Vec<A> t = excess(Vec<A>::loadu(z + e), terms.max, terms.tau);
+        weights_.u(t).store(u + e);
+        sum_p += sum_lanes(t * Vec<A>::loadu(u + e));
       }
       for (int64_t e = 0; e < count; ++e) {
         sum_u += u[e];
         sum_u_dp += static_cast<double>(u[e]) * dp[e];
       }
+      terms.normalizer = static_cast<A>(1 / sum_p);
       terms.delta = static_cast<A>(sum_u_dp / sum_u);
       for (int64_t e = 0; e < count; ++e) u[e] *= (dp[e] - terms.delta) * static_cast<A>(head_.scale);
     }
@@ -157,7 +159,7 @@ class BackwardBlock {
       const Vec<A> u = weights_.u(t);
       const Vec<A> ds = u * (Vec<A>::loadu(buffers_.list_dp + e) - Vec<A>(terms.delta));
       ds.store(buffers_.list_u + e);
-      (t * u).store(buffers_.list_z + e);
+      (t * u * Vec<A>(terms.normalizer)).store(buffers_.list_z + e);
     }
     for (int64_t e = 0; e < end - begin; ++e) {
       const int64_t k = begin[e] - keys.begin;
@@ -197,55 +199,67 @@ class BackwardBlock {
     });
   }
 
-  // Calls f(row, lanes, z and dP at the place, t, u) over the visible keys of every dense row and zeroes what is not
-  // visible or not dense in both blocks.
+  // Calls f(row, its visible keys, z and dP there) for every dense row, and zeroes both blocks wherever a row is not
+  // dense or does not see.
   template <typename F>
-  void for_dense_weights(Interval keys, const F& f) {
+  void for_dense_rows(Interval keys, const F& f) {
     for (int64_t r = 0; r < rows_; ++r) {
       A* z = buffers_.scores + r * kBlockStride<A>;
       A* dp = buffers_.grads + r * kBlockStride<A>;
-      const Interval visible = head_.visible(first_ + r).clip(keys.begin, keys.end);
-      if (!buffers_.is_dense[r] || visible.empty()) {
-        std::fill_n(z, keys.size(), A(0));
-        std::fill_n(dp, keys.size(), A(0));
-        continue;
-      }
-      const A max = head_.row_state[2 * (first_ + r)], tau = head_.row_state[2 * (first_ + r) + 1];
+      Interval visible = head_.visible(first_ + r).clip(keys.begin, keys.end);
+      if (!buffers_.is_dense[r] || visible.empty()) visible = {keys.end, keys.end};
       const int64_t before = visible.begin - keys.begin;
       for (A* row : {z, dp}) {
         std::fill_n(row, before, A(0));
         std::fill(row + before + visible.size(), row + keys.size(), A(0));
       }
-      for_lanes<A>(visible.size(), [&](int64_t i, int64_t lanes) {
-        const Vec<A> t = std::isnan(max) ? Vec<A>(kNaN<A>) : excess(load<A>(z + before + i, lanes), max, tau);
-        f(r, lanes, z + before + i, dp + before + i, t, std::isnan(max) ? t : weights_.u(t));
-      });
+      if (!visible.empty()) f(r, visible.size(), z + before, dp + before);
     }
   }
 
-  // One pass: with any constant c of the row, dq / scale = sum(u (dP - c) k) - (delta - c) sum(u k), and delta itself
-  // comes out of the same sums. c is the dP of a key in the support, near delta, so that nothing cancels.
+  Vec<A> dense_excess(int64_t r, const Vec<A>& z) const {
+    const A max = head_.row_state[2 * (first_ + r)], tau = head_.row_state[2 * (first_ + r) + 1];
+    return std::isnan(max) ? Vec<A>(kNaN<A>) : excess(z, max, tau);
+  }
+  Vec<A> dense_u(const Vec<A>& t) const { return weights_.u(t) + (t - t); }  // NaN stays NaN
+
+  // One pass: with any constant c of the row, dq / scale = sum(u (dP - c) k) - (delta - c) sum(u k). c is the delta of
+  // the keys so far, so that little is left to cancel, whatever mean values and keys have.
   void dense_query_pass() {
     pack_dense_rows();
     const int64_t dim = head_.head_dim;
     std::fill_n(buffers_.weighted_k, rows_ * dim, A(0));
     std::fill_n(buffers_.plain_k, rows_ * dim, A(0));
-    std::fill_n(buffers_.sums, rows_, typename BackwardBuffers<A>::DeltaSums{0, 0});
+    std::fill_n(buffers_.sums, rows_, typename BackwardBuffers<A>::RowSums{});
     for_dense_blocks({0, head_.keys}, [&](Interval keys) {
-      for_dense_weights(keys, [&](int64_t r, int64_t lanes, A* z, A* dp, const Vec<A>& t, const Vec<A>& u) {
+      for_dense_rows(keys, [&](int64_t r, int64_t n, A* z, A* dp) {
         auto& sums = buffers_.sums[r];
-        const Vec<A> grads = load<A>(dp, lanes);
-        if (sums.u == 0) {
-          if (const uint32_t support = true_lanes(u > Vec<A>(0)) & ((uint32_t{1} << lanes) - 1)) {
-            buffers_.shift[r] = dp[__builtin_ctz(support)];
-          } else {
-            buffers_.shift[r] = 0;
-          }
+        double p = 0, u = 0, u_dp = 0;
+        for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
+          // Lanes beyond the row are no keys: their t must not count.
+          Vec<A> t = dense_excess(r, load<A>(z + i, lanes));
+          if (lanes < kLanes<A>) t = Vec<A>::set(Vec<A>(0), t, lanes);
+          const Vec<A> weights = dense_u(t);
+          store(weights, z + i, lanes);
+          p += sum_lanes(t * weights);
+          u += sum_lanes(weights);
+          u_dp += sum_lanes(weights * (load<A>(dp + i, lanes) - Vec<A>(sums.c)));
+        });
+        if (u == 0) {
+          std::fill_n(dp, n, A(0));
+          return;
         }
-        store(u, z, lanes);
-        store(u * (grads - Vec<A>(buffers_.shift[r])), dp, lanes);
-        sums.u += sum_lanes(load<A>(z, lanes));
-        sums.u_dp += sum_lanes(load<A>(dp, lanes));
+        const A step = static_cast<A>((sums.u_dp + u_dp) / (sums.u + u));
+        sums.c += step;
+        add_scaled(-step, buffers_.plain_k + r * dim, dim, buffers_.weighted_k + r * dim);
+        sums.u_dp -= step * sums.u;
+        for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
+          const Vec<A> weighted = load<A>(z + i, lanes) * (load<A>(dp + i, lanes) - Vec<A>(sums.c));
+          store(weighted, dp + i, lanes);
+          sums.u_dp += sum_lanes(load<A>(dp + i, lanes));
+        });
+        sums.p += p;
+        sums.u += u;
       });
       const Rows<const A> k = in_type<A>(head_.key, keys.begin, keys.size(), dim, buffers_.columns);
       Gemm<A>::nn(rows_, dim, keys.size(), A(1), buffers_.grads, kBlockStride<A>, k.data, k.stride, A(1),
@@ -255,10 +269,12 @@ class BackwardBlock {
     });
     for (int64_t r = 0; r < rows_; ++r) {
       if (!buffers_.is_dense[r]) continue;
-      const A shifted_delta = static_cast<A>(buffers_.sums[r].u_dp / buffers_.sums[r].u);
-      head_.row_terms[first_ + r].delta = shifted_delta + buffers_.shift[r];
+      const auto& sums = buffers_.sums[r];
+      const A rest = static_cast<A>(sums.u_dp / sums.u);
+      head_.row_terms[first_ + r].delta = sums.c + rest;
+      head_.row_terms[first_ + r].normalizer = static_cast<A>(1 / sums.p);
       A* dq = buffers_.weighted_k + r * dim;
-      add_scaled(-shifted_delta, buffers_.plain_k + r * dim, dim, dq);
+      add_scaled(-rest, buffers_.plain_k + r * dim, dim, dq);
       for (int64_t d = 0; d < dim; ++d) dq[d] *= static_cast<A>(head_.scale);
       convert_back(dq, dim, head_.dq + (first_ + r) * dim);
     }
@@ -267,9 +283,14 @@ class BackwardBlock {
   void dense_key_pass(Interval keys) {
     pack_dense_rows();
     for_dense_blocks(keys, [&](Interval seen) {
-      for_dense_weights(seen, [&](int64_t r, int64_t lanes, A* z, A* dp, const Vec<A>& t, const Vec<A>& u) {
-        store(t * u, z, lanes);
-        store(u * (load<A>(dp, lanes) - Vec<A>(head_.row_terms[first_ + r].delta)), dp, lanes);
+      for_dense_rows(seen, [&](int64_t r, int64_t n, A* z, A* dp) {
+        const RowTerms<A>& terms = head_.row_terms[first_ + r];
+        for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
+          const Vec<A> t = dense_excess(r, load<A>(z + i, lanes));
+          const Vec<A> u = dense_u(t);
+          store(t * u * Vec<A>(terms.normalizer), z + i, lanes);
+          store(u * (load<A>(dp + i, lanes) - Vec<A>(terms.delta)), dp + i, lanes);
+        });
       });
       const int64_t offset = seen.begin - keys.begin;
       Gemm<A>::tn(seen.size(), head_.head_dim, rows_, static_cast<A>(head_.scale), buffers_.grads, kBlockStride<A>,

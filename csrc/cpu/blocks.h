@@ -27,8 +27,12 @@ template <typename A, typename T>
 inline void multiply(Rows<const A> left, int64_t rows, A scale, Rows<const T> right, Interval keys, int64_t dim,
                      A* converted, A* block) {
   const Rows<const A> columns = in_type<A>(right, keys.begin, keys.size(), dim, converted);
-  Gemm<A>::nt(rows, keys.size(), dim, scale, left.data, left.stride, columns.data, columns.stride, A(0), block,
-              kBlockStride<A>);
+  // BLAS does not look at its operands where the scale is zero, but NaN must come through.
+  Gemm<A>::nt(rows, keys.size(), dim, scale == 0 ? A(1) : scale, left.data, left.stride, columns.data, columns.stride,
+              A(0), block, kBlockStride<A>);
+  for (int64_t r = 0; scale == 0 && r < rows; ++r) {
+    for (int64_t i = 0; i < keys.size(); ++i) block[r * kBlockStride<A> + i] *= scale;
+  }
 }
 
 // The tile bits of one row of 64 x 64 tiles; none are kept in inference.
@@ -36,8 +40,7 @@ class TileBits {
  public:
   template <typename T, typename A>
   TileBits(const Head<T, A>& head, int64_t first_query)
-      : words_(head.tiles == nullptr ? nullptr : head.tiles + first_query / kTile * head.tile_words),
-        count_(head.tile_words) {
+      : words_(head.tiles == nullptr ? nullptr : head.tiles + first_query / kTile * head.tile_words) {
     static_assert(kQueryBlock == kTile, "a block of queries must have tile bits of its own");
   }
 
@@ -56,7 +59,6 @@ class TileBits {
 
  private:
   int32_t* words_;
-  int64_t count_;
 };
 
 }  // namespace CPU_CAPABILITY

@@ -104,7 +104,9 @@ class ForwardBlock {
     if (head_.capacity > 0) support[0] = first_support;
   }
 
-  void write_out(int64_t r, const A* out) {
+  // `total` is the sum of the weights, which is one but for the rounding of tau.
+  void write_out(int64_t r, A* out, double total = 1) {
+    for (int64_t d = 0; d < head_.value_dim; ++d) out[d] *= static_cast<A>(1 / total);
     convert_back(out, head_.value_dim, head_.out + (first_ + r) * head_.value_dim);
   }
 
@@ -133,12 +135,10 @@ class ForwardBlock {
       row.key[count] = row.key[i];
       count += (row.z[i] - row.max) - tau > 0;
     }
-    for (int64_t i = 0; i < count; i += kLanes<A>) {
-      const Vec<A> t = excess(Vec<A>::loadu(row.z + i), row.max, tau);
-      (t * weights_.u(t)).store(row.z + i);
-    }
+    pad_scores(row.z, count, kLanes<A>);
+    const double total = to_weights(weights_, row.z, count, row.max, tau);
     weighted_sum(row.z, row.key, count, head_.value, head_.value_dim, buffers_.out);
-    write_out(r, buffers_.out);
+    write_out(r, buffers_.out, total);
 
     const bool fits = count <= head_.capacity;
     save_state(r, row.max, tau, kSupportOverflow);
@@ -167,8 +167,7 @@ class ForwardBlock {
       for (int64_t d = 0; d < dense_count_; ++d) {
         auto& row = buffers_.dense[d];
         if (row.settled) continue;
-        row.tau = std::max(row.tau + static_cast<A>(newton_step(weights_, row.sums)), A(-1));
-        row.settled = settled<A>(weights_, row.sums);
+        row.settled = !step_on(weights_, row.sums, row.tau);
         all_settled &= row.settled;
       }
     }
@@ -176,10 +175,11 @@ class ForwardBlock {
 
   void finish_dense() {
     std::fill_n(buffers_.out, rows_ * head_.value_dim, A(0));
+    for (int64_t d = 0; d < dense_count_; ++d) buffers_.dense[d].sums = {};
     for_key_blocks(head_, first_, rows_, [&](Interval keys) {
       compute_scores(keys);
       for (int64_t d = 0; d < dense_count_; ++d) {
-        const auto& row = buffers_.dense[d];
+        auto& row = buffers_.dense[d];
         const Interval visible = head_.visible(first_ + row.row).clip(keys.begin, keys.end);
         A* block = buffers_.block + row.row * kBlockStride<A>;
         if (visible.empty()) {
@@ -187,12 +187,11 @@ class ForwardBlock {
           continue;
         }
         A* z = scores(row.row, keys, visible);
-        for_lanes<A>(visible.size(), [&](int64_t i, int64_t lanes) {
-          const Vec<A> t = excess(load<A>(z + i, lanes), row.max, row.tau);
-          const Vec<A> p = t * weights_.u(t);
-          store(p, z + i, lanes);
-          if (true_lanes(p > Vec<A>(0)) != 0) tiles_.set(Interval{visible.begin + i, visible.begin + i + lanes});
-        });
+        pad_scores(z, visible.size(), kLanes<A>);
+        row.sums.p += to_weights(weights_, z, visible.size(), row.max, row.tau);
+        for (int64_t i = 0; i < visible.size(); ++i) {
+          if (z[i] > 0) tiles_.set(visible.begin + i);
+        }
         // Keys that this row does not see have no weight in the product.
         std::fill(block, z, A(0));
         std::fill(z + visible.size(), block + keys.size(), A(0));
@@ -203,7 +202,7 @@ class ForwardBlock {
     });
     for (int64_t d = 0; d < dense_count_; ++d) {
       const auto& row = buffers_.dense[d];
-      write_out(row.row, buffers_.out + row.row * head_.value_dim);
+      write_out(row.row, buffers_.out + row.row * head_.value_dim, row.sums.p);
       save_state(row.row, row.max, row.tau, kSupportOverflow);
     }
   }

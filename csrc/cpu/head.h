@@ -4,15 +4,19 @@
 #include <algorithm>
 #include <cstdint>
 
+// This file is compiled for every instruction set; a function that is not inlined would be shared by all of them, in
+// whichever version the linker keeps.
+#define ADASPLASH_INLINE [[gnu::always_inline]] inline
+
 namespace adasplash::cpu {
 
 // Half-open range of keys.
 struct Interval {
   int64_t begin, end;
 
-  bool empty() const { return begin >= end; }
-  int64_t size() const { return end - begin; }
-  Interval clip(int64_t from, int64_t to) const { return {std::max(begin, from), std::min(end, to)}; }
+  ADASPLASH_INLINE bool empty() const { return begin >= end; }
+  ADASPLASH_INLINE int64_t size() const { return end - begin; }
+  ADASPLASH_INLINE Interval clip(int64_t from, int64_t to) const { return {std::max(begin, from), std::min(end, to)}; }
 };
 
 // A matrix whose rows are dense; `stride` is from one row to the next, in elements.
@@ -21,7 +25,7 @@ struct Rows {
   T* data = nullptr;
   int64_t stride = 0;
 
-  T* operator[](int64_t row) const { return data + row * stride; }
+  ADASPLASH_INLINE T* operator[](int64_t row) const { return data + row * stride; }
 };
 
 constexpr int64_t kUnlimited = INT64_MAX / 4;
@@ -41,16 +45,16 @@ struct Head {
   int64_t capacity = 0, tile_words = 0;
 
   // The one place that says which keys a query sees. The last query stands beside the last key.
-  Interval visible(int64_t query_index) const {
+  ADASPLASH_INLINE Interval visible(int64_t query_index) const {
     const int64_t place = query_index + keys - queries;
     return Interval{place - left, place + right + 1}.clip(0, keys);
   }
   // The keys that any query of a block sees.
-  Interval visible(int64_t first_query, int64_t last_query) const {
+  ADASPLASH_INLINE Interval visible(int64_t first_query, int64_t last_query) const {
     return {visible(first_query).begin, visible(last_query).end};
   }
 
-  A z_scale() const { return static_cast<A>((alpha - 1) * scale); }  // z = z_scale * q.k
+  ADASPLASH_INLINE A z_scale() const { return static_cast<A>((alpha - 1) * scale); }  // z = z_scale * q.k
 };
 
 template <typename T, typename A>
@@ -64,6 +68,7 @@ struct RowTerms {
   static constexpr int32_t kDense = -1;  // as count: the row has no list
 
   A max, tau;     // of the row's list, as the backward computes its scores
+  A normalizer;   // 1 / sum(p), one but for the rounding of tau
   A delta;        // sum(u dP) / sum(u)
   int32_t count;  // entries in the row's list
 };

@@ -1,91 +1,85 @@
-// Chooses the instruction set, once.
-#include "kernels.h"
+// All CPU kernels for one instruction set: CMake compiles this file once for each, with CPU_CAPABILITY naming it.
+#include "backward_block.h"
+#include "forward_block.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Exception.h>
-#include <c10/util/Half.h>
-
-#include <cstdlib>
-#include <string>
-
-#include "adasplash.h"
-
-namespace adasplash {
-namespace cpu {
-
-// table<T, A>() of instruction_set.cpp, as compiled for each set.
-#define ADASPLASH_DECLARE_TABLE(CAPABILITY) \
-  namespace CAPABILITY {                    \
-  template <typename T, typename A>         \
-  const Kernels<T, A>& table();             \
-  }
-ADASPLASH_DECLARE_TABLE(DEFAULT)
-#ifdef ADASPLASH_X86
-ADASPLASH_DECLARE_TABLE(AVX2)
-ADASPLASH_DECLARE_TABLE(AVX512)
-#endif
-
+namespace adasplash::cpu {
+inline namespace CPU_CAPABILITY {
 namespace {
 
-enum class InstructionSet { kDefault, kAvx2, kAvx512 };
-constexpr const char* kNames[] = {"default", "avx2", "avx512"};
-
-InstructionSet best() {
-#ifdef ADASPLASH_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
-    return InstructionSet::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return InstructionSet::kAvx2;
-  }
-#endif
-  return InstructionSet::kDefault;
+template <typename T, typename A>
+void forward(const ForwardHead<T, A>& head, int64_t first_query, char* scratch) {
+  with_weights<A>(head.alpha, [&](const auto& weights) {
+    Arena arena(scratch);
+    ForwardBlock(head, first_query, weights, arena).run();
+  });
 }
 
-InstructionSet choose() {
-  const char* forced = std::getenv("ADASPLASH_CPU_CAPABILITY");
-  if (forced == nullptr || *forced == '\0') return best();
-  for (int i = 0; i <= static_cast<int>(best()); ++i) {
-    if (std::string(forced) == kNames[i]) return static_cast<InstructionSet>(i);
-  }
-  TORCH_CHECK(false, "ADASPLASH_CPU_CAPABILITY is '", forced, "'; this machine runs default",
-              best() >= InstructionSet::kAvx2 ? ", avx2" : "", best() >= InstructionSet::kAvx512 ? ", avx512" : "");
+template <typename A>
+int64_t forward_scratch(int64_t head_dim, int64_t value_dim) {
+  Arena counting(nullptr);
+  ForwardBuffers<A>(head_dim, value_dim, counting);
+  return counting.used();
 }
 
-InstructionSet chosen() {
-  static const InstructionSet set = choose();
-  return set;
+template <typename T, typename A>
+bool backward_query(const BackwardHead<T, A>& head, int64_t first_query, char* scratch) {
+  if (!read_lists(head, first_query, std::min(kQueryBlock, head.queries - first_query))) return false;
+  with_weights<A>(head.alpha, [&](const auto& weights) {
+    Arena arena(scratch);
+    BackwardBuffers<A> buffers(head.head_dim, head.value_dim, head.capacity, arena);
+    BackwardBlock(head, first_query, weights, buffers).query_pass();
+  });
+  return true;
+}
+
+template <typename T, typename A>
+void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t first_key, T* dk, T* dv, char* scratch) {
+  const int64_t head_dim = group->head_dim, value_dim = group->value_dim;
+  Arena arena(scratch);
+  BackwardBuffers<A> buffers(head_dim, value_dim, group->capacity, arena);
+  const Interval keys = Interval{first_key, first_key + kKeyBlock}.clip(0, group->keys);
+  if constexpr (std::is_same_v<T, A>) {  // sums go straight to where they belong
+    buffers.dk = dk + first_key * head_dim;
+    buffers.dv = dv + first_key * value_dim;
+  }
+  std::fill_n(buffers.dk, keys.size() * head_dim, A(0));
+  std::fill_n(buffers.dv, keys.size() * value_dim, A(0));
+  for (int64_t g = 0; g < group_size; ++g) {
+    const auto& head = group[g];
+    with_weights<A>(head.alpha, [&](const auto& weights) {
+      for (int64_t first = 0; first < head.queries; first += kQueryBlock) {
+        const int64_t last = std::min(first + kQueryBlock, head.queries) - 1;
+        if (head.visible(first, last).clip(keys.begin, keys.end).empty()) continue;
+        BackwardBlock(head, first, weights, buffers).key_pass(keys);
+      }
+    });
+  }
+  if constexpr (!std::is_same_v<T, A>) {
+    convert_back(buffers.dk, keys.size() * head_dim, dk + first_key * head_dim);
+    convert_back(buffers.dv, keys.size() * value_dim, dv + first_key * value_dim);
+  }
+}
+
+template <typename A>
+int64_t backward_scratch(int64_t head_dim, int64_t value_dim, int64_t capacity) {
+  Arena counting(nullptr);
+  BackwardBuffers<A>(head_dim, value_dim, capacity, counting);
+  return counting.used();
 }
 
 }  // namespace
 
 template <typename T, typename A>
-const Kernels<T, A>& kernels() {
-#ifdef ADASPLASH_X86
-  if (chosen() == InstructionSet::kAvx512) return AVX512::table<T, A>();
-  if (chosen() == InstructionSet::kAvx2) return AVX2::table<T, A>();
-#endif
-  chosen();
-  return DEFAULT::table<T, A>();
+const Kernels<T, A>& table() {
+  static constexpr Kernels<T, A> kernels = {forward<T, A>, forward_scratch<A>, backward_query<T, A>, backward_key<T, A>,
+                                            backward_scratch<A>};
+  return kernels;
 }
 
-template const Kernels<double, double>& kernels();
-template const Kernels<float, float>& kernels();
-template const Kernels<c10::BFloat16, float>& kernels();
-template const Kernels<c10::Half, float>& kernels();
+template const Kernels<double, double>& table();
+template const Kernels<float, float>& table();
+template const Kernels<at::BFloat16, float>& table();
+template const Kernels<at::Half, float>& table();
 
-}  // namespace cpu
-
-std::string cpu_capability() { return cpu::kNames[static_cast<int>(cpu::chosen())]; }
-
-}  // namespace adasplash
-
-const char* adasplash_cpu_capability() {
-  try {
-    static const std::string capability = adasplash::cpu_capability();
-    return capability.c_str();
-  } catch (const c10::Error&) {
-    return nullptr;
-  }
-}
+}  // namespace CPU_CAPABILITY
+}  // namespace adasplash::cpu

@@ -5,23 +5,17 @@
 
 namespace adasplash::cpu {
 
-// Scratch of one thread; every kernel lays its own buffers out in it.
-struct Scratch {
-  char* data;
-  int64_t bytes;
-};
-
 template <typename T, typename A>
 struct Kernels {
   // out and saved state of the query block that starts at `first_query`.
-  void (*forward)(const ForwardHead<T, A>& head, int64_t first_query, Scratch scratch);
+  void (*forward)(const ForwardHead<T, A>& head, int64_t first_query, char* scratch);
   int64_t (*forward_scratch)(int64_t head_dim, int64_t value_dim);
   // dq and row terms of one query block; false if the saved lists of keys are not what a forward can have written.
-  bool (*backward_query)(const BackwardHead<T, A>& head, int64_t first_query, Scratch scratch);
+  bool (*backward_query)(const BackwardHead<T, A>& head, int64_t first_query, char* scratch);
   // dk, dv (contiguous rows) of the key block that starts at `first_key`, summed over a group of query heads. Needs the
   // row terms of all of them.
   void (*backward_key)(const BackwardHead<T, A>* group, int64_t group_size, int64_t first_key, T* dk, T* dv,
-                       Scratch scratch);
+                       char* scratch);
   int64_t (*backward_scratch)(int64_t head_dim, int64_t value_dim, int64_t capacity);
 };
 

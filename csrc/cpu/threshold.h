@@ -83,7 +83,29 @@ inline bool settled(const Weights& weights, const Sums& sums) {
   if constexpr (std::is_same_v<A, double>) return distance <= (weights.smooth ? 1e-7 : 1e-13);
   return distance <= (weights.smooth ? 1e-4 : 1e-6);
 }
-constexpr int kMaxSteps = 64;  // a guard against rounding, never met: the steps converge quadratically
+constexpr int kMaxSteps = 64;  // a guard, as the steps converge quadratically
+
+// Takes the step from tau; false once there is nothing to gain, or rounding leaves nothing more to be gained.
+template <typename A, typename Weights>
+inline bool step_on(const Weights& weights, const Sums& sums, A& tau) {
+  const A before = tau;
+  tau = std::max(tau + static_cast<A>(newton_step(weights, sums)), A(-1));
+  return !settled<A>(weights, sums) && std::abs(tau - before) > 2 * std::numeric_limits<A>::epsilon() * std::abs(tau);
+}
+
+// Turns n padded scores into weights, in place, and returns their sum. Where many weights of a row are far below its
+// maximum, tau's last bit alone moves that sum by more than the contract allows, so results are divided by it.
+template <typename A, typename Weights>
+inline double to_weights(const Weights& weights, A* z, int64_t n, A max, A tau) {
+  Vec<A> sum(0);
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    const Vec<A> t = excess(Vec<A>::loadu(z + i), max, tau);
+    const Vec<A> p = t * weights.u(t);
+    p.store(z + i);
+    sum = sum + p;
+  }
+  return sum_lanes(sum);
+}
 
 template <typename A>
 inline void pad_scores(A* z, int64_t n, int64_t width) {
@@ -98,8 +120,7 @@ inline A solve(const Weights& weights, A* z, int64_t n, A max, A tau) {
   for (int step = 0; step < kMaxSteps; ++step) {
     Sums sums;
     add_sums(weights, z, n, max, tau, sums);
-    tau = std::max(tau + static_cast<A>(newton_step(weights, sums)), A(-1));
-    if (settled<A>(weights, sums)) break;
+    if (!step_on(weights, sums, tau)) break;
   }
   return tau;
 }

@@ -147,7 +147,7 @@ inline Rows<const A> in_type(Rows<const T> rows, int64_t first, int64_t count, i
 // Hands out aligned pieces of a thread's scratch; with null scratch it only counts, to learn the size needed.
 class Arena {
  public:
-  explicit Arena(Scratch scratch) : data_(scratch.data) {}
+  explicit Arena(char* scratch) : data_(scratch) {}
 
   template <typename U>
   U* take(int64_t count) {

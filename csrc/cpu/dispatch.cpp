@@ -1,0 +1,90 @@
+// Chooses the instruction set, once.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "adasplash.h"
+#include "kernels.h"
+
+namespace adasplash {
+namespace cpu {
+
+// table<T, A>() of kernels.cpp, as compiled for each set.
+#define ADASPLASH_DECLARE_TABLE(CAPABILITY) \
+  namespace CAPABILITY {                    \
+  template <typename T, typename A>         \
+  const Kernels<T, A>& table();             \
+  }
+ADASPLASH_DECLARE_TABLE(DEFAULT)
+#ifdef ADASPLASH_X86
+ADASPLASH_DECLARE_TABLE(AVX2)
+ADASPLASH_DECLARE_TABLE(AVX512)
+#endif
+
+namespace {
+
+enum class InstructionSet { kDefault, kAvx2, kAvx512 };
+constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+
+InstructionSet best() {
+#ifdef ADASPLASH_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
+    return InstructionSet::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return InstructionSet::kAvx2;
+  }
+#endif
+  return InstructionSet::kDefault;
+}
+
+InstructionSet choose() {
+  const char* forced = std::getenv("ADASPLASH_CPU_CAPABILITY");
+  if (forced == nullptr || *forced == '\0') return best();
+  for (int i = 0; i <= static_cast<int>(best()); ++i) {
+    if (std::string(forced) == kNames[i]) return static_cast<InstructionSet>(i);
+  }
+  TORCH_CHECK(false, "ADASPLASH_CPU_CAPABILITY is '", forced, "'; this machine runs default",
+              best() >= InstructionSet::kAvx2 ? ", avx2" : "", best() >= InstructionSet::kAvx512 ? ", avx512" : "");
+}
+
+InstructionSet chosen() {
+  static const InstructionSet set = choose();
+  return set;
+}
+
+}  // namespace
+
+template <typename T, typename A>
+const Kernels<T, A>& kernels() {
+#ifdef ADASPLASH_X86
+  if (chosen() == InstructionSet::kAvx512) return AVX512::table<T, A>();
+  if (chosen() == InstructionSet::kAvx2) return AVX2::table<T, A>();
+#endif
+  chosen();
+  return DEFAULT::table<T, A>();
+}
+
+template const Kernels<double, double>& kernels();
+template const Kernels<float, float>& kernels();
+template const Kernels<c10::BFloat16, float>& kernels();
+template const Kernels<c10::Half, float>& kernels();
+
+}  // namespace cpu
+
+std::string cpu_capability() { return cpu::kNames[static_cast<int>(cpu::chosen())]; }
+
+}  // namespace adasplash
+
+const char* adasplash_cpu_capability() {
+  try {
+    static const std::string capability = adasplash::cpu_capability();
+    return capability.c_str();
+  } catch (const c10::Error&) {
+    return nullptr;
+  }
+}
