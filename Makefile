@@ -1,7 +1,7 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
 # make test   the test suite
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
-# Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE and TEXT may be given.
+# Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
 
 PYTHON ?= python3
 # Another build of torch: make setup TORCH="torch --index-url …"
@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 DEVICE ?= cpu
 # A file or folder to train the demo on; the standard library's sources if empty.
 TEXT ?=
+# GPU architectures to compile kernels for, as "80 90", or none; auto is this machine's, else 80 and 90.
+ADASPLASH_ARCHS ?= auto
+HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -28,19 +31,27 @@ $(VENV)/.requirements: pyproject.toml | $(BIN)/python
 	  print(*sorted({*extras['test'], *extras['examples'], *extras['lint']}))")
 	touch $@
 
-# CMake rebuilds what changed and nothing else.
+# Without GPU kernels where they could not run, so that nobody waits for them; CMake rebuilds what differs. .installed says
+# that the library is there, .installed-kernels that it has its kernels too.
 SOURCES := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
+INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	rm -f $(VENV)/.installed-kernels
+	ADASPLASH_ARCHS=none $(INSTALL)
 	touch $@
 
-setup: $(VENV)/.installed
+$(VENV)/.installed-kernels: $(VENV)/.requirements $(SOURCES) $(wildcard triton_src/*)
+	$(BIN)/python -m pip install --quiet "triton>=3.6"
+	ADASPLASH_ARCHS="$(ADASPLASH_ARCHS)" $(INSTALL)
+	touch $(VENV)/.installed $@
 
-demo: setup
+setup: $(VENV)/.installed-kernels
+
+demo: $(if $(HAS_GPU),setup,$(VENV)/.installed)
 	$(BIN)/python examples/gpt/demo.py --device "$(DEVICE)" --text "$(TEXT)" --out demo-out
 
 # The same way in about a minute, for CI.
-demo-quick: setup
+demo-quick: $(VENV)/.installed
 	$(BIN)/python examples/gpt/demo.py --device "$(DEVICE)" --steps 20 --bytes 40 --out build/demo-quick
 
 test: setup
@@ -51,7 +62,7 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
-bench: setup
+bench: $(VENV)/.installed
 	$(BIN)/python -m bench.attention --preset targets lengths
 	$(BIN)/python -m bench.solver
 	$(BIN)/python -m bench.report --readme

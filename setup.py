@@ -1,5 +1,6 @@
 """Builds the library by calling CMake; everything else about the package stands in pyproject.toml."""
 
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 "-DADASPLASH_PYTHON=ON",
                 "-DCMAKE_INSTALL_LIBDIR=lib",
+                f"-DADASPLASH_ARCHS={os.environ.get('ADASPLASH_ARCHS', 'auto')}",
             ],
             check=True,
         )

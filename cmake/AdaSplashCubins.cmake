@@ -1,21 +1,19 @@
 # The CUDA half of libadasplash: its host code, and the kernels, which Triton compiles ahead of time. Needs no CUDA
 # toolkit and no GPU, only a Python with Triton; nothing of either at run time.
 #
-# ADASPLASH_ARCHS, also from the environment: GPU architectures to compile for, of 80 86 89 90 100 103 120, or `none`
-# for a library without GPU kernels. The default is the machine's GPUs, and 80 and 90 where there is none.
-if(DEFINED ENV{ADASPLASH_ARCHS})
-  string(REGEX REPLACE "[, ]+" ";" _archs "$ENV{ADASPLASH_ARCHS}")
-  set(ADASPLASH_ARCHS "${_archs}" CACHE STRING "GPU architectures to compile for" FORCE)
-elseif(NOT DEFINED ADASPLASH_ARCHS)
+# ADASPLASH_ARCHS: GPU architectures to compile for, of 80 86 89 90 100 103 120; `none` for a library without GPU kernels;
+# `auto` for the machine's GPUs, and 80 and 90 where there is none.
+set(ADASPLASH_ARCHS auto CACHE STRING "GPU architectures to compile for")
+string(REGEX REPLACE "[, ]+" ";" _wanted "${ADASPLASH_ARCHS}")
+if(_wanted STREQUAL "auto")
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
-    OUTPUT_VARIABLE _archs OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _failed)
-  string(REPLACE "." "" _archs "${_archs}")
-  string(REGEX REPLACE "[\r\n ]+" ";" _archs "${_archs}")
-  list(REMOVE_DUPLICATES _archs)
-  if(_failed OR NOT _archs)
-    set(_archs 80 90)
+    OUTPUT_VARIABLE _wanted OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _failed)
+  string(REPLACE "." "" _wanted "${_wanted}")
+  string(REGEX REPLACE "[\r\n ]+" ";" _wanted "${_wanted}")
+  list(REMOVE_DUPLICATES _wanted)
+  if(_failed OR NOT _wanted)
+    set(_wanted 80 90)
   endif()
-  set(ADASPLASH_ARCHS "${_archs}" CACHE STRING "GPU architectures to compile for")
 endif()
 
 target_sources(adasplash PRIVATE
@@ -27,7 +25,8 @@ target_sources(adasplash PRIVATE
   csrc/cuda/register.cpp)
 target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})
 
-if(ADASPLASH_ARCHS STREQUAL "none")
+set(ADASPLASH_BUILT_ARCHS "${_wanted}")  # none, or a list
+if(_wanted STREQUAL "none")
   message(STATUS "AdaSplash without GPU kernels (ADASPLASH_ARCHS=none)")
   target_sources(adasplash PRIVATE csrc/cuda/no_variants.cpp)
   return()
@@ -40,16 +39,16 @@ if(_failed)
   message(FATAL_ERROR "AdaSplash: ${Python_EXECUTABLE} has no Triton, which compiles the GPU kernels: install it "
     "(pip install triton), or set ADASPLASH_ARCHS=none for a library without GPU kernels")
 endif()
-message(STATUS "AdaSplash GPU kernels for ${ADASPLASH_ARCHS}, compiled by Triton ${_triton}")
+message(STATUS "AdaSplash GPU kernels for ${_wanted}, compiled by Triton ${_triton}")
 
 set(_out "${CMAKE_CURRENT_BINARY_DIR}/cubins")
 file(GLOB _kernels CONFIGURE_DEPENDS triton_src/*.py)
 # What was asked for, as a file: when it changes the kernels are looked at again, and the cache has those that stay.
-file(CONFIGURE OUTPUT "${_out}/archs.txt" CONTENT "${ADASPLASH_ARCHS} ${_triton}\n")
+file(CONFIGURE OUTPUT "${_out}/archs.txt" CONTENT "${_wanted} ${_triton}\n")
 add_custom_command(
   OUTPUT "${_out}/done"
   BYPRODUCTS "${_out}/cubins.bin" "${_out}/manifest.json" "${_out}/resources.txt" "${_out}/variants.cpp"
-  COMMAND "${Python_EXECUTABLE}" -m triton_src.compile --arch ${ADASPLASH_ARCHS} --out "${_out}"
+  COMMAND "${Python_EXECUTABLE}" -m triton_src.compile --arch ${_wanted} --out "${_out}"
   COMMAND "${CMAKE_COMMAND}" -E touch "${_out}/done"
   DEPENDS ${_kernels} triton_src/limits.json "${_out}/archs.txt"
   WORKING_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}"

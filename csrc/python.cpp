@@ -27,5 +27,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("compiler") = ADASPLASH_COMPILER;
   m.attr("cpu_capabilities") = split(ADASPLASH_CPU_CAPABILITIES);  // instruction sets the CPU kernels were compiled for
-  m.attr("cuda_architectures") = pybind11::tuple();                // architectures with embedded kernels
+  // Architectures with embedded kernels, as ("80", "90").
+  m.attr("cuda_architectures") =
+      std::string(ADASPLASH_CUDA_ARCHITECTURES) == "none" ? pybind11::tuple() : split(ADASPLASH_CUDA_ARCHITECTURES);
 }
