@@ -1,0 +1,39 @@
+"""Triton's interpreter, faster."""
+
+import contextlib
+import dataclasses
+import warnings
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def patched_once():
+    """Within this, the interpreter swaps the language's functions for its own once a launch, and swaps them back. Left
+    to itself it does so at every call of a helper, around what is swapped already, and leaves part of it behind: that
+    takes most of the time, and ever more of it. Nor does it work out whether integers overflow, which
+    it does even where assertions are off."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    swap, scopes = interpreter._patch_lang, {}
+
+    def swap_once(function):
+        modules = tuple(id(x) for x in (tl, tl.core) if any(x is value for value in function.__globals__.values()))
+        if modules not in scopes:
+            scopes[modules] = swap(function)
+        return interpreter._LangPatchScope()  # nothing for the caller to swap back
+
+    builder = interpreter.interpreter_builder
+    options = builder.options
+    builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    interpreter._patch_lang = swap_once
+    try:
+        with np.errstate(all="ignore"), warnings.catch_warnings():  # infinities and NaN are part of the kernels' work
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    finally:
+        interpreter._patch_lang = swap
+        builder.options = options
+        for scope in reversed(scopes.values()):
+            scope.restore()

@@ -1,0 +1,142 @@
+"""What is compiled ahead of time: the table of variants, the generated C++, and the machine code in the library."""
+
+import json
+import os
+import struct
+import sys
+
+import pytest
+
+import adasplash
+from common import ROOT, run
+
+sys.path.append(str(ROOT))
+FOLDER = os.path.join(adasplash.cmake_prefix_path, "lib", "adasplash")
+pytestmark = pytest.mark.backends("cpu")
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    path = os.path.join(FOLDER, "manifest.json")
+    if not os.path.exists(path):
+        pytest.skip("this library was built without GPU kernels (ADASPLASH_ARCHS=none)")
+    with open(path) as file:
+        return json.load(file)
+
+
+@pytest.fixture(scope="module")
+def outside():
+    """The environment of a process that compiles: no interpreter."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory, outside):
+    """What `triton_src.compile` writes for the default architectures: from the cache where the library was built."""
+    out = tmp_path_factory.mktemp("cubins")
+    run(sys.executable, "-m", "triton_src.compile", "--arch", 80, 90, "--out", out, cwd=ROOT, env=outside)
+    return out
+
+
+@pytest.mark.slow
+def test_every_default_variant_compiles_within_the_limits(compiled):
+    """The compiler fails where a limit is broken; this reads its table once more."""
+    from triton_src.variants import DEFAULT_ARCHS, SHARED_KIB, variants
+
+    manifest = json.loads((compiled / "manifest.json").read_text())
+    found = {(one["name"], one["arch"]): one for one in manifest["variants"]}
+    assert set(found) == {(variant.name, arch) for arch in DEFAULT_ARCHS for variant in variants(arch)}
+    assert len(found) <= 400
+    assert (compiled / "cubins.bin").stat().st_size < 80e6
+    for one in found.values():
+        assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
+        assert not (one["hot"] and one["spilled"]), one["name"]
+    assert sum(one["hot"] for one in found.values()) == 56
+
+
+@pytest.mark.slow
+def test_a_second_run_comes_from_the_cache(compiled, outside):
+    done = run(sys.executable, "-m", "triton_src.compile", "--out", compiled, cwd=ROOT, env=outside)
+    assert "152 variants, 152 from the cache" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", (86, 100))
+def test_other_architectures_compile(tmp_path, outside, arch):
+    """One variant of each kernel, where all of them would take minutes: the one with the most shared memory."""
+    code = f"""
+import sys
+from triton_src import compile, variants
+largest = [v for v in variants.variants({arch}) if v.name.endswith(("bf16_d256_aany", "row_max_bf16_d256"))]
+assert len(largest) == 4
+for variant in largest:
+    one, _ = compile.compile_variant(variant, {arch}, sys.argv[1])
+    assert one["shared"] <= variants.SHARED_KIB[{arch}] * 1024, one["name"]
+"""
+    run(sys.executable, "-c", code, tmp_path, cwd=ROOT, env=outside)
+
+
+def test_tables_are_consistent():
+    from triton_src.variants import ARCHS, variants
+
+    for arch in ARCHS:
+        table = {variant.name: variant for variant in variants(arch)}
+        for variant in table.values():
+            sides = (variant.block_m, variant.block_n)
+            walked = {"attend": 1, "grad_query": 1, "grad_key_value": 0}.get(variant.kernel)
+            for side, length in enumerate(sides):
+                assert 64 % length == 0 if side == walked else length % 64 == 0, variant.name
+            assert variant.pad % variant.step == 0
+            if variant.kernel == "attend":
+                kind = "" if variant.aligned else "_unaligned"
+                first = table[f"row_max_{variant.dtype}_d{variant.pad}{kind}"]
+                assert first.block_m % variant.block_m == 0, "attend would read tiles that row_max did not visit"
+
+
+def test_the_generated_header_is_current(outside):
+    done = run(sys.executable, "-m", "triton_src.launchers", cwd=ROOT, env=outside)
+    assert done.stdout == (ROOT / "csrc" / "cuda" / "launchers.h").read_text()
+
+
+def test_the_installed_manifest_is_current(manifest):
+    from triton_src.variants import APPENDED, variants
+
+    for one in manifest["variants"]:
+        variant = next(v for v in variants(one["arch"]) if v.name == one["name"])
+        assert [tuple(a) for a in one["arguments"]] == [*variant.arguments(), *APPENDED], one["name"]
+        assert one["constants"] == variant.constants, one["name"]
+
+
+def parameters(cubin: bytes, symbol: str) -> list[tuple[int, int]]:
+    """(offset, size) of a kernel's parameters, as its machine code says (section .nv.info.<symbol>)."""
+    (sections,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
+    texts = headers[names][4]
+    wanted = f".nv.info.{symbol}\0".encode()
+    start, length = next(h[4:6] for h in headers if cubin.startswith(wanted, texts + h[0]))
+    found, at = {}, start
+    while at < start + length:
+        kind, attribute, value = struct.unpack_from("<BBH", cubin, at)
+        at += 4
+        if kind == 4:  # a value of its own size
+            if attribute == 0x17:  # one parameter
+                _, ordinal, offset, flags = struct.unpack_from("<IHHI", cubin, at)
+                found[ordinal] = (offset, flags >> 18)
+            at += value
+    return [found[ordinal] for ordinal in sorted(found)]
+
+
+def test_arguments_lie_where_the_machine_code_reads_them(compiled):
+    """The struct that C++ packs has each field where the kernel's parameter is, in every variant."""
+    code = (compiled / "cubins.bin").read_bytes()
+    sizes = {"i32": "i", "i64": "q", "fp32": "f"}
+    for one in json.loads((compiled / "manifest.json").read_text())["variants"]:
+        cubin = code[one["offset"] : one["offset"] + one["size"]]
+        layout, expected = "@", []
+        for _, kind in one["arguments"]:
+            letter = "P" if kind.startswith("*") else sizes[kind]
+            layout += letter
+            end = struct.calcsize(layout)
+            expected.append((end - struct.calcsize(letter), struct.calcsize(letter)))
+        assert parameters(cubin, one["symbol"]) == expected, one["name"]
