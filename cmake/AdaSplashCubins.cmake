@@ -11,6 +11,7 @@ if(_wanted STREQUAL "auto")
   string(REPLACE "." "" _wanted "${_wanted}")
   string(REGEX REPLACE "[\r\n ]+" ";" _wanted "${_wanted}")
   list(REMOVE_DUPLICATES _wanted)
+  list(FILTER _wanted INCLUDE REGEX "^(80|86|89|90|100|103|120)$")  # the others run PTX, if anything
   if(_failed OR NOT _wanted)
     set(_wanted 80 90)
   endif()
@@ -29,6 +30,8 @@ set(ADASPLASH_BUILT_ARCHS "${_wanted}")  # none, or a list
 if(_wanted STREQUAL "none")
   message(STATUS "AdaSplash without GPU kernels (ADASPLASH_ARCHS=none)")
   target_sources(adasplash PRIVATE csrc/cuda/no_variants.cpp)
+  # A manifest may be left from a build that had some.
+  install(CODE "file(REMOVE \"\${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_LIBDIR}/adasplash/manifest.json\")")
   return()
 endif()
 

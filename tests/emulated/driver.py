@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import traceback
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,12 +195,7 @@ def interpret(variant: dict, arguments: dict[str, tuple[str, int | float]], prog
     expected = [name for name in kernel.arg_names if name not in variant["constants"]]
     if list(given) != expected:
         raise ValueError(f"the manifest's arguments are not those of {variant['kernel']}: is it stale?")
-    with (
-        patched_once(),
-        np.errstate(all="ignore"),
-        warnings.catch_warnings(),
-    ):  # infinities and NaN belong here
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with patched_once():
         kernel[(programs,)](**{name: typed(*value) for name, value in given.items()}, **variant["constants"])
 
 

@@ -7,7 +7,6 @@ os.environ["TRITON_INTERPRET"] = "1"  # Triton decides when it is imported
 
 import math
 import sys
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +18,6 @@ from emulated.interpreter import patched_once
 
 sys.path.append(str(ROOT))
 from triton_src import common, variants
-
-warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"numpy|triton")  # maxima over nothing but NaN
 
 
 @dataclass(frozen=True)
