@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from adasplash import entmax_attn
-from common import Inputs, assert_same_bits, gradients, normal_like
+from common import Inputs, assert_same_bits, gradients, normal_like, run_python
 
 CASES = {
     "ordinary": dict(m=150, n=190, size=32),
@@ -82,3 +82,16 @@ def test_threads_of_the_caller_do_not_disturb_each_other(make_inputs):
     with ThreadPoolExecutor(4) as pool:
         for result, one in zip(pool.map(lambda inputs: run(inputs, 1.5), several), expected, strict=True):
             assert_same_bits(result, one)
+
+
+@pytest.mark.backends("cpu")
+def test_work_is_shared_among_threads():
+    """at::parallel_for compiles to one thread without OpenMP, and nothing but the time would show it."""
+    program = (
+        "import time, torch, adasplash; torch.set_num_threads(2); x = torch.randn(1, 4, 2048, 64);"
+        "adasplash.entmax_attn(x, x, x); before = time.thread_time(), time.process_time();"
+        "[adasplash.entmax_attn(x, x, x, is_causal=True) for _ in range(10)];"
+        "print((time.thread_time() - before[0]) / (time.process_time() - before[1]))"
+    )
+    share_of_main_thread = float(run_python(program))
+    assert share_of_main_thread < 0.9

@@ -39,6 +39,10 @@ at::Tensor with_dense_rows(const at::Tensor& t) {
   return dense ? t : t.contiguous();
 }
 
+#ifndef INTRA_OP_PARALLEL
+#error "at::parallel_for would run on one thread: compile with OpenMP"
+#endif
+
 // Runs task(index, scratch) for every index, on all threads. Threads take the next task when they are done with one, as
 // causal blocks differ in length; which thread runs a task changes nothing in its result.
 template <typename F>
