@@ -52,8 +52,7 @@ struct RowMaxArguments {
   void* profile_scratch = nullptr;
 };
 static_assert(sizeof(RowMaxArguments) == 184);
-inline void row_max(const Variant& variant, const Place& place, int64_t programs,
-                    const RowMaxArguments& arguments) {
+inline void row_max(const Variant& variant, const Place& place, int64_t programs, const RowMaxArguments& arguments) {
   launch(Kernel::kRowMax, variant, place, programs, &arguments, sizeof arguments);
 }
 
@@ -74,8 +73,7 @@ struct AttendArguments {
   void* profile_scratch = nullptr;
 };
 static_assert(sizeof(AttendArguments) == 264);
-inline void attend(const Variant& variant, const Place& place, int64_t programs,
-                   const AttendArguments& arguments) {
+inline void attend(const Variant& variant, const Place& place, int64_t programs, const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
 }
 
