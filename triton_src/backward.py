@@ -126,8 +126,9 @@ def grad_query(
 
     mean = tl.where(sum_u > 0.0, sum_d / sum_u, 0.0)  # delta - c
     mean = tl.where(t == t, mean, float("nan"))
-    dq = (sum_dk - mean[:, None] * sum_uk) * scale
-    tl.store(delta + first_state + row, mean + c, mask=row < extent_q)
+    sees = first_key < end_key  # the other rows' queries and incoming gradients may be anything
+    dq = tl.where(sees[:, None], (sum_dk - mean[:, None] * sum_uk) * scale, 0.0)
+    tl.store(delta + first_state + row, tl.where(sees, mean + c, 0.0), mask=row < extent_q)
     store_rows(
         grad_query, cast(dq, grad_query.dtype.element_ty), first_row, extent_q, grad_query_row, width, BLOCK_M, PAD
     )
@@ -207,6 +208,11 @@ def grad_key_value(
             here_do = grad_out + member * grad_out_head
             q = load_rows(here_q, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE)
             do = load_rows(here_do, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE)
+            if EDGE:  # rows that see nothing may hold anything, and 0 * NaN would reach the sums
+                first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
+                sees = (first_key < end_key)[:, None]
+                q = tl.where(sees, q, 0.0)
+                do = tl.where(sees, do, 0.0)
             state = first_state + member.to(tl.int64) * rows_q
             m, t = load_state(row_state + 2 * state, row, length_q)
             shift = tl.load(delta + state + row, mask=row < length_q, other=0.0)
@@ -215,7 +221,6 @@ def grad_key_value(
                 BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
             )  # fmt: skip
             if EDGE:
-                first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
                 s = hide(s, first_key, end_key, 1, key_index)
             p, u = weights(s * factor - m[None, :], t[None, :], alpha, ALPHA)
             dv = dot(cast(p, do.dtype), do, dv)
@@ -223,7 +228,10 @@ def grad_key_value(
                 v, value, first, length_k, value_row, here_do, first_row, length_q, grad_out_row, width_v, 1.0,
                 BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
             )  # fmt: skip
-            dk = dot(cast(u * (dp - shift[None, :]), q.dtype), q, dk)
+            ds = u * (dp - shift[None, :])
+            if EDGE:
+                ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
+            dk = dot(cast(ds, q.dtype), q, dk)
 
     store_rows(
         grad_key, cast(dk * scale, grad_key.dtype.element_ty), first, extent_k, grad_key_row, width, BLOCK_N, PAD

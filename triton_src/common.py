@@ -193,7 +193,7 @@ def score_scale(scale, alpha):
 @triton.jit
 def weights(y, t, alpha, ALPHA: tl.constexpr):
     """(p, u) of scores y = z - m against thresholds t = tau - m: p = [y - t]+^(1/(alpha-1)) and u = p^(2-alpha)."""
-    x = tl.maximum(y - t, 0.0)  # takes the 0 if y is NaN
+    x = tl.maximum(y - t, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN row is never silently finite
     if ALPHA == ALPHA_1_5:
         return x * x, x
     elif ALPHA == ALPHA_2:

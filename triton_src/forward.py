@@ -255,6 +255,7 @@ def attend(
     store_rows(out, cast(acc, out.dtype.element_ty), first_row, extent_q, out_row, width_v, BLOCK_M, PAD)
 
     tiles += ((batch * heads + head) * tile_rows + first_row // TILE) * tile_words
+    spoilt = tl.max(tl.reshape(broken.to(tl.int32), [HALVES, TILE]), 1) > 0  # NaN goes back to all keys that were seen
     bit = tl.arange(0, WORD)
     index_half = tl.arange(0, HALVES)[:, None]
     for word in range(tile_words):
@@ -262,5 +263,6 @@ def attend(
         seen = (tile >= first) & (tile < first + inner + edge)
         known = (half < tiles_q)[:, None] & seen[None, :]
         number = tl.load(numbers + index_half * tiles_k + tile[None, :], mask=known, other=float("-inf"))
-        packed = tl.sum((number > threshold).to(tl.int32) << bit[None, :], 1)
+        marked = (number > threshold) | (spoilt[:, None] & seen[None, :])
+        packed = tl.sum(marked.to(tl.int32) << bit[None, :], 1)
         tl.store(tiles + tl.arange(0, HALVES) * tile_words + word, packed, mask=half < tile_rows)

@@ -120,7 +120,7 @@ HALF_80 = {  # sm_80: operands of matrix products are registers
     ("grad_query", 64): (128, 32, 64, 8, 2),
     ("grad_query", 128): (64, 64, 128, 8, 2),
     ("grad_key_value", 64): (32, 128, 64, 8, 2),
-    ("grad_key_value", 128): (64, 64, 128, 8, 2),
+    ("grad_key_value", 128): (32, 64, 128, 8, 2),
 }
 HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
     **HALF_80,

@@ -202,3 +202,29 @@ def test_empty_tiles_are_not_marked():
     which = torch.arange(7) % 3
     assert torch.equal(bits.bool(), which[:, None] == which)
     assert not tiles[0, 0, 7:].any() and not tiles[0, 0, :, 1:].any()
+
+
+@TYPES
+@pytest.mark.parametrize("tiles", (SMALL, BIG, PARTS), ids=("small", "big", "parts"))
+def test_rows_that_see_nothing_reach_no_gradient(dtype, tiles):
+    """Their queries and incoming gradients may be NaN."""
+    inputs = make_inputs(1, 2, 100, 60, size=16, dtype=dtype)
+    grad = normal_like(inputs.query)
+    inputs.query[:, :, :40] = 0
+    grad[:, :, :40] = 0
+    clean = attention(*inputs, 1.5, True, grad=grad, tiles=tiles)
+    inputs.query[:, :, :40] = torch.nan
+    grad[:, :, :40] = torch.inf
+    assert_same_bits(attention(*inputs, 1.5, True, grad=grad, tiles=tiles), clean)
+
+
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_a_nan_query_reaches_the_keys_it_saw(alpha, is_causal):
+    inputs = make_inputs(1, 1, 150, 150, size=16)
+    inputs.query[0, 0, 100] = torch.nan
+    result = attention(*inputs, alpha, is_causal, grad=normal_like(inputs.query), tiles=BIG)
+    seen = slice(0, 101 if is_causal else 150)
+    assert all(x[0, 0, seen].isnan().all() for x in (result.dk, result.dv))
+    assert result.dq[0, 0, 100].isnan().all()
+    assert result.dq[0, 0].isnan().any(-1).sum() == 1
