@@ -3,7 +3,8 @@
 With u_j = p_j^(2-alpha) on the support, dP_j = dO.v_j and delta = sum u dP / sum u,
     dS_j = u_j (dP_j - delta),   dq = scale sum_j dS_j k_j,   dk_j = scale sum_rows dS_j q,   dv_j = sum_rows p_j dO.
 grad_query finds delta and dq in one pass, since dq / scale = sum u dP k - delta sum u k. So that this difference does
-not cancel, a number c of the row near delta is taken off dP first: the mean of dP over the first tile with weight.
+not cancel, a number c of the row near delta is taken off dP first: what values have in common, and in fp32 delta of the
+keys seen so far.
 """
 
 import triton
@@ -11,9 +12,12 @@ import triton.language as tl
 
 from .common import (
     TILE,
+    WORD,
     append,
     cast,
+    column_sums,
     dot,
+    excess,
     hide,
     load_rows,
     load_signed,
@@ -25,20 +29,14 @@ from .common import (
     sequence,
     sign_of,
     store_rows,
+    threshold_pair,
     tile_bit,
     visible_keys,
     visible_tiles,
     weights,
 )
 
-
-@triton.jit
-def load_state(row_state, row, limit):
-    """(m, t) of rows; rows from `limit` on weigh nothing. NaN rows keep t = NaN."""
-    inside = row < limit
-    m = tl.load(row_state + 2 * row, mask=inside, other=0.0)
-    t = tl.load(row_state + 2 * row + 1, mask=inside, other=float("inf"))
-    return m, t
+CHUNK = tl.constexpr(256)  # tiles of a row or column that are looked at together
 
 
 @triton.jit
@@ -48,12 +46,14 @@ def grad_query(
     value, value_batch, value_head, value_row,
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_query, grad_query_batch, grad_query_head, grad_query_row,
-    delta, row_state, tiles, lists, lengths_q, lengths_k, state_batch,
+    terms, row_state, tiles, lists, lengths_q, lengths_k, state_batch, plane,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
     kind_q, kind_k, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta for grad_key_value. Programs: ceil(limit_q / BLOCK_M) * heads * batch."""
+    """dq, and for grad_key_value three planes of `terms`, a number a row each: what `excess` takes, and delta.
+
+    Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
     offset_q, length_q, extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
     offset_k, length_k, _extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
@@ -71,34 +71,38 @@ def grad_query(
     sign = sign_of(scale)
     q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
     do = load_signed(grad_out, first_row, length_q, grad_out_row, width_v, 1.0, BLOCK_M, PAD, STEP)
-    m, t = load_state(row_state + 2 * first_state, row, length_q)
+    EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
+    inside = row < length_q  # rows from there on weigh nothing; NaN rows keep t = NaN
+    m = tl.load(row_state + 2 * (first_state + row), mask=inside, other=0.0)
+    t = tl.load(row_state + 2 * (first_state + row) + 1, mask=inside, other=float("inf"))
+    high, low = threshold_pair(m, t, EXACT)
     factor = score_scale(scale, alpha)
 
-    # The tiles to visit: those with weight in any half of the block, inner ones first.
-    HALVES: tl.constexpr = BLOCK_M // TILE
+    # The tiles to visit: those with weight, inner ones first.
     SPLIT: tl.constexpr = TILE // BLOCK_N  # a tile is visited in so many steps
-    half = tl.arange(0, HALVES)
-    place = (batch * heads + head) * tiles_q + first_row // TILE
+    listed = lists + ((batch * heads + head) * tiles_q + first_row // TILE) * tiles_k
     tiles += ((batch * heads + head) * tile_rows + first_row // TILE) * tile_words
-    listed = lists + place * tiles_k
-    known = (first_row // TILE + half < tiles_q)[:, None]
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
     count = 0
     inner_count = 0
-    for start in range(0, inner + edge, 64):
-        index = start + tl.arange(0, 64)
+    for start in range(0, inner + edge, CHUNK):
+        index = start + tl.arange(0, CHUNK)
         tile = ordered_tile(index, first, inner_first, inner)
-        bit = tile_bit(tiles + half[:, None] * tile_words, tile[None, :], known & (index < inner + edge)[None, :])
-        wanted = tl.max(bit.to(tl.int32), 0) > 0
+        wanted = tile_bit(tiles, tile, index < inner + edge)
         count = append(listed, count, tile, wanted)
         inner_count += tl.sum((wanted & (index < inner)).to(tl.int32), 0)
     tl.debug_barrier()
 
-    sum_u = tl.zeros([BLOCK_M], tl.float32)
-    sum_d = tl.zeros([BLOCK_M], tl.float32)  # sum u (dP - c)
     c = tl.zeros([BLOCK_M], tl.float32)
+    if not EXACT and count > 0:  # dO.v of the mean of one tile's values: what all values have in common
+        first_j = tl.load(listed) * TILE
+        v = load_rows(value, first_j, length_k, value_row, width_v, TILE, PAD, True).to(tl.float32)
+        v = tl.sum(tl.where(tl.abs(v) < float("inf"), v, 0.0), 0) / TILE
+        c = tl.sum(do.to(tl.float32) * v[None, :], 1)
+    part_u = tl.zeros([BLOCK_M, 8], tl.float32)
+    part_d = tl.zeros([BLOCK_M, 8], tl.float32)  # sum u (dP - c)
     sum_dk = tl.zeros([BLOCK_M, PAD], tl.float32)  # sum u (dP - c) k
     sum_uk = tl.zeros([BLOCK_M, PAD], tl.float32)
     for EDGE in tl.static_range(2):
@@ -111,27 +115,54 @@ def grad_query(
             )  # fmt: skip
             if EDGE:
                 s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
-            _p, u = weights(s * factor - m[:, None], t[:, None], alpha, ALPHA)
+            _p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA)
             dp = products(
                 do, grad_out, first_row, length_q, grad_out_row, value, first_j, length_k, value_row, width_v, 1.0,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
-            here_u = tl.sum(u, 1)
-            here_d = tl.sum(u * dp, 1)
-            c = tl.where((sum_u == 0.0) & (here_u > 0.0), here_d / here_u, c)
-            sum_u += here_u
-            sum_d += here_d - c * here_u
-            sum_dk = dot(cast(u * (dp - c[:, None]), k.dtype), k, sum_dk)
+            part_u += column_sums(u)
+            if EXACT:  # c follows delta of the keys seen so far, and sums of u (dP - c) follow c
+                sum_u = tl.sum(part_u, 1)
+                shift = tl.sum(part_d, 1) + tl.sum(u * (dp - c[:, None]), 1)
+                shift = tl.where(sum_u > 0.0, shift / sum_u, 0.0)
+                part_d -= shift[:, None] * (part_u - column_sums(u))
+                sum_dk -= shift[:, None] * sum_uk
+                c += shift
+            ds = u * (dp - c[:, None])
+            if EDGE:
+                ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
+            part_d += column_sums(ds)
+            sum_dk = dot(cast(ds, k.dtype), k, sum_dk)
             sum_uk = dot(cast(u, k.dtype), k, sum_uk)
 
+    sum_u = tl.sum(part_u, 1)
+    sum_d = tl.sum(part_d, 1)
     mean = tl.where(sum_u > 0.0, sum_d / sum_u, 0.0)  # delta - c
     mean = tl.where(t == t, mean, float("nan"))
     sees = first_key < end_key  # the other rows' queries and incoming gradients may be anything
     dq = tl.where(sees[:, None], (sum_dk - mean[:, None] * sum_uk) * scale, 0.0)
-    tl.store(delta + first_state + row, tl.where(sees, mean + c, 0.0), mask=row < extent_q)
+    terms += first_state
+    tl.store(terms + row, high, mask=row < extent_q)
+    tl.store(terms + plane + row, low, mask=row < extent_q)
+    tl.store(terms + 2 * plane + row, tl.where(sees, mean + c, 0.0), mask=row < extent_q)
     store_rows(
         grad_query, cast(dq, grad_query.dtype.element_ty), first_row, extent_q, grad_query_row, width, BLOCK_M, PAD
     )
+
+
+@triton.jit
+def load_terms(terms, plane, limit, ROWS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr):
+    """(high, low, delta) of rows that begin at `terms`; rows from `limit` on weigh nothing."""
+    row = tl.arange(0, ROWS)
+    if MASKED:
+        high = tl.load(terms + row, mask=row < limit, other=float("inf"))
+        delta = tl.load(terms + 2 * plane + row, mask=row < limit, other=0.0)
+        low = tl.load(terms + plane + row, mask=row < limit, other=0.0) if EXACT else high
+    else:
+        high = tl.load(terms + row)
+        delta = tl.load(terms + 2 * plane + row)
+        low = tl.load(terms + plane + row) if EXACT else high
+    return high, low, delta
 
 
 @triton.jit
@@ -142,14 +173,15 @@ def grad_key_value(
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_key, grad_key_batch, grad_key_head, grad_key_row,
     grad_value, grad_value_batch, grad_value_head, grad_value_row,
-    delta, row_state, tiles, lists, lengths_q, lengths_k, state_batch,
+    terms, tiles, lists, lengths_q, lengths_k, state_batch, plane,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
     kind_q, kind_k, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: a block of keys against the query tiles, of all heads that share it, where it holds weight.
 
-    Programs: ceil(limit_k / BLOCK_N) * heads / group * batch. Blocks are transposed: keys down, queries across."""
+    Programs: ceil(limit_k / BLOCK_N) * heads / group * batch; BLOCK_N is TILE. Blocks are transposed: keys down, queries
+    across."""
     block, head_kv, batch = program(tl.cdiv(limit_k, BLOCK_N), heads // group)
     offset_q, length_q, _extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
     offset_k, length_k, extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
@@ -160,7 +192,7 @@ def grad_key_value(
     value += batch * value_batch + head_kv * value_head + offset_k * value_row
     grad_key += batch * grad_key_batch + head_kv * grad_key_head + offset_k * grad_key_row
     grad_value += batch * grad_value_batch + head_kv * grad_value_head + offset_k * grad_value_row
-    first_state = batch * state_batch + first_head * rows_q + offset_q
+    terms += batch * state_batch + first_head * rows_q + offset_q
     tiles_q, tiles_k = tl.cdiv(limit_q, TILE), tl.cdiv(limit_k, TILE)
 
     first = block * BLOCK_N
@@ -169,69 +201,64 @@ def grad_key_value(
     k = load_signed(key, first, length_k, key_row, width, sign, BLOCK_N, PAD, STEP)
     v = load_signed(value, first, length_k, value_row, width_v, 1.0, BLOCK_N, PAD, STEP)
     factor = score_scale(scale, alpha)
+    EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
 
-    # The query tiles to visit, as head in the group * tiles_q + tile: those whose rows all see all keys from the front
-    # of the list, the others from its end.
-    PARTS: tl.constexpr = BLOCK_N // TILE
     SPLIT: tl.constexpr = TILE // BLOCK_M  # a tile is visited in so many steps
-    CHUNK: tl.constexpr = 64
-    entries = group * tiles_q
-    part = first // TILE + tl.arange(0, PARTS)
-    first_tiles = batch * heads + first_head
-    tiles += first_tiles * tile_rows * tile_words
-    listed = lists + first_tiles * tiles_q * tiles_k + (first // TILE) * entries
-    inner_count = 0
-    edge_count = 0
-    for start in range(0, entries, CHUNK):
-        entry = start + tl.arange(0, CHUNK)
-        first_row = entry % tiles_q * TILE
-        last_row = tl.minimum(first_row + TILE, length_q) - 1
-        _first, end_key = visible_keys(first_row, length_q, length_k, window_left, window_right)
-        first_key, _end = visible_keys(last_row, length_q, length_k, window_left, window_right)
-        whole = (first_key <= first) & (first + BLOCK_N <= end_key) & (first_row + TILE <= length_q)
-        known = (entry < entries)[:, None] & (part < tiles_k)[None, :]
-        words = (entry // tiles_q * tile_rows + entry % tiles_q) * tile_words
-        bit = tile_bit(tiles + words[:, None], part[None, :], known)
-        wanted = tl.max(bit.to(tl.int32), 1) > 0
-        inner_count = append(listed, inner_count, entry, wanted & whole)
-        edge_count = append(listed + entries - 1, edge_count, entry, wanted & ~whole, -1)
-    tl.debug_barrier()
+    tiles += ((batch * heads + first_head) * tile_rows * tile_words) + first // TILE // WORD
+    bit = first // TILE % WORD
+    listed = lists + ((batch * heads + first_head) * tiles_k + first // TILE) * tiles_q
 
     dk = tl.zeros([BLOCK_N, PAD], tl.float32)
     dv = tl.zeros([BLOCK_N, PAD], tl.float32)
-    for EDGE in tl.static_range(2):
-        for index in range((entries - edge_count) * SPLIT if EDGE else 0, (entries if EDGE else inner_count) * SPLIT):
-            entry = tl.load(listed + index // SPLIT)
-            member, first_row = entry // tiles_q, entry % tiles_q * TILE + part_of(index, SPLIT) * BLOCK_M
-            row = first_row + tl.arange(0, BLOCK_M)
-            here_q = query + member * query_head
-            here_do = grad_out + member * grad_out_head
-            q = load_rows(here_q, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE)
-            do = load_rows(here_do, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE)
-            if EDGE:  # rows that see nothing may hold anything, and 0 * NaN would reach the sums
-                first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
-                sees = (first_key < end_key)[:, None]
-                q = tl.where(sees, q, 0.0)
-                do = tl.where(sees, do, 0.0)
-            state = first_state + member.to(tl.int64) * rows_q
-            m, t = load_state(row_state + 2 * state, row, length_q)
-            shift = tl.load(delta + state + row, mask=row < length_q, other=0.0)
-            s = products(
-                k, key, first, length_k, key_row, here_q, first_row, length_q, query_row, width, sign,
-                BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
-            )  # fmt: skip
-            if EDGE:
-                s = hide(s, first_key, end_key, 1, key_index)
-            p, u = weights(s * factor - m[None, :], t[None, :], alpha, ALPHA)
-            dv = dot(cast(p, do.dtype), do, dv)
-            dp = products(
-                v, value, first, length_k, value_row, here_do, first_row, length_q, grad_out_row, width_v, 1.0,
-                BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
-            )  # fmt: skip
-            ds = u * (dp - shift[None, :])
-            if EDGE:
-                ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
-            dk = dot(cast(ds, q.dtype), q, dk)
+    for _member in range(group):
+        # The query tiles to visit: those whose rows all see all keys from the front of the list, others from its end.
+        inner_count = 0
+        edge_count = 0
+        tl.debug_barrier()  # the old list may still be read
+        for start in range(0, tiles_q, CHUNK):
+            tile = start + tl.arange(0, CHUNK)
+            first_row = tile * TILE
+            last_row = tl.minimum(first_row + TILE, length_q) - 1
+            _first, end_key = visible_keys(first_row, length_q, length_k, window_left, window_right)
+            first_key, _end = visible_keys(last_row, length_q, length_k, window_left, window_right)
+            whole = (first_key <= first) & (first + BLOCK_N <= end_key) & (first_row + TILE <= length_q)
+            wanted = ((tl.load(tiles + tile * tile_words, mask=tile < tiles_q, other=0) >> bit) & 1) != 0
+            inner_count = append(listed, inner_count, tile, wanted & whole)
+            edge_count = append(listed + tiles_q - 1, edge_count, tile, wanted & ~whole, -1)
+        tl.debug_barrier()
+        for EDGE in tl.static_range(2):
+            begin, end = (tiles_q - edge_count, tiles_q) if EDGE else (0, inner_count)
+            for index in range(begin * SPLIT, end * SPLIT):
+                first_row = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_M
+                q = load_rows(query, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE)
+                do = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE)
+                if EDGE:  # rows that see nothing may hold anything, and 0 * NaN would reach the sums
+                    row = first_row + tl.arange(0, BLOCK_M)
+                    first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
+                    sees = (first_key < end_key)[:, None]
+                    q = tl.where(sees, q, 0.0)
+                    do = tl.where(sees, do, 0.0)
+                high, low, delta = load_terms(terms + first_row, plane, length_q - first_row, BLOCK_M, EXACT, EDGE)
+                s = products(
+                    k, key, first, length_k, key_row, query, first_row, length_q, query_row, width, sign,
+                    BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
+                )  # fmt: skip
+                if EDGE:
+                    s = hide(s, first_key, end_key, 1, key_index)
+                p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), alpha, ALPHA)
+                dv = dot(cast(p, do.dtype), do, dv)
+                dp = products(
+                    v, value, first, length_k, value_row, grad_out, first_row, length_q, grad_out_row, width_v, 1.0,
+                    BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
+                )  # fmt: skip
+                ds = u * (dp - delta[None, :])
+                if EDGE:
+                    ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
+                dk = dot(cast(ds, q.dtype), q, dk)
+        query += query_head
+        grad_out += grad_out_head
+        terms += rows_q
+        tiles += tile_rows * tile_words
 
     store_rows(
         grad_key, cast(dk * scale, grad_key.dtype.element_ty), first, extent_k, grad_key_row, width, BLOCK_N, PAD

@@ -72,13 +72,15 @@ def program(blocks, heads):
 @triton.jit
 def load_rows(base, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr):
     """Rows first, first + 1, ... of a matrix as a (ROWS, PAD) block; zeros right of `width` and, if MASKED, from row
-    `limit` on. Only the offset inside a block is 32 bits wide times the stride: the block's own place is 64."""
+    `limit` on. The block's own place is 64 bits wide; offsets inside it are 32, which the host sees to (kLongestRow in
+    csrc/cuda/call.cpp)."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, PAD)
     mask = (column < width)[None, :]
     if MASKED:
         mask = mask & (first + row < limit)[:, None]
-    return tl.load(base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    offset = row[:, None] * stride.to(tl.int32) + column[None, :]
+    return tl.load(base + first.to(tl.int64) * stride + offset, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -122,7 +124,8 @@ def store_rows(base, x, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl
     row = tl.arange(0, ROWS)
     column = tl.arange(0, PAD)
     mask = (column < width)[None, :] & (first + row < limit)[:, None]
-    tl.store(base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :], x, mask=mask)
+    offset = row[:, None] * stride.to(tl.int32) + column[None, :]
+    tl.store(base + first.to(tl.int64) * stride + offset, x, mask=mask)
 
 
 # ---- which keys a row sees -------------------------------------------------------------------------------------------
@@ -191,17 +194,60 @@ def score_scale(scale, alpha):
 
 
 @triton.jit
-def weights(y, t, alpha, ALPHA: tl.constexpr):
-    """(p, u) of scores y = z - m against thresholds t = tau - m: p = [y - t]+^(1/(alpha-1)) and u = p^(2-alpha)."""
-    x = tl.maximum(y - t, 0.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN row is never silently finite
+def threshold_pair(m, t, EXACT: tl.constexpr):
+    """What `excess` takes: (tau, unused), or (m, t) if EXACT, as fp32 is: near the maximum z - m is exact, where
+    tau = m + t would be rounded."""
+    return (m, t) if EXACT else (m + t, t)
+
+
+@triton.jit
+def excess(s, factor, m, t, EXACT: tl.constexpr):
+    """[z - tau]+ of scores q.k: how far they are above the threshold, from 0 to 1 as t >= -1. It is written so that the
+    compiler makes one instruction of it, a multiply-add that saturates, where it is not EXACT. NaN gives 0: rows that
+    see one are marked by their maximum."""
+    y = (s * factor - m) - t if EXACT else s * factor - m
+    return tl.minimum(tl.maximum(y, 0.0), 1.0)
+
+
+@triton.jit
+def weights(x, alpha, ALPHA: tl.constexpr):
+    """(p, u) of an excess x: p = x^(1/(alpha-1)) and u = p^(2-alpha)."""
     if ALPHA == ALPHA_1_5:
         return x * x, x
     elif ALPHA == ALPHA_2:
-        return x, tl.where(x > 0.0, 1.0, 0.0)
+        return x, is_positive(x)
     else:
         exponent = 1.0 / (alpha - 1.0)  # on its own, so that the one division leaves the loop
         log = tl.log2(x) * exponent
         return tl.exp2(log), tl.where(x > 0.0, tl.exp2((2.0 - alpha) * log), 0.0)
+
+
+@triton.jit
+def is_positive(x):
+    """1 where x > 0, else 0, for x >= 0: one saturating multiplication instead of a comparison and a selection."""
+    return tl.minimum(tl.maximum(x * 1e30, 0.0), 1.0)
+
+
+@triton.jit
+def column_sums(x):
+    """Sums over the columns of (rows, columns) that are equal modulo 8: in the matrix units' layout a thread holds these
+    itself. A row's sum, which threads share, is then taken once, after a loop."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+
+
+@triton.jit
+def threshold_step(sum_p, sum_u, count, alpha, ALPHA: tl.constexpr):
+    """How far t should rise (or, if negative, fall), from sums over the row at t; `count` is used for alpha = 1.5 only.
+
+    On a settled support sum p is a polynomial in t: of the first degree for alpha = 2, of the second for 1.5, whose
+    root is taken; where it has none, its lowest point. Otherwise `newton_step`."""
+    if ALPHA == ALPHA_1_5:
+        square = sum_u * sum_u - count * (sum_p - 1.0)
+        root = tl.sqrt(tl.maximum(square, 0.0))
+        step = tl.where(square > 0.0, (sum_p - 1.0) / (sum_u + root), sum_u / count)
+        return tl.where(sum_u > 0.0, step, 0.0)
+    else:
+        return newton_step(sum_p, sum_u, alpha, ALPHA)
 
 
 @triton.jit

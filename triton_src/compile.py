@@ -5,7 +5,7 @@ Writes to DIR
     manifest.json   what each is: symbol, arguments and their types, constants, warps, shared memory, place in the file
     variants.cpp    the same as a table in C++
     resources.txt   registers, spills, stack, shared memory and size of each
-and fails if a variant breaks triton_src/limits.json. Results are cached by content (sources, compiler, variant), so a
+and says which variants break triton_src/limits.json (with --strict it fails then). Results are cached by content (sources, compiler, variant), so a
 second run takes seconds.
 """
 
@@ -55,6 +55,7 @@ def options(variant, arch):
     return {
         "num_warps": variant.warps,
         "num_stages": variant.stages,
+        "maxnreg": variant.registers,
         "enable_fp_fusion": True,
         "ptx_version": PTX_VERSION[arch],
     }
@@ -227,6 +228,7 @@ def main():
     parser.add_argument("--cache", type=Path, default=caches / "torch-adasplash" / "cubins")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--table", action="store_true", help="print resources.txt")
+    parser.add_argument("--strict", action="store_true", help="fail if a limit is broken")
     args = parser.parse_args()
     header = SOURCE.parent / "csrc" / "cuda" / "launchers.h"
     if header.read_text() != launchers.header():
@@ -238,7 +240,7 @@ def main():
     broken = list(broken_limits(descriptions))
     for sentence in broken:
         print(sentence, file=sys.stderr)
-    return 1 if broken else 0
+    return 1 if broken and args.strict else 0
 
 
 if __name__ == "__main__":

@@ -1,28 +1,31 @@
-"""The forward: row_max looks at every visible tile once, attend solves for tau and gathers the output where it must.
+"""The forward: scan looks at every visible tile once, attend solves for tau and gathers the output where it must.
 
 For a block of query rows and the keys j that a row sees,
     m = max_j z_j,    p_j = [z_j - tau]+^(1/(alpha-1)) with sum_j p_j = 1,    out = sum_j p_j v_j,
-and only keys with z_j > m - 1 can have weight. A running maximum knows a superset of those, so row_max, while it finds
-m, writes one number a tile: the largest (row's maximum in the tile - row's running maximum). All later passes walk
-lists of the tiles whose number is above what is by then known of t = tau - m, which starts at -1 and only rises:
+and only keys with z_j > m - 1 can have weight. A running maximum knows a superset of those, so scan, while it finds m,
+writes four numbers a tile, one for 16 rows: the largest (row's maximum in the tile - row's running maximum). It also
+keeps the largest score of each of CLASSES classes of keys: a subset of the row's keys, whose tau is a lower bound of
+the row's own, and a close one. attend then walks the list of the tiles with a number above that bound of t = tau - m:
 
-  1. the two largest scores of each of 64 columns of the tiles are kept in registers. They are a subset of the row's
-     keys, so the tau of that subset, solved without touching memory again, is a lower bound, mostly a very close one;
-  2. sums of p and u over the tiles, Newton's step, until sum p is 1 in all rows; each round also keeps only the tiles
-     where something had weight;
-  3. the output.
+  1. sums over the row at t, and a step towards the solution, until the next step arrives (mostly once);
+  2. the output, divided by the sum of the weights it was made with. That sum also tells whether t was good enough for
+     the type: where it was not, both are done again.
 """
 
 import triton
 import triton.language as tl
 
 from .common import (
+    ALPHA_1_5,
     TILE,
     WORD,
     append,
     cast,
+    column_sums,
     dot,
+    excess,
     hide,
+    is_positive,
     load_rows,
     load_signed,
     max_or_nan,
@@ -35,27 +38,33 @@ from .common import (
     sequence,
     sign_of,
     store_rows,
+    threshold_pair,
+    threshold_step,
     visible_keys,
     visible_tiles,
     weights,
 )
 
-# Rows stop being refined when their sum of weights is this close to 1; one more step is then taken unseen.
-TOLERANCE = tl.constexpr(4e-6)
-# How much an fp32 z - m may be off, relative to m: a few roundings.
+GROUP = tl.constexpr(16)  # rows that share a number: those of one warp in the matrix units' layout, so that none waits
+CLASSES = tl.constexpr(64)  # of keys, whose maxima scan keeps
+BOUND_STEPS = tl.constexpr(6)  # Newton steps towards tau of those; any number gives a lower bound
+# How much an fp32 z - m or a bound of t may be off, relative to m or to 1: a few roundings.
 ROUNDING = tl.constexpr(2.0**-21)
+CHUNK = tl.constexpr(256)  # tiles of a row that are looked at together
+ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 
 @triton.jit
-def row_max(
+def scan(
     query, query_batch, query_head, query_row,
     key, key_batch, key_head, key_row,
     row_state, numbers, lengths_q, lengths_k, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
     kind_q, kind_k, window_left, window_right, scale, alpha,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """m of each row into row_state, and the number of each visible (64 rows) x (64 keys) tile into `numbers`.
+    """m and a lower bound of t of each row into row_state, and the numbers of each visible (64 rows) x (64 keys) tile
+    into `numbers`, (4 ceil(limit_q / 64), ceil(limit_k / 64)) a head, as the upper half of an fp32.
 
     Programs: ceil(limit_q / BLOCK_M) * heads * batch. BLOCK_N is a multiple of TILE."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
@@ -74,16 +83,19 @@ def row_max(
     factor = score_scale(scale, alpha)
 
     PARTS: tl.constexpr = BLOCK_N // TILE
-    HALVES: tl.constexpr = BLOCK_M // TILE
-    half = first_row // TILE + tl.arange(0, HALVES)
-    numbers += ((batch * heads + head) * tiles_q + half[:, None]) * tiles_k + tl.arange(0, PARTS)[None, :]
+    GROUPS: tl.constexpr = BLOCK_M // GROUP
+    SPAN: tl.constexpr = TILE // PARTS  # classes that a tile's keys fall into
+    group_row = first_row // GROUP + tl.arange(0, GROUPS)
+    groups_q = tiles_q * (TILE // GROUP)
+    numbers += ((batch * heads + head) * groups_q + group_row[:, None]) * tiles_k + tl.arange(0, PARTS)[None, :]
     never = tl.where(visible, 0.0, float("-inf"))  # rows that see nothing ask for no tile
 
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, BLOCK_N
     )
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
-    for EDGE in tl.static_range(2):
+    largest = tl.full([BLOCK_M, PARTS, SPAN], float("-inf"), tl.float32)
+    for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find m there
         for index in range(edge if EDGE else inner):
             tile = ordered_tile(inner + index if EDGE else index, first, inner_first, inner)
             s = products(
@@ -92,36 +104,80 @@ def row_max(
             )  # fmt: skip
             if EDGE:
                 s = hide(s, first_key, end_key, 0, tile * BLOCK_N + tl.arange(0, BLOCK_N))
-            tile_max = max_or_nan(tl.reshape(s, [BLOCK_M, PARTS, TILE]), 2)
+            # Keys of one class are those that a thread holds itself: equal modulo 8.
+            here = max_or_nan(tl.reshape(s, [BLOCK_M, PARTS, SPAN // 8, PARTS, 8]), 3)
+            here = tl.reshape(here, [BLOCK_M, PARTS, SPAN])
+            largest = tl.maximum(largest, here)
+            tile_max = max_or_nan(here, 2)
             m = tl.maximum(m, max_or_nan(tile_max, 1), propagate_nan=tl.PropagateNan.ALL)
             above = tile_max - m[:, None] + (tl.abs(m) * ROUNDING + never)[:, None]
-            number = tl.max(tl.reshape(above, [HALVES, TILE, PARTS]), 1) * factor
+            number = tl.max(tl.reshape(above, [GROUPS, GROUP, PARTS]), 1) * factor
             part = tile * PARTS + tl.arange(0, PARTS)
-            tl.store(numbers + tile * PARTS, number, mask=(half < tiles_q)[:, None] & (part < tiles_k)[None, :])
+            known = (group_row < groups_q)[:, None] & (part < tiles_k)[None, :]
+            tl.store(numbers + tile * PARTS, upper_half(number), mask=known)
 
+    m *= factor
+    t = tl.full([BLOCK_M], -1.0, tl.float32)
+    largest = tl.reshape(largest, [BLOCK_M, CLASSES])
+    for _ in tl.static_range(BOUND_STEPS):
+        p, u = weights(excess(largest, factor, (m + t)[:, None], t[:, None], False), alpha, ALPHA)
+        t += tl.maximum(newton_step(tl.sum(p, 1), tl.sum(u, 1), alpha, ALPHA), 0.0)
+    t -= (1.0 + tl.abs(m)) * ROUNDING
     row_state += 2 * (batch * state_batch + head * rows_q + offset_q)
-    tl.store(row_state + 2 * row, m * factor, mask=row < extent_q)
+    tl.store(row_state + 2 * row, m, mask=row < extent_q)
+    tl.store(row_state + 2 * row + 1, t, mask=row < extent_q)
 
 
 @triton.jit
-def list_tiles(
-    listed, numbers, threshold, tiles_k, first, inner_first, inner, edge, HALVES: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Lists the tiles whose number is above the threshold in any half of the block: (inner ones, all), inner first."""
-    half = tl.arange(0, HALVES)
+def upper_half(x):
+    """The upper 16 bits of an fp32. For x <= 0 that rounds up, so that a number stays a bound."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+
+
+@triton.jit
+def list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge):
+    """Lists the visible tiles with a number above the lowest t of its rows: (inner ones, all), inner first. Sets the
+    numbers of all visible tiles to zero."""
+    threshold = tl.min(tl.reshape(t, [TILE // GROUP, GROUP]), 1)[:, None]
+    numbers += tl.arange(0, TILE // GROUP)[:, None] * tiles_k
     count = 0
     inner_count = 0
-    tl.debug_barrier()  # what is read here was written by other threads, and they may still read the old list
     for start in range(0, inner + edge, CHUNK):
         index = start + tl.arange(0, CHUNK)
         tile = ordered_tile(index, first, inner_first, inner)
-        known = (index < inner + edge)[None, :]
-        number = tl.load(numbers + half[:, None] * tiles_k + tile[None, :], mask=known, other=float("-inf"))
-        wanted = tl.max(number, 0) > threshold
+        known = index < inner + edge
+        number = tl.load(numbers + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
+        tl.store(numbers + tile[None, :], tl.zeros(number.shape, tl.int16), mask=known[None, :])
+        above = number.to(tl.float32, bitcast=True) > threshold
+        wanted = known & (tl.max(above.to(tl.int32), 0) > 0)
         count = append(listed, count, tile, wanted)
         inner_count += tl.sum((wanted & (index < inner)).to(tl.int32), 0)
-    tl.debug_barrier()
+    tl.debug_barrier()  # what other threads wrote is read from here on
     return inner_count, count
+
+
+@triton.jit
+def tolerance(DTYPE: tl.constexpr):
+    """How far from 1 the sum of a row's weights may be when the output is divided by it: what the type rounds away."""
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return 4e-6
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        return 2.0**-10
+    else:
+        return 2.0**-7
+
+
+@triton.jit
+def far(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
+    """How far from 1 the sum may be for a step that is taken unseen: what it leaves goes with the square of that, about
+    0.05 of it for alpha = 1.5, whose steps know the curve."""
+    known: tl.constexpr = 12.0 if ALPHA == ALPHA_1_5 else 1.0
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return 1e-3 * known
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        return 0.01 * known
+    else:
+        return 0.033 * known
 
 
 @triton.jit
@@ -137,7 +193,8 @@ def attend(
 ):  # fmt: skip
     """Completes row_state with t = tau - m, writes the output and one bit for each tile that holds weight.
 
-    Programs as row_max. `numbers` comes from row_max and is used up; `lists` is scratch."""
+    Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE. `numbers` comes from scan and is used up, `lists`
+    is scratch."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
     offset_q, length_q, extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
     offset_k, length_k, _extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
@@ -148,66 +205,71 @@ def attend(
     row_state += 2 * (batch * state_batch + head * rows_q + offset_q)
     tiles_q, tiles_k = tl.cdiv(limit_q, TILE), tl.cdiv(limit_k, TILE)
 
-    first_row = (tl.cdiv(limit_q, BLOCK_M) - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
+    first_row = (tiles_q - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
     row = first_row + tl.arange(0, BLOCK_M)
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     visible = first_key < end_key
     sign = sign_of(scale)  # goes into q, so that q.k orders keys as z does
     q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
     factor = score_scale(scale, alpha)
+    EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
     m = tl.load(row_state + 2 * row, mask=row < extent_q, other=0.0)
+    t = tl.load(row_state + 2 * row + 1, mask=row < extent_q, other=0.0)
     finite = visible & (tl.abs(m) < float("inf"))
     m = tl.where(finite, m, 0.0)
-    t = tl.where(finite, -1.0, float("inf"))  # rows that see nothing, and rows that are NaN, weigh nothing below
+    t = tl.where(finite, t, float("inf"))  # rows that see nothing, and rows that are NaN, weigh nothing below
 
-    HALVES: tl.constexpr = BLOCK_M // TILE
-    half = first_row // TILE + tl.arange(0, HALVES)
-    place = (batch * heads + head) * tiles_q + first_row // TILE
-    numbers += place * tiles_k
-    listed = lists + place * tiles_k
+    place = ((batch * heads + head) * tiles_q + first_row // TILE) * tiles_k
+    numbers += place * (TILE // GROUP)
+    group_numbers = numbers + tl.arange(0, TILE // GROUP) * tiles_k
+    listed = lists + place
     SPLIT: tl.constexpr = TILE // BLOCK_N  # a tile is visited in so many steps
-    column = tl.arange(0, BLOCK_N)
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
+    inner_count, count = list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge)
 
-    # 1. The two largest scores of each column over the candidate tiles, and tau of those.
-    inner_count, count = list_tiles(listed, numbers, -1.0, tiles_k, first, inner_first, inner, edge, HALVES, 64)
-    largest = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-    second = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-    for EDGE in tl.static_range(2):
-        for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
-            tile = tl.load(listed + index // SPLIT)
-            first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
-            s = products(
-                q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
-                BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
-            )  # fmt: skip
-            if EDGE:
-                s = hide(s, first_key, end_key, 0, first_j + column)
-            second = tl.maximum(second, tl.minimum(largest, s))
-            largest = tl.maximum(largest, s)
-    largest = largest * factor - m[:, None]
-    second = second * factor - m[:, None]
-    refined = finite
-    while tl.max(refined.to(tl.int32), 0) > 0:
-        p, u = weights(largest, t[:, None], alpha, ALPHA)
-        p2, u2 = weights(second, t[:, None], alpha, ALPHA)
-        sum_p, sum_u = tl.sum(p + p2, 1), tl.sum(u + u2, 1)
-        risen = tl.where(refined, t + newton_step(sum_p, sum_u, alpha, ALPHA), t)
-        refined = (sum_p > 1.0 + TOLERANCE) & (risen > t)
-        t = risen
+    acc = tl.zeros([BLOCK_M, PAD], tl.float32)
+    sum_p = tl.zeros([BLOCK_M], tl.float32)
+    solved = t
+    moving = finite  # rows that look for t; the others stay as they are, so that no row's bits depend on its neighbours
+    attempts = 0
+    while tl.max(moving.to(tl.int32), 0) > 0:
+        # 1. Sums at t, until all rows are a step away.
+        distant = moving
+        while tl.max(distant.to(tl.int32), 0) > 0:
+            high, low = threshold_pair(m, t, EXACT)
+            part_p = tl.zeros([BLOCK_M, 8], tl.float32)
+            part_u = tl.zeros([BLOCK_M, 8], tl.float32)
+            part_n = tl.zeros([BLOCK_M, 8], tl.float32)
+            for EDGE in tl.static_range(2):
+                for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
+                    first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
+                    s = products(
+                        q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
+                        BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+                    )  # fmt: skip
+                    if EDGE:
+                        s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
+                    x = excess(s, factor, high[:, None], low[:, None], EXACT)
+                    p, u = weights(x, alpha, ALPHA)
+                    part_p += column_sums(p)
+                    part_u += column_sums(u)
+                    if ALPHA == ALPHA_1_5:
+                        part_n += column_sums(is_positive(x))
+            sum_p = tl.sum(part_p, 1)
+            step = threshold_step(sum_p, tl.sum(part_u, 1), tl.sum(part_n, 1), alpha, ALPHA)
+            moved = (t + step != t) & (attempts < ATTEMPTS)
+            attempts += 1
+            t = tl.where(distant, t + step, t)
+            distant = distant & moved & (tl.abs(sum_p - 1.0) > far(key.dtype.element_ty, ALPHA))
 
-    # 2. Sums over all keys that can have weight. From the second round on the numbers say where there was weight.
-    threshold = tl.min(t, 0)
-    refined = finite
-    while tl.max(refined.to(tl.int32), 0) > 0:
-        inner_count, count = list_tiles(
-            listed, numbers, threshold, tiles_k, first, inner_first, inner, edge, HALVES, 64
-        )
-        sum_p = tl.zeros([BLOCK_M], tl.float32)
-        sum_u = tl.zeros([BLOCK_M], tl.float32)
-        tile_p = tl.zeros([BLOCK_M], tl.float32)
+        # 2. The output, and its sums.
+        high, low = threshold_pair(m, t, EXACT)
+        acc = tl.zeros([BLOCK_M, PAD], tl.float32)
+        part_p = tl.zeros([BLOCK_M, 8], tl.float32)
+        part_u = tl.zeros([BLOCK_M, 8], tl.float32)
+        weight = tl.zeros([TILE // GROUP], tl.float32)
         for EDGE in tl.static_range(2):
             for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
                 tile = tl.load(listed + index // SPLIT)
@@ -217,52 +279,42 @@ def attend(
                     BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
                 )  # fmt: skip
                 if EDGE:
-                    s = hide(s, first_key, end_key, 0, first_j + column)
-                p, u = weights(s * factor - m[:, None], t[:, None], alpha, ALPHA)
-                here = tl.sum(p, 1)
-                sum_p += here
-                sum_u += tl.sum(u, 1)
-                tile_p = here + tl.where(part_of(index, SPLIT) > 0, tile_p, 0.0)
-                number = tl.max(tl.reshape(tile_p, [HALVES, TILE]), 1)
-                tl.store(numbers + tl.arange(0, HALVES) * tiles_k + tile, number, mask=half < tiles_q)
-        risen = tl.where(refined, t + newton_step(sum_p, sum_u, alpha, ALPHA), t)
-        refined = (sum_p > 1.0 + TOLERANCE) & (risen > t)
-        t = risen
-        threshold = 0.0
-
-    # 3. The output.
-    inner_count, count = list_tiles(listed, numbers, threshold, tiles_k, first, inner_first, inner, edge, HALVES, 64)
-    acc = tl.zeros([BLOCK_M, PAD], tl.float32)
-    for EDGE in tl.static_range(2):
-        for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
-            tile = tl.load(listed + index // SPLIT)
-            first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
-            s = products(
-                q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
-                BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
-            )  # fmt: skip
-            if EDGE:
-                s = hide(s, first_key, end_key, 0, first_j + column)
-            p, u = weights(s * factor - m[:, None], t[:, None], alpha, ALPHA)
-            v = load_rows(value, first_j, length_k, value_row, width_v, BLOCK_N, PAD, EDGE)
-            acc = dot(cast(p, v.dtype), v, acc)
+                    s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
+                x = excess(s, factor, high[:, None], low[:, None], EXACT)
+                p, u = weights(x, alpha, ALPHA)
+                v = load_rows(value, first_j, length_k, value_row, width_v, BLOCK_N, PAD, EDGE)
+                acc = dot(cast(p, v.dtype), v, acc)
+                here = column_sums(u)
+                part_p += column_sums(p)
+                part_u += here
+                weight = tl.where(part_of(index, SPLIT) > 0, weight, 0.0)
+                weight = tl.maximum(weight, tl.max(tl.reshape(here, [TILE // GROUP, GROUP * 8]), 1))
+                tl.store(group_numbers + tile, (weight > 0.0).to(tl.int16))
+        sum_p = tl.sum(part_p, 1)
+        step = newton_step(sum_p, tl.sum(part_u, 1), alpha, ALPHA)
+        solved = tl.where(moving, t + step, solved)
+        moved = (t + step != t) & (attempts < ATTEMPTS)
+        moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(key.dtype.element_ty))
+        t = tl.where(moving, t + step, t)
 
     broken = visible & ~finite
     m = tl.where(broken, float("nan"), m)
     tl.store(row_state + 2 * row, m, mask=row < extent_q)
-    tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), t), mask=row < extent_q)
+    tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), solved), mask=row < extent_q)
+    acc *= (1.0 / tl.where(finite, sum_p, 1.0))[:, None]
     acc = tl.where(broken[:, None], float("nan"), acc)
     store_rows(out, cast(acc, out.dtype.element_ty), first_row, extent_q, out_row, width_v, BLOCK_M, PAD)
 
     tiles += ((batch * heads + head) * tile_rows + first_row // TILE) * tile_words
-    spoilt = tl.max(tl.reshape(broken.to(tl.int32), [HALVES, TILE]), 1) > 0  # NaN goes back to all keys that were seen
-    bit = tl.arange(0, WORD)
-    index_half = tl.arange(0, HALVES)[:, None]
-    for word in range(tile_words):
-        tile = word * WORD + bit
+    spoilt = tl.max(broken.to(tl.int32), 0) > 0  # NaN goes back to all keys that were seen
+    words = tl.arange(0, CHUNK // WORD)
+    tl.debug_barrier()
+    for start in range(0, tile_words, CHUNK // WORD):
+        tile = start * WORD + tl.arange(0, CHUNK)
         seen = (tile >= first) & (tile < first + inner + edge)
-        known = (half < tiles_q)[:, None] & seen[None, :]
-        number = tl.load(numbers + index_half * tiles_k + tile[None, :], mask=known, other=float("-inf"))
-        marked = (number > threshold) | (spoilt[:, None] & seen[None, :])
-        packed = tl.sum(marked.to(tl.int32) << bit[None, :], 1)
-        tl.store(tiles + tl.arange(0, HALVES) * tile_words + word, packed, mask=half < tile_rows)
+        number = tl.load(
+            numbers + tl.arange(0, TILE // GROUP)[:, None] * tiles_k + tile[None, :], mask=seen[None, :], other=0
+        )
+        marked = seen & (spoilt | (tl.max(number.to(tl.int32), 0) > 0))
+        bits = tl.reshape(marked.to(tl.int32) << (tile % WORD), [CHUNK // WORD, WORD])
+        tl.store(tiles + start + words, tl.sum(bits, 1), mask=start + words < tile_words)

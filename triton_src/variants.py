@@ -23,7 +23,7 @@ TYPES = {"bf16": (2, "at::kBFloat16"), "fp16": (2, "at::kHalf"), "fp32": (4, "at
 ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
 
 KERNELS = {
-    "row_max": forward.row_max,
+    "scan": forward.scan,
     "attend": forward.attend,
     "grad_query": backward.grad_query,
     "grad_key_value": backward.grad_key_value,
@@ -33,15 +33,17 @@ KERNELS = {
 # their ending (strides) or are 32-bit integers.
 ARGUMENT_TYPES = {
     **dict.fromkeys(("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"), "*T"),
-    **dict.fromkeys(("row_state", "numbers", "delta"), "*fp32"),
+    **dict.fromkeys(("row_state", "terms"), "*fp32"),
+    "numbers": "*i16",
     **dict.fromkeys(("tiles", "lists", "lengths_q", "lengths_k"), "*i32"),
     **dict.fromkeys(("scale", "alpha"), "fp32"),
+    **dict.fromkeys(("state_batch", "plane"), "i64"),
 }
 # What each kernel writes; all other pointers are const in C++.
 WRITTEN = {
-    "row_max": ("row_state", "numbers"),
+    "scan": ("row_state", "numbers"),
     "attend": ("out", "row_state", "tiles", "numbers", "lists"),
-    "grad_query": ("grad_query", "delta", "lists"),
+    "grad_query": ("grad_query", "terms", "lists"),
     "grad_key_value": ("grad_key", "grad_value", "lists"),
 }
 STRIDE_ENDINGS = ("_batch", "_head", "_row")
@@ -54,24 +56,23 @@ class Variant:
     kernel: str
     dtype: str
     pad: int  # head size that registers and shared memory are laid out for
-    alpha: str  # a key of ALPHAS; row_max, which is the same for all, has "any"
+    alpha: str  # a key of ALPHAS
     aligned: bool
     block_m: int
     block_n: int
     step: int  # columns at a time in q.k, see common.products
     warps: int
     stages: int
-    hot: bool  # may not spill
+    registers: int | None  # at most so many a thread, so that more programs fit a multiprocessor; None: no limit
+    hot: bool  # most used: has limits of its own in limits.json
 
     @property
     def name(self):
-        alpha = "" if self.kernel == "row_max" else f"_a{self.alpha}"
-        return f"{self.kernel}_{self.dtype}_d{self.pad}{alpha}{'' if self.aligned else '_unaligned'}"
+        return f"{self.kernel}_{self.dtype}_d{self.pad}_a{self.alpha}{'' if self.aligned else '_unaligned'}"
 
     @property
     def constants(self):
-        constants = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, PAD=self.pad, STEP=self.step)
-        return constants if self.kernel == "row_max" else {**constants, "ALPHA": ALPHAS[self.alpha]}
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, PAD=self.pad, STEP=self.step, ALPHA=ALPHAS[self.alpha])
 
     def arguments(self):
         """[(name, Triton's type)] of the run-time arguments, in order."""
@@ -92,65 +93,56 @@ class Variant:
         for name, kind in self.arguments():
             if kind == "*" + self.dtype and kind != "*fp32":
                 divisors[name] = 16  # bytes
-            elif name in ("width", "width_v") or (kind == "i64" and name != "state_batch"):
+            elif name in ("width", "width_v") or (name.endswith(STRIDE_ENDINGS) and name not in ARGUMENT_TYPES):
                 divisors[name] = 16 // TYPES[self.dtype][0]  # elements
         return divisors
 
 
-# (BLOCK_M, BLOCK_N, columns at a time, warps, stages). BLOCK_M of row_max must be a multiple of attend's. Blocks have
-# sides of 64 or more, but for the side along which attend and the gradients walk tiles, which may be part of a tile.
+# (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers); sm_90 as `python -m triton_src.tune` found them. scan's
+# BLOCK_M and BLOCK_N are multiples of TILE. The others take a tile of rows (grad_key_value: of keys), and along the other
+# side a tile or part of one at a time.
 HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
-    ("row_max", 64): (128, 128, 64, 8, 3),
-    ("row_max", 128): (128, 128, 128, 8, 2),
-    ("row_max", 256): (64, 128, 256, 8, 1),
-    ("attend", 64): (128, 64, 64, 8, 3),
-    ("attend", 128): (128, 64, 128, 8, 2),
-    ("attend", 256): (64, 32, 256, 8, 2),
-    ("grad_query", 64): (128, 64, 64, 8, 2),
-    ("grad_query", 128): (128, 32, 128, 8, 2),
-    ("grad_query", 256): (64, 32, 128, 8, 1),
-    ("grad_key_value", 64): (64, 128, 64, 8, 2),
-    ("grad_key_value", 128): (32, 128, 128, 8, 2),
-    ("grad_key_value", 256): (32, 64, 128, 8, 1),
+    ("scan", 64): (64, 128, 64, 4, 3, 168),
+    ("scan", 128): (64, 128, 128, 4, 3, None),
+    ("scan", 256): (64, 128, 256, 8, 1, None),
+    ("attend", 64): (64, 64, 64, 4, 2, 168),
+    ("attend", 128): (64, 64, 128, 4, 2, None),
+    ("attend", 256): (64, 32, 256, 8, 2, None),
+    ("grad_query", 64): (64, 64, 64, 4, 2, None),
+    ("grad_query", 128): (64, 64, 128, 4, 2, None),
+    ("grad_query", 256): (64, 32, 128, 8, 1, None),
+    ("grad_key_value", 64): (64, 64, 64, 4, 2, None),
+    ("grad_key_value", 128): (32, 64, 128, 4, 3, None),
+    ("grad_key_value", 256): (32, 64, 128, 8, 1, None),
 }
 HALF_80 = {  # sm_80: operands of matrix products are registers
     **HALF_90,
-    ("attend", 64): (128, 32, 64, 8, 3),
-    ("attend", 128): (128, 32, 128, 8, 2),
-    ("grad_query", 64): (128, 32, 64, 8, 2),
-    ("grad_query", 128): (64, 64, 128, 8, 2),
-    ("grad_key_value", 64): (32, 128, 64, 8, 2),
-    ("grad_key_value", 128): (32, 64, 128, 8, 2),
+    ("scan", 64): (128, 64, 64, 4, 3, None),
+    ("scan", 128): (128, 64, 128, 8, 2, None),
+    ("attend", 64): (64, 64, 64, 4, 2, None),
+    ("grad_query", 128): (64, 32, 128, 4, 2, None),
+    ("grad_key_value", 128): (32, 64, 128, 4, 2, None),
 }
 HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
     **HALF_80,
-    ("row_max", 128): (128, 64, 128, 8, 2),
-    ("row_max", 256): (64, 64, 256, 8, 1),
-    ("attend", 256): (64, 32, 128, 8, 1),
+    ("scan", 256): (64, 64, 256, 8, 1, None),
+    ("attend", 256): (64, 32, 128, 8, 1, None),
 }
 HALF = dict.fromkeys((90, 100, 103), HALF_90) | {80: HALF_80} | dict.fromkeys((86, 89, 120), HALF_SMALL)
 FP32 = {  # three tf32 products for one: large code and many registers, so small blocks
     (kernel, pad): {
-        "row_max": (64, 64, 32, 8, 1),
-        "attend": (64, 32 if pad < 256 else 16, 32, 8, 1),
-        "grad_query": (64, 32 if pad < 256 else 16, 32, 8, 1),
-        "grad_key_value": (32 if pad < 256 else 16, 64, 32, 8, 1),
+        "scan": (64, 64, 32, 8, 1, None),
+        "attend": (64, 32 if pad < 256 else 16, 32, 8, 1, None),
+        "grad_query": (64, 32 if pad < 256 else 16, 32, 8, 1, None),
+        "grad_key_value": (32 if pad < 256 else 16, 64, 32, 8, 1, None),
     }[kernel]
     for kernel in KERNELS
     for pad in (64, 128, 256)
 }
-# What differs for alpha in general: powers need registers.
-ALPHA_ANY_TILES = {
-    ("attend", 64): (128, 32, 64, 8, 3),
-    ("attend", 128): (128, 32, 128, 8, 2),
-}
 
 
-def tile(arch, kernel, dtype, pad, alpha):
-    if dtype == "fp32":
-        return FP32[kernel, pad]
-    special = ALPHA_ANY_TILES if alpha == "any" else {}
-    return special.get((kernel, pad)) or HALF[arch][kernel, pad]
+def tile(arch, kernel, dtype, pad):
+    return FP32[kernel, pad] if dtype == "fp32" else HALF[arch][kernel, pad]
 
 
 def specialisations():
@@ -172,8 +164,7 @@ def variants(arch):
     found = {}
     for dtype, pad, alpha, aligned in specialisations():
         for kernel in KERNELS:
-            kind = "any" if kernel == "row_max" else alpha
-            hot = arch in DEFAULT_ARCHS and aligned and pad <= 128 and (kernel == "row_max" or alpha != "any")
-            variant = Variant(kernel, dtype, pad, kind, aligned, *tile(arch, kernel, dtype, pad, kind), hot=hot)
+            hot = arch in DEFAULT_ARCHS and aligned and pad <= 128 and alpha != "any"
+            variant = Variant(kernel, dtype, pad, alpha, aligned, *tile(arch, kernel, dtype, pad), hot=hot)
             found[variant.name] = variant
     return list(found.values())

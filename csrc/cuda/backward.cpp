@@ -16,7 +16,8 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
   auto& [dq, dk, dv, dalpha] = result;
   const at::Tensor grad_out = with_dense_rows(given_grad), state = saved.row_state.contiguous(),
                    tiles = saved.tiles.contiguous();
-  const at::Tensor delta = at::empty({call.heads, query.size(2)}, state.options());
+  const int64_t plane = call.heads * query.size(2);  // a number for each query
+  const at::Tensor terms = at::empty({3 * plane}, state.options());
   const at::Tensor lists = call.empty_per_tile(at::kInt);
 
   if (dq.numel() > 0) {
@@ -28,13 +29,14 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                    .value = rows_of(call.value),
                    .grad_out = rows_of(grad_out),
                    .grad_query = mutable_rows_of(dq),
-                   .delta = delta.mutable_data_ptr<float>(),
+                   .terms = terms.mutable_data_ptr<float>(),
                    .row_state = state.const_data_ptr<float>(),
                    .tiles = tiles.const_data_ptr<int32_t>(),
                    .lists = lists.mutable_data_ptr<int32_t>(),
                    .lengths_q = Call::kNoLengths,
                    .lengths_k = Call::kNoLengths,
                    .state_batch = call.state_batch,
+                   .plane = plane,
                    .shape = call.shape,
                });
   }
@@ -51,13 +53,13 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                        .grad_out = rows_of(grad_out),
                        .grad_key = mutable_rows_of(dk),
                        .grad_value = mutable_rows_of(dv),
-                       .delta = delta.const_data_ptr<float>(),
-                       .row_state = state.const_data_ptr<float>(),
+                       .terms = terms.const_data_ptr<float>(),
                        .tiles = tiles.const_data_ptr<int32_t>(),
                        .lists = lists.mutable_data_ptr<int32_t>(),
                        .lengths_q = Call::kNoLengths,
                        .lengths_k = Call::kNoLengths,
                        .state_batch = call.state_batch,
+                       .plane = plane,
                        .shape = call.shape,
                    });
   }

@@ -9,6 +9,7 @@ namespace adasplash::cuda {
 namespace {
 
 constexpr int64_t kAlignment = 16;     // bytes, of the rows that `aligned` variants touch
+constexpr int64_t kLongestRow = 1 << 24;  // elements from one row to the next: offsets inside a block of rows are 32 bits
 constexpr int64_t kLongest = 1 << 30;  // positions are 32 bits wide, with room for a window bound
 
 // Where a dimension has one entry its stride does not matter; 0 keeps odd ones from looking unaligned.
@@ -66,7 +67,10 @@ MutableRows mutable_rows_of(const at::Tensor& t) {
   return {t.mutable_data_ptr(), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)};
 }
 
-at::Tensor with_dense_rows(const at::Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); }
+at::Tensor with_dense_rows(const at::Tensor& t) {
+  const bool dense = t.size(3) <= 1 || t.stride(3) == 1;
+  return dense && stride_of(t, 2) <= kLongestRow ? t : t.contiguous();
+}
 
 Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
            const AttentionOptions& options)

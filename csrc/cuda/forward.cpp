@@ -23,16 +23,17 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   const at::Tensor tiles = training ? saved_tiles : at::empty_symint(sizes.tiles, saved_tiles.options());
   tiles.zero_();                    // some rows only round the shape up
   support.fill_(kSupportOverflow);  // its rows are never listed here; the backward walks tiles
-  const at::Tensor numbers = call.empty_per_tile(at::kFloat), lists = call.empty_per_tile(at::kInt);
+  const at::Tensor numbers = call.empty_per_tile(at::kLong),  // four of 16 bits
+                   lists = call.empty_per_tile(at::kInt);
 
-  const Variant &max = call.variant(Kernel::kRowMax, {out}), &rest = call.variant(Kernel::kAttend, {out});
-  TORCH_INTERNAL_ASSERT(max.block_m % rest.block_m == 0, "attend would read tiles that row_max did not visit");
-  row_max(max, call.place, call.query_programs(max),
+  const Variant &max = call.variant(Kernel::kScan, {out}), &rest = call.variant(Kernel::kAttend, {out});
+  TORCH_INTERNAL_ASSERT(max.block_m % rest.block_m == 0, "attend would read tiles that scan did not visit");
+  scan(max, call.place, call.query_programs(max),
           {
               .query = rows_of(call.query),
               .key = rows_of(call.key),
               .row_state = state.mutable_data_ptr<float>(),
-              .numbers = numbers.mutable_data_ptr<float>(),
+              .numbers = static_cast<int16_t*>(numbers.mutable_data_ptr()),
               .lengths_q = Call::kNoLengths,
               .lengths_k = Call::kNoLengths,
               .state_batch = call.state_batch,
@@ -46,7 +47,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
              .out = mutable_rows_of(out),
              .row_state = state.mutable_data_ptr<float>(),
              .tiles = tiles.mutable_data_ptr<int32_t>(),
-             .numbers = numbers.mutable_data_ptr<float>(),
+             .numbers = static_cast<int16_t*>(numbers.mutable_data_ptr()),
              .lists = lists.mutable_data_ptr<int32_t>(),
              .lengths_q = Call::kNoLengths,
              .lengths_k = Call::kNoLengths,

@@ -11,7 +11,7 @@
 namespace adasplash::cuda {
 
 // The names and their order are those of triton_src/variants.py, by way of the generated launchers.
-enum class Kernel { kRowMax, kAttend, kGradQuery, kGradKeyValue };
+enum class Kernel { kScan, kAttend, kGradQuery, kGradKeyValue };
 enum class Alpha { kAny, k15, k2 };
 
 // How kernels take sequence lengths.

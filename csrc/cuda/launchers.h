@@ -40,11 +40,11 @@ struct Shape {
   Exactly<float> alpha;
 };
 
-struct RowMaxArguments {
+struct ScanArguments {
   Rows query;
   Rows key;
   Exactly<float*> row_state;
-  Exactly<float*> numbers;
+  Exactly<int16_t*> numbers;
   Exactly<const int32_t*> lengths_q;
   Exactly<const int32_t*> lengths_k;
   Exactly<int64_t> state_batch;
@@ -52,10 +52,10 @@ struct RowMaxArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(RowMaxArguments) == 184);
-inline void row_max(const Variant& variant, const Place& place, int64_t programs,
-                    const RowMaxArguments& arguments) {
-  launch(Kernel::kRowMax, variant, place, programs, &arguments, sizeof arguments);
+static_assert(sizeof(ScanArguments) == 184);
+inline void scan(const Variant& variant, const Place& place, int64_t programs,
+                 const ScanArguments& arguments) {
+  launch(Kernel::kScan, variant, place, programs, &arguments, sizeof arguments);
 }
 
 struct AttendArguments {
@@ -65,7 +65,7 @@ struct AttendArguments {
   MutableRows out;
   Exactly<float*> row_state;
   Exactly<int32_t*> tiles;
-  Exactly<float*> numbers;
+  Exactly<int16_t*> numbers;
   Exactly<int32_t*> lists;
   Exactly<const int32_t*> lengths_q;
   Exactly<const int32_t*> lengths_k;
@@ -86,18 +86,19 @@ struct GradQueryArguments {
   Rows value;
   Rows grad_out;
   MutableRows grad_query;
-  Exactly<float*> delta;
+  Exactly<float*> terms;
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> lists;
   Exactly<const int32_t*> lengths_q;
   Exactly<const int32_t*> lengths_k;
   Exactly<int64_t> state_batch;
+  Exactly<int64_t> plane;
   Shape shape;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 296);
+static_assert(sizeof(GradQueryArguments) == 304);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -110,13 +111,13 @@ struct GradKeyValueArguments {
   Rows grad_out;
   MutableRows grad_key;
   MutableRows grad_value;
-  Exactly<const float*> delta;
-  Exactly<const float*> row_state;
+  Exactly<const float*> terms;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> lists;
   Exactly<const int32_t*> lengths_q;
   Exactly<const int32_t*> lengths_k;
   Exactly<int64_t> state_batch;
+  Exactly<int64_t> plane;
   Shape shape;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;

@@ -9,7 +9,7 @@ import reference
 from common import make_inputs, run_python
 
 pytestmark = pytest.mark.backends("emulated")
-FORWARD, BACKWARD = ["row_max", "attend"], ["grad_query", "grad_key_value"]
+FORWARD, BACKWARD = ["scan", "attend"], ["grad_query", "grad_key_value"]
 
 
 @pytest.fixture
@@ -189,10 +189,10 @@ def test_errors_of_the_first_launch(backend):
         ("cuDeviceGet", "device 0"),
         ("cuDeviceGetAttribute", "device 0"),
         ("cuCtxGetCurrent", "device 0"),
-        ("cuLibraryLoadData", "row_max_bf16_d128"),
-        ("cuLibraryGetKernel", "row_max_bf16_d128"),
-        ("cuKernelSetAttribute", "row_max_bf16_d128"),
-        ("cuLaunchKernelEx", "row_max_bf16_d128"),
+        ("cuLibraryLoadData", "scan_bf16_d128"),
+        ("cuLibraryGetKernel", "scan_bf16_d128"),
+        ("cuKernelSetAttribute", "scan_bf16_d128"),
+        ("cuLaunchKernelEx", "scan_bf16_d128"),
     )
     code = f"""
 for call, about in {calls}:

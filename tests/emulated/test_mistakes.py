@@ -77,8 +77,8 @@ def test_untampered_it_is_right(driver):
 @pytest.mark.parametrize(
     "kernel, one, other",
     (
-        ("row_max", "query_head", "key_head"),
-        ("row_max", "key_batch", "key_head"),
+        ("scan", "query_head", "key_head"),
+        ("scan", "key_batch", "key_head"),
         ("attend", "key", "value"),
         ("attend", "scale", "alpha"),
         ("attend", "window_left", "window_right"),
@@ -101,7 +101,7 @@ def test_swapped_arguments(tamper, kernel, one, other):
     assert not is_right()
 
 
-@pytest.mark.parametrize("kernel", ("row_max", "attend", "grad_query", "grad_key_value"))
+@pytest.mark.parametrize("kernel", ("scan", "attend", "grad_query", "grad_key_value"))
 def test_too_few_programs(tamper, kernel):
     tamper(lambda variant, arguments, programs: programs - 1 if variant["kernel"] == kernel else programs)
     assert not is_right()
@@ -156,7 +156,7 @@ def test_a_symbol_that_the_manifest_does_not_have(driver, monkeypatch):
     driver.set_place(2)
     monkeypatch.setattr(driver, "manifest", {"variants": []})
     inputs = make_inputs(1, 1, 5, 6, size=200, dtype=torch.float16)  # not loaded by another test on this device
-    with pytest.raises(RuntimeError, match=r"cuLibraryGetKernel failed for row_max_fp16_d256.*NOT_FOUND"):
+    with pytest.raises(RuntimeError, match=r"cuLibraryGetKernel failed for scan_fp16_d256.*NOT_FOUND"):
         torch.ops.adasplash.entmax_attn(*inputs)
 
 
@@ -184,7 +184,7 @@ class Config(ctypes.Structure):
 def test_what_the_stand_in_refuses(driver, change, error):
     attend()
     driver.run_kernels = False
-    variant = next(i for i, v in enumerate(driver.kernels) if v["kernel"] == "row_max" and v["arch"] == 90)
+    variant = next(i for i, v in enumerate(driver.kernels) if v["kernel"] == "scan" and v["arch"] == 90)
     launch = driver.launches[0].variant
     config = Config((1, 1, 1), (launch["warps"] * 32, 1, 1), driver.kernels[variant]["shared"])
     for name, value in change.items():
@@ -202,7 +202,7 @@ LAUNCH = """
 #include "cuda/launchers.h"
 using namespace adasplash::cuda;
 void test(const Variant& variant, const Rows& rows, float* floats, const int32_t* lengths, const Shape& shape) {
-  row_max(variant, Place{0, nullptr}, 1, {
+  scan(variant, Place{0, nullptr}, 1, {
       .query = rows, .key = rows, .row_state = floats, .numbers = floats,
       .lengths_q = lengths, .lengths_k = lengths, .state_batch = int64_t{1}, .shape = shape});
 }

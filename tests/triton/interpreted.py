@@ -20,13 +20,16 @@ sys.path.append(str(ROOT))
 from triton_src import common, variants
 
 
+TILE = common.TILE.value
+
+
 @dataclass(frozen=True)
 class Tiles:
-    """Block sides, and columns at a time (None: all)."""
+    """Block sides of scan, the side along which the others walk tiles, and columns at a time (None: all)."""
 
     block_m: int = 64
     block_n: int = 64
-    walk: int = 64  # the side along which tiles are walked
+    walk: int = 64
     step: int | None = None
 
 
@@ -86,12 +89,12 @@ def attention(
     pad = max(16, 1 << (max(width, width_v) - 1).bit_length())
     step = tiles.step or pad
 
-    def launch(name, programs, *arguments, block_m=tiles.block_m, block_n=tiles.walk):
-        constants = (block_m, block_n, pad, step)
-        if name != "row_max":
-            constants += (variants.ALPHAS[kind],)
+    def launch(name, *arguments, block_m=TILE, block_n=tiles.walk, planes=()):
+        rows, programs = (limit_k, block_n) if name == "grad_key_value" else (limit_q, block_m)
+        programs = math.ceil(rows / programs) * (kv_heads if name == "grad_key_value" else heads) * batch
+        constants = (block_m, block_n, pad, step, variants.ALPHAS[kind])
         with patched_once():
-            variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants)
+            variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *planes, *shape, *constants)
 
     # Filled with what must not stay: everything is to be written.
     garbage = 12345.0
@@ -101,24 +104,21 @@ def attention(
     else:
         row_state = torch.full((heads, rows_q, 2), garbage)
     query_tiles, key_tiles = math.ceil(limit_q / 64), math.ceil(limit_k / 64)
-    numbers = torch.full((batch, heads, query_tiles, key_tiles), garbage)
+    numbers = torch.full((batch, heads, 4 * query_tiles, key_tiles), 12345, dtype=torch.int16)
     lists = torch.full((batch, heads, query_tiles, key_tiles), 1 << 30, dtype=torch.int32)
     bits = torch.zeros(batch, heads, tile_rows, tile_words, dtype=torch.int32)
-    programs = math.ceil(limit_q / tiles.block_m) * heads * batch
-    launch("row_max", programs, *rows(query, key), row_state, numbers, block_n=tiles.block_n)
-    launch("attend", programs, *rows(query, key, value, out), row_state, bits, numbers, lists)
+    launch("scan", *rows(query, key), row_state, numbers, block_m=tiles.block_m, block_n=tiles.block_n)
+    launch("attend", *rows(query, key, value, out), row_state, bits, numbers, lists)
     if grad is None:
         return Result(out, row_state, bits)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
-    delta = torch.full(row_state.shape[:-1], garbage)
+    terms = torch.full((3, *row_state.shape[:-1]), garbage)
+    plane = terms[0].numel()
     tensors = (query, key, value, grad)
     lists.fill_(1 << 30)
-    launch("grad_query", programs, *rows(*tensors, dq), delta, row_state, bits, lists)
+    launch("grad_query", *rows(*tensors, dq), terms, row_state, bits, lists, planes=(plane,))
     lists.fill_(1 << 30)
-    programs = math.ceil(limit_k / tiles.block_n) * kv_heads * batch
-    launch(
-        "grad_key_value", programs, *rows(*tensors, dk, dv), delta, row_state, bits, lists,
-        block_m=tiles.walk, block_n=tiles.block_n,
-    )  # fmt: skip
+    walked = dict(block_m=tiles.walk, block_n=TILE)
+    launch("grad_key_value", *rows(*tensors, dk, dv), terms, bits, lists, planes=(plane,), **walked)
     return Result(out, row_state, bits, dq, dk, dv)

@@ -67,7 +67,7 @@ def test_other_architectures_compile(tmp_path, outside, arch):
     code = f"""
 import sys
 from triton_src import compile, variants
-largest = [v for v in variants.variants({arch}) if v.name.endswith(("bf16_d256_aany", "row_max_bf16_d256"))]
+largest = [v for v in variants.variants({arch}) if v.name.endswith(("bf16_d256_aany", "scan_bf16_d256"))]
 assert len(largest) == 4
 for variant in largest:
     one, _ = compile.compile_variant(variant, {arch}, sys.argv[1])
@@ -89,8 +89,8 @@ def test_tables_are_consistent():
             assert variant.pad % variant.step == 0
             if variant.kernel == "attend":
                 kind = "" if variant.aligned else "_unaligned"
-                first = table[f"row_max_{variant.dtype}_d{variant.pad}{kind}"]
-                assert first.block_m % variant.block_m == 0, "attend would read tiles that row_max did not visit"
+                first = table[f"scan_{variant.dtype}_d{variant.pad}{kind}"]
+                assert first.block_m % variant.block_m == 0, "attend would read tiles that scan did not visit"
 
 
 def test_the_generated_header_is_current(outside):
