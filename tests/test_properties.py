@@ -21,7 +21,6 @@ def cases(draw):
         size=draw(st.one_of(st.integers(1, 40), st.sampled_from((1, 16, 64)))),
         value_size=draw(st.one_of(st.integers(1, 40), st.sampled_from((1, 16, 64)))),
         sigma=draw(st.sampled_from((0.05, 0.5, 1.5, 4.0))),
-        mean=draw(st.sampled_from((0.0, 0.0, 16.0))),
         dtype=draw(st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))),
         seed=draw(st.integers(0, 2**20)),
         is_causal=draw(st.booleans()),
@@ -56,7 +55,7 @@ def check(backend, case):
     if case["dtype"] not in backend.dtypes:
         case = {**case, "dtype": torch.float32}
     heads, generator = case["kv_heads"] * case["group"], torch.Generator().manual_seed(case["seed"])
-    shape = {name: case[name] for name in ("kv_heads", "size", "value_size", "sigma", "mean", "dtype", "seed")}
+    shape = {name: case[name] for name in ("kv_heads", "size", "value_size", "sigma", "dtype", "seed")}
     shape.update(heads=heads, device=backend.device)
     options = {name: case[name] for name in ("is_causal", "window", "scale", "alpha")}
     if case["alpha"] in ("heads", "scalar"):
