@@ -51,6 +51,11 @@ void check_like(const char* op, const char* name, const at::Tensor& tensor, at::
 
 }  // namespace
 
+void check_alpha(const char* op, double alpha, bool softmax_elsewhere) {
+  TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= 1.01 && alpha <= 2), op, ": alpha must be ",
+              softmax_elsewhere ? "1 or " : "", "from 1.01 to 2, got ", alpha);
+}
+
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const AttentionOptions& options, bool softmax_elsewhere) {
   TORCH_CHECK(query.defined(), op, ": query must be a tensor, got none");
@@ -78,11 +83,7 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
               ": query's number of heads must be a multiple of key's and value's, got ", shape.heads, " and ",
               shape.kv_heads);
 
-  if (!options.head_alpha) {
-    const double alpha = options.alpha;
-    TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= 1.01 && alpha <= 2), op, ": alpha must be ",
-                softmax_elsewhere ? "1 or " : "", "from 1.01 to 2, got ", alpha);
-  }
+  if (!options.head_alpha) check_alpha(op, options.alpha, softmax_elsewhere);
   if (options.scale) {
     const double scale = type == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
     TORCH_CHECK(std::isfinite(scale), op, ": scale must be finite in ", row_state_type(query), ", got ",

@@ -5,8 +5,11 @@
 
 namespace adasplash {
 
-// Throws unless the arguments fit the contract of the padded form. `op` is the name that the message starts with. alpha
-// = 1 passes only where `softmax_elsewhere`: no kernel of ours computes it.
+// Throws unless alpha is in its range. `op` is the name that the message starts with. alpha = 1 passes only where
+// `softmax_elsewhere`: no kernel of ours computes it.
+void check_alpha(const char* op, double alpha, bool softmax_elsewhere = false);
+
+// Throws unless the arguments fit the contract of the padded form.
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const AttentionOptions& options, bool softmax_elsewhere = false);
 
