@@ -18,9 +18,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def alphas_of(row_alpha, has_row_alpha, row, inside, alpha):
-    """alpha of rows; not in its range, which only the GPU can see: NaN, as all that comes of it."""
-    a = tl.load(row_alpha + row, mask=inside & (has_row_alpha != 0), other=alpha)
+def alphas_of(row_alpha, own_alphas, row, alpha):
+    """alpha of rows, of which all or none (`own_alphas`) have one of their own. Out of its range, which only the GPU
+    can see, it is NaN, as all that comes of it."""
+    a = tl.load(row_alpha + row, mask=row < own_alphas, other=alpha)
     return tl.where((a >= 1.01) & (a <= 2.0), a, float("nan"))
 
 
@@ -35,7 +36,7 @@ def finish(p, total, m, a):
 
 @triton.jit
 def short_rows(
-    input, out, row_alpha, has_row_alpha, rows, length, alpha,
+    input, out, row_alpha, own_alphas, rows, length, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of up to BLOCK_N scores, in registers."""
@@ -45,7 +46,7 @@ def short_rows(
     mask = inside[:, None] & (column < length)[None, :]
     place = row[:, None] * length + column[None, :]
     x = tl.load(input + place, mask=mask, other=float("-inf")).to(tl.float32)
-    a = alphas_of(row_alpha, has_row_alpha, row, inside, alpha)
+    a = alphas_of(row_alpha, own_alphas, row, alpha)
 
     m = max_or_nan(x, 1)
     y = (x - tl.where(m == float("-inf"), 0.0, m)[:, None]) * (a - 1.0)[:, None]
@@ -69,14 +70,14 @@ def chunk(base, start, length, other, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def long_row(input, out, row_alpha, has_row_alpha, rows, length, alpha, BLOCK_N: tl.constexpr, ALPHA: tl.constexpr):
+def long_row(input, out, row_alpha, own_alphas, rows, length, alpha, BLOCK_N: tl.constexpr, ALPHA: tl.constexpr):
     """One row of any length. The two largest scores of each of BLOCK_N columns are kept in registers while the maximum
     is found: the threshold of that subset is never above the row's own, and mostly close."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     first = tl.program_id(0).to(tl.int64) * length
     input += first
     out += first
-    a = alphas_of(row_alpha, has_row_alpha, row, row < rows, alpha)
+    a = alphas_of(row_alpha, own_alphas, row, alpha)
 
     largest = tl.full([1, BLOCK_N], float("-inf"), tl.float32)
     second = largest
@@ -125,15 +126,15 @@ def long_row(input, out, row_alpha, has_row_alpha, rows, length, alpha, BLOCK_N:
 
 @triton.jit
 def activate(
-    input, out, row_alpha, has_row_alpha, rows, length, alpha,
+    input, out, row_alpha, own_alphas, rows, length, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LONG: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """Weights of contiguous rows. Programs: ceil(rows / BLOCK_M); if LONG, BLOCK_M is 1 and rows are of any length,
     else of up to BLOCK_N."""
     if LONG:
-        long_row(input, out, row_alpha, has_row_alpha, rows, length, alpha, BLOCK_N, ALPHA)
+        long_row(input, out, row_alpha, own_alphas, rows, length, alpha, BLOCK_N, ALPHA)
     else:
-        short_rows(input, out, row_alpha, has_row_alpha, rows, length, alpha, BLOCK_M, BLOCK_N, ALPHA)
+        short_rows(input, out, row_alpha, own_alphas, rows, length, alpha, BLOCK_M, BLOCK_N, ALPHA)
 
 
 # ---- the gradient ----------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def mean_of(sum_ug, sum_u):
 
 @triton.jit
 def grad_of_short_rows(
-    grad_out, output, grad_input, row_alpha, grad_alpha, has_row_alpha, rows, length, alpha,
+    grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M rows of up to BLOCK_N weights."""
@@ -174,19 +175,19 @@ def grad_of_short_rows(
     place = row[:, None] * length + column[None, :]
     p = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(grad_out + place, mask=mask, other=0.0).to(tl.float32)
-    a = alphas_of(row_alpha, has_row_alpha, row, inside, alpha)[:, None]
+    a = alphas_of(row_alpha, own_alphas, row, alpha)[:, None]
     g = tl.where(p == 0.0, 0.0, g)
     log = tl.log2(p)
     u = u_of(p, log, a)
     change = u * (g - mean_of(tl.sum(u * g, 1), tl.sum(u, 1))[:, None])
     tl.store(grad_input + place, cast(change, grad_input.dtype.element_ty), mask=mask)
     of_alpha = tl.where(p == 0.0, 0.0, change * alpha_term(p, log, a))
-    tl.store(grad_alpha + row, tl.sum(of_alpha, 1), mask=inside & (has_row_alpha != 0))
+    tl.store(grad_alpha + row, tl.sum(of_alpha, 1), mask=row < own_alphas)
 
 
 @triton.jit
 def grad_of_long_row(
-    grad_out, output, grad_input, row_alpha, grad_alpha, has_row_alpha, rows, length, alpha, BLOCK_N: tl.constexpr
+    grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha, BLOCK_N: tl.constexpr
 ):
     """The same for one row of any length, in two passes."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -194,7 +195,7 @@ def grad_of_long_row(
     grad_out += first
     output += first
     grad_input += first
-    a = alphas_of(row_alpha, has_row_alpha, row, row < rows, alpha)[:, None]
+    a = alphas_of(row_alpha, own_alphas, row, alpha)[:, None]
     ug = tl.zeros([1, BLOCK_N], tl.float32)
     total = tl.zeros([1, BLOCK_N], tl.float32)
     for start in range(0, length, BLOCK_N):
@@ -214,20 +215,20 @@ def grad_of_long_row(
             grad_input + column[None, :], cast(change, grad_input.dtype.element_ty), mask=(column < length)[None, :]
         )
         of_alpha += tl.where(p == 0.0, 0.0, change * alpha_term(p, log, a))
-    tl.store(grad_alpha + row, tl.sum(of_alpha, 1), mask=(row < rows) & (has_row_alpha != 0))
+    tl.store(grad_alpha + row, tl.sum(of_alpha, 1), mask=row < own_alphas)
 
 
 @triton.jit
 def activate_grad(
-    grad_out, output, grad_input, row_alpha, grad_alpha, has_row_alpha, rows, length, alpha,
+    grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of scores, and of alpha where there is one for each row. Programs as for `activate`."""
     if LONG:
         grad_of_long_row(
-            grad_out, output, grad_input, row_alpha, grad_alpha, has_row_alpha, rows, length, alpha, BLOCK_N
+            grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha, BLOCK_N
         )
     else:
         grad_of_short_rows(
-            grad_out, output, grad_input, row_alpha, grad_alpha, has_row_alpha, rows, length, alpha, BLOCK_M, BLOCK_N
+            grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha, BLOCK_M, BLOCK_N
         )

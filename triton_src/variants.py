@@ -39,7 +39,7 @@ ARGUMENT_TYPES = {
     **dict.fromkeys(("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"), "*T"),
     **dict.fromkeys(("input", "output", "grad_input"), "*T"),
     **dict.fromkeys(("row_state", "numbers", "delta", "row_alpha", "grad_alpha"), "*fp32"),
-    "rows": "i64",
+    **dict.fromkeys(("rows", "own_alphas"), "i64"),
     **dict.fromkeys(("tiles", "lists", "lengths_q", "lengths_k"), "*i32"),
     **dict.fromkeys(("scale", "alpha"), "fp32"),
 }

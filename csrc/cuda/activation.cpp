@@ -26,7 +26,7 @@ class ActivationCall {
                              place.device)) {}
 
   int64_t programs() const { return (rows + variant.block_m - 1) / variant.block_m; }
-  int32_t has_row_alpha() const { return row_alpha.defined(); }
+  int64_t own_alphas() const { return row_alpha.defined() ? rows : 0; }
   const float* row_alphas() const { return row_alpha.defined() ? row_alpha.const_data_ptr<float>() : nullptr; }
 
  private:
@@ -63,7 +63,7 @@ at::Tensor activation(const at::Tensor& given, const ActivationAlpha& alpha) {
                .input = input.const_data_ptr(),
                .out = out.mutable_data_ptr(),
                .row_alpha = call.row_alphas(),
-               .has_row_alpha = call.has_row_alpha(),
+               .own_alphas = call.own_alphas(),
                .rows = call.rows,
                .length = call.length,
                .alpha = call.alpha,
@@ -90,7 +90,7 @@ ActivationGradients activation_backward(const at::Tensor& given_grad, const at::
                     .grad_input = grad_input.mutable_data_ptr(),
                     .row_alpha = call.row_alphas(),
                     .grad_alpha = alpha.per_row ? grad_alpha.mutable_data_ptr<float>() : nullptr,
-                    .has_row_alpha = call.has_row_alpha(),
+                    .own_alphas = call.own_alphas(),
                     .rows = call.rows,
                     .length = call.length,
                     .alpha = call.alpha,

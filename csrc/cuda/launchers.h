@@ -131,7 +131,7 @@ struct ActivateArguments {
   Exactly<const void*> input;
   Exactly<void*> out;
   Exactly<const float*> row_alpha;
-  Exactly<int32_t> has_row_alpha;
+  Exactly<int64_t> own_alphas;
   Exactly<int64_t> rows;
   Exactly<int32_t> length;
   Exactly<float> alpha;
@@ -150,7 +150,7 @@ struct ActivateGradArguments {
   Exactly<void*> grad_input;
   Exactly<const float*> row_alpha;
   Exactly<float*> grad_alpha;
-  Exactly<int32_t> has_row_alpha;
+  Exactly<int64_t> own_alphas;
   Exactly<int64_t> rows;
   Exactly<int32_t> length;
   Exactly<float> alpha;
