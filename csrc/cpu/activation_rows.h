@@ -9,8 +9,8 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kChunk = 1024;  // scores converted together: they stay in the first cache, and so few add up in float
 
-// A row with more candidates is done by passes over all its scores. Long lists are worth it for few of many scores.
-constexpr int64_t most_candidates(int64_t n) { return std::max(kMaxCandidates, n / 8); }
+// A row with more candidates (half as many after a refinement) is done by passes over all its scores.
+constexpr int64_t most_candidates(int64_t n) { return std::max<int64_t>(2048, n / 8); }
 
 template <typename A, typename T>
 inline void store_as(const Vec<A>& v, T* p, int64_t lanes) {

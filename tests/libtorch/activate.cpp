@@ -16,7 +16,7 @@ int main(int, char** argv) {
   const auto alpha = loaded.toTupleRef().elements()[1].toTensor().set_requires_grad(true);
   const auto fixed = adasplash::entmax(x, 1.25, 1), learned = adasplash::entmax(x, alpha, 1);
   learned.backward(x.detach());
-  const auto saved = torch::jit::pickle_save(
-      c10::ivalue::Tuple::create(fixed.detach(), learned.detach(), x.grad(), alpha.grad()));
+  const auto saved =
+      torch::jit::pickle_save(c10::ivalue::Tuple::create(fixed.detach(), learned.detach(), x.grad(), alpha.grad()));
   std::ofstream(argv[2], std::ios::binary).write(saved.data(), static_cast<std::streamsize>(saved.size()));
 }
