@@ -113,6 +113,11 @@ void check_like(const char* op, const char* name, const at::Tensor& tensor, at::
 
 }  // namespace
 
+void check_alpha(const char* op, double alpha, bool softmax_elsewhere) {
+  TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= 1.01 && alpha <= 2), op, ": alpha must be ",
+              softmax_elsewhere ? "1 or " : "", "from 1.01 to 2, got ", alpha);
+}
+
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const AttentionOptions& options, bool softmax_elsewhere) {
   TORCH_CHECK(query.defined(), op, ": query must be a tensor, got none");

@@ -12,7 +12,7 @@ from common import ROOT
 
 sys.path.append(str(ROOT))  # last: the installed adasplash is the one under test
 
-from bench import attention, report, results, solver, tables
+from bench import activation, attention, report, results, solver, tables
 from bench.case import BOTH, FORWARD, Case
 from bench.inputs import Inputs, make_grad, make_inputs
 from bench.peers import OURS, PEERS
@@ -213,3 +213,16 @@ def test_solvers_reach_the_threshold(scores, alpha):
         assert row["failed"] == 0, name
         assert row["error"] < 1e-5, name
     assert rows["candidates"]["steps"] < rows["bisection"]["steps"]
+
+
+def test_the_activation_is_timed_against_its_peers(tmp_path):
+    options = ["--shapes", "16x100", "8x300", "--alphas", "1.5", "1.25", "--seconds", "0.1"]
+    activation.main([*options, "--out", str(tmp_path / "rows.jsonl")])
+    rows = results.read([tmp_path / "rows.jsonl"])
+    cases = {(row["rows"], row["length"], row["alpha"]) for row in rows}
+    assert cases == {(16, 100, 1.5), (8, 300, 1.5), (16, 100, 1.25), (8, 300, 1.25)}
+    for case in cases:
+        of_case = [row for row in rows if (row["rows"], row["length"], row["alpha"]) == case]
+        assert {row["what"] for row in of_case} == {FORWARD, BOTH}
+        assert {"adasplash", "torch softmax", "entmax"} <= {row["peer"] for row in of_case}
+        assert all(row["median"] > 0 and (row["peer"] == "adasplash") == (row["ratio"] is None) for row in of_case)

@@ -140,11 +140,6 @@ def test_more_options(entmax_attn, case, inference):
     assert_one_sentence(error, "entmax_attn", words)
 
 
-def test_ops_yet_to_come():
-    with refused(match="entmax"):
-        torch.ops.adasplash.entmax(torch.randn(5, 2, 8))
-
-
 @pytest.mark.parametrize(
     "arguments",
     (

@@ -25,6 +25,11 @@ for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             query[:, :, ::3] *= 0.01
         out = adasplash.entmax_attn(query, key, value, alpha, is_causal=True)
         results += [out, *torch.autograd.grad(out.square().sum(), (query, key, value))]
+        x = torch.randn(5, 700, dtype=torch.float64).to(dtype)
+        x[::2] *= 0.01
+        x, rates = x.requires_grad_(), torch.full((5, 1), alpha).requires_grad_()
+        out = adasplash.entmax(x, rates)
+        results += [out, *torch.autograd.grad((out * out.detach().sqrt()).sum(), (x, rates))]
 torch.save([result.detach() for result in results], sys.argv[1])
 """
 

@@ -74,7 +74,7 @@ def cmake_installation(tmp_path_factory, torch_with_cuda):
 
 @pytest.fixture(scope="session", params=("cmake", "python"))
 def programs(request, tmp_path_factory):
-    """run_model and call_op, built through one installation or the other."""
+    """The programs of tests/libtorch, built through one installation or the other."""
     if request.param == "cmake":
         prefixes = [request.getfixturevalue(name) for name in ("cmake_installation", "torch_with_cuda")]
     else:
@@ -133,6 +133,17 @@ def test_the_op_and_its_gradients(programs, tmp_path):
     assert done.stdout.split() == [adasplash.__version__, collect()["cpu kernels in use"]]
     expected = gradients(inputs, torch.ones(2, 4, 40, 9), adasplash.entmax_attn, 1.25, True, 0.3)
     assert_same_bits(torch.load(files[1]), expected)
+
+
+def test_the_activation(programs, tmp_path):
+    x, alpha = torch.randn(3, 20, 4), torch.full((3, 1, 4), 1.3)
+    torch.save((x, alpha), tmp_path / "in.pt")
+    run(programs / "activate", tmp_path / "in.pt", tmp_path / "out.pt")
+    leaves = x.clone().requires_grad_(), alpha.requires_grad_()
+    learned = adasplash.entmax(*leaves, 1)
+    learned.backward(x)
+    expected = adasplash.entmax(x, 1.25, 1), learned.detach(), *(leaf.grad for leaf in leaves)
+    assert_same_bits(torch.load(tmp_path / "out.pt"), expected)
 
 
 def test_errors_are_exceptions_that_name_the_argument(programs, tmp_path):

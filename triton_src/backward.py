@@ -11,13 +11,18 @@ import triton
 import triton.language as tl
 
 from .common import (
+    ALPHA_LEARNED,
     TILE,
     WORD,
+    alpha_of,
+    alpha_term,
     append,
     cast,
     column_sums,
     dot,
     excess,
+    far_away,
+    first_tile_row,
     hide,
     load_rows,
     load_signed,
@@ -28,6 +33,7 @@ from .common import (
     score_scale,
     sequence,
     sign_of,
+    slope_of,
     store_rows,
     threshold_pair,
     tile_bit,
@@ -46,12 +52,13 @@ def grad_query(
     value, value_batch, value_head, value_row,
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_query, grad_query_batch, grad_query_head, grad_query_row,
-    terms, row_state, tiles, lists, lengths_q, lengths_k, state_batch, plane,
-    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
-    kind_q, kind_k, window_left, window_right, scale, alpha,
+    terms, row_state, tiles, lists, lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch, plane,
+    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
+    kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """dq, and for grad_key_value three planes of `terms`, a number a row each: what `excess` takes, and delta.
+    """dq, and for grad_key_value three planes of `terms`, a number a row each: what `excess` takes, and delta. A
+    fourth is the row's part of the gradient of alpha, where that is asked for.
 
     Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
@@ -63,10 +70,13 @@ def grad_query(
     grad_out += batch * grad_out_batch + head * grad_out_head + offset_q * grad_out_row
     grad_query += batch * grad_query_batch + head * grad_query_head + offset_q * grad_query_row
     first_state = batch * state_batch + head * rows_q + offset_q
-    tiles_q, tiles_k = tl.cdiv(limit_q, TILE), tl.cdiv(limit_k, TILE)
-
+    tiles_k = tl.cdiv(limit_k, TILE)
     first_row = (tl.cdiv(limit_q, BLOCK_M) - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
+    if first_row >= extent_q:
+        return
+
     row = first_row + tl.arange(0, BLOCK_M)
+    diagonal = row + length_k - length_q
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     sign = sign_of(scale)
     q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
@@ -76,12 +86,15 @@ def grad_query(
     m = tl.load(row_state + 2 * (first_state + row), mask=inside, other=0.0)
     t = tl.load(row_state + 2 * (first_state + row) + 1, mask=inside, other=float("inf"))
     high, low = threshold_pair(m, t, EXACT)
+    alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
     factor = score_scale(scale, alpha)
+    slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)
 
     # The tiles to visit: those with weight, inner ones first.
     SPLIT: tl.constexpr = TILE // BLOCK_N  # a tile is visited in so many steps
-    listed = lists + ((batch * heads + head) * tiles_q + first_row // TILE) * tiles_k
-    tiles += ((batch * heads + head) * tile_rows + first_row // TILE) * tile_words
+    tile_row = first_tile_row(kind_q, batch, heads, head, offset_q, tile_rows) + first_row // TILE
+    listed = lists + tile_row * tiles_k
+    tiles += tile_row * tile_words
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
@@ -103,6 +116,8 @@ def grad_query(
         c = tl.sum(do.to(tl.float32) * v[None, :], 1)
     part_u = tl.zeros([BLOCK_M, 8], tl.float32)
     part_d = tl.zeros([BLOCK_M, 8], tl.float32)  # sum u (dP - c)
+    part_ua = tl.zeros([BLOCK_M, 8], tl.float32)  # the same two sums for the gradient of alpha
+    part_da = tl.zeros([BLOCK_M, 8], tl.float32)
     sum_dk = tl.zeros([BLOCK_M, PAD], tl.float32)  # sum u (dP - c) k
     sum_uk = tl.zeros([BLOCK_M, PAD], tl.float32)
     for EDGE in tl.static_range(2):
@@ -113,9 +128,10 @@ def grad_query(
                 q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
+            s = far_away(s, slope, diagonal, first_j + tl.arange(0, BLOCK_N), 0, ALPHA)
             if EDGE:
                 s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
-            _p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA)
+            p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA)
             dp = products(
                 do, grad_out, first_row, length_q, grad_out_row, value, first_j, length_k, value_row, width_v, 1.0,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
@@ -126,12 +142,17 @@ def grad_query(
                 shift = tl.sum(part_d, 1) + tl.sum(u * (dp - c[:, None]), 1)
                 shift = tl.where(sum_u > 0.0, shift / sum_u, 0.0)
                 part_d -= shift[:, None] * (part_u - column_sums(u))
+                part_da -= shift[:, None] * part_ua
                 sum_dk -= shift[:, None] * sum_uk
                 c += shift
             ds = u * (dp - c[:, None])
             if EDGE:
                 ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
             part_d += column_sums(ds)
+            if ALPHA == ALPHA_LEARNED:
+                term = alpha_term(p, tl.log2(p), alpha)
+                part_ua += column_sums(u * term)
+                part_da += column_sums(ds * term)
             sum_dk = dot(cast(ds, k.dtype), k, sum_dk)
             sum_uk = dot(cast(u, k.dtype), k, sum_uk)
 
@@ -145,6 +166,9 @@ def grad_query(
     tl.store(terms + row, high, mask=row < extent_q)
     tl.store(terms + plane + row, low, mask=row < extent_q)
     tl.store(terms + 2 * plane + row, tl.where(sees, mean + c, 0.0), mask=row < extent_q)
+    if ALPHA == ALPHA_LEARNED:
+        of_alpha = tl.sum(part_da, 1) - mean * tl.sum(part_ua, 1)
+        tl.store(terms + 3 * plane + row, tl.where(sees, of_alpha, 0.0), mask=row < extent_q)
     store_rows(
         grad_query, cast(dq, grad_query.dtype.element_ty), first_row, extent_q, grad_query_row, width, BLOCK_M, PAD
     )
@@ -173,9 +197,9 @@ def grad_key_value(
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_key, grad_key_batch, grad_key_head, grad_key_row,
     grad_value, grad_value_batch, grad_value_head, grad_value_row,
-    terms, tiles, lists, lengths_q, lengths_k, state_batch, plane,
-    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
-    kind_q, kind_k, window_left, window_right, scale, alpha,
+    terms, tiles, lists, lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch, plane,
+    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
+    kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: a block of keys against the query tiles, of all heads that share it, where it holds weight.
@@ -193,36 +217,41 @@ def grad_key_value(
     grad_key += batch * grad_key_batch + head_kv * grad_key_head + offset_k * grad_key_row
     grad_value += batch * grad_value_batch + head_kv * grad_value_head + offset_k * grad_value_row
     terms += batch * state_batch + first_head * rows_q + offset_q
-    tiles_q, tiles_k = tl.cdiv(limit_q, TILE), tl.cdiv(limit_k, TILE)
-
     first = block * BLOCK_N
+    if first >= extent_k:
+        return
+
     key_index = first + tl.arange(0, BLOCK_N)
     sign = sign_of(scale)
     k = load_signed(key, first, length_k, key_row, width, sign, BLOCK_N, PAD, STEP)
     v = load_signed(value, first, length_k, value_row, width_v, 1.0, BLOCK_N, PAD, STEP)
-    factor = score_scale(scale, alpha)
     EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
 
     SPLIT: tl.constexpr = TILE // BLOCK_M  # a tile is visited in so many steps
-    tiles += ((batch * heads + first_head) * tile_rows * tile_words) + first // TILE // WORD
+    tiles += first_tile_row(kind_q, batch, heads, first_head, offset_q, tile_rows) * tile_words + first // TILE // WORD
     bit = first // TILE % WORD
-    listed = lists + ((batch * heads + first_head) * tiles_k + first // TILE) * tiles_q
+    tiles_q = tl.cdiv(limit_q, TILE)
+    key_tile_row = first_tile_row(kind_k, batch, heads // group, head_kv, offset_k, key_tile_rows) + first // TILE
+    listed = lists + key_tile_row * tiles_q
 
     dk = tl.zeros([BLOCK_N, PAD], tl.float32)
     dv = tl.zeros([BLOCK_N, PAD], tl.float32)
-    for _member in range(group):
+    for member in range(group):
+        own_alpha = alpha_of(alphas, kind_alpha, first_head + member, alpha, ALPHA)
+        factor = score_scale(scale, own_alpha)
+        slope = slope_of(slopes, has_slopes, slopes_batch, batch, first_head + member, factor, own_alpha, ALPHA)
         # The query tiles to visit: those whose rows all see all keys from the front of the list, others from its end.
         inner_count = 0
         edge_count = 0
         tl.debug_barrier()  # the old list may still be read
-        for start in range(0, tiles_q, CHUNK):
+        for start in range(0, tl.cdiv(length_q, TILE), CHUNK):
             tile = start + tl.arange(0, CHUNK)
             first_row = tile * TILE
             last_row = tl.minimum(first_row + TILE, length_q) - 1
             _first, end_key = visible_keys(first_row, length_q, length_k, window_left, window_right)
             first_key, _end = visible_keys(last_row, length_q, length_k, window_left, window_right)
             whole = (first_key <= first) & (first + BLOCK_N <= end_key) & (first_row + TILE <= length_q)
-            wanted = ((tl.load(tiles + tile * tile_words, mask=tile < tiles_q, other=0) >> bit) & 1) != 0
+            wanted = ((tl.load(tiles + tile * tile_words, mask=first_row < length_q, other=0) >> bit) & 1) != 0
             inner_count = append(listed, inner_count, tile, wanted & whole)
             edge_count = append(listed + tiles_q - 1, edge_count, tile, wanted & ~whole, -1)
         tl.debug_barrier()
@@ -232,8 +261,8 @@ def grad_key_value(
                 first_row = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_M
                 q = load_rows(query, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE)
                 do = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE)
+                row = first_row + tl.arange(0, BLOCK_M)
                 if EDGE:  # rows that see nothing may hold anything, and 0 * NaN would reach the sums
-                    row = first_row + tl.arange(0, BLOCK_M)
                     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
                     sees = (first_key < end_key)[:, None]
                     q = tl.where(sees, q, 0.0)
@@ -243,9 +272,13 @@ def grad_key_value(
                     k, key, first, length_k, key_row, query, first_row, length_q, query_row, width, sign,
                     BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
                 )  # fmt: skip
+                s = far_away(s, slope, row + length_k - length_q, key_index, 1, ALPHA)
                 if EDGE:
                     s = hide(s, first_key, end_key, 1, key_index)
-                p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), alpha, ALPHA)
+                p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), own_alpha, ALPHA)
+                p += tl.where(delta == delta, 0.0, float("nan"))[None, :]  # a NaN row makes NaN of all it sees
+                if EDGE:
+                    p = tl.where(s == float("-inf"), 0.0, p)
                 dv = dot(cast(p, do.dtype), do, dv)
                 dp = products(
                     v, value, first, length_k, value_row, grad_out, first_row, length_q, grad_out_row, width_v, 1.0,
@@ -253,7 +286,7 @@ def grad_key_value(
                 )  # fmt: skip
                 ds = u * (dp - delta[None, :])
                 if EDGE:
-                    ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
+                    ds = tl.where(s == float("-inf"), 0.0, ds)  # 0 * NaN
                 dk = dot(cast(ds, q.dtype), q, dk)
         query += query_head
         grad_out += grad_out_head

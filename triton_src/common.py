@@ -21,6 +21,14 @@ LENGTHS_PACKED = tl.constexpr(2)  # (B + 1,) offsets into a packed batch
 ALPHA_ANY = tl.constexpr(0)
 ALPHA_1_5 = tl.constexpr(1)
 ALPHA_2 = tl.constexpr(2)
+ALPHA_LEARNED = tl.constexpr(3)  # any, with its gradient
+
+# Where alpha is (`AlphaFrom` in csrc/cuda/kernels.h says the same).
+ALPHA_NUMBER = tl.constexpr(0)
+ALPHA_SHARED = tl.constexpr(1)
+ALPHA_PER_HEAD = tl.constexpr(2)
+
+LN_2 = tl.constexpr(0.6931471805599453)
 
 # The interpreter keeps bfloat16 as integers: products of them are garbage and casts cut bits off.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
@@ -146,6 +154,14 @@ def sequence(lengths, kind, batch, rows, limit):
 
 
 @triton.jit
+def first_tile_row(kind, batch, heads, head, offset, tile_rows):
+    """Where the tile rows of a sequence start among those of all. Those of a packed batch stand as close as they can be
+    placed by lengths alone (`packed_tile_row` in csrc/attention.h)."""
+    packed = head * tile_rows + offset // TILE + batch
+    return tl.where(kind == LENGTHS_PACKED, packed, (batch * heads + head) * tile_rows)
+
+
+@triton.jit
 def visible_keys(row, length_q, length_k, window_left, window_right):
     """Row i sees keys first <= j < end. The one place that knows causal order, window and lengths."""
     diagonal = row + length_k - length_q
@@ -187,6 +203,43 @@ def hide(s, first, end, row_axis: tl.constexpr, key):
 
 
 @triton.jit
+def alpha_or_nan(alpha):
+    """alpha, NaN where it is out of its range, which only the GPU can see if it is a tensor; so is all that comes of it."""
+    return tl.where((alpha >= 1.01) & (alpha <= 2.0), alpha, float("nan"))
+
+
+@triton.jit
+def alpha_of(alphas, kind, head, alpha, ALPHA: tl.constexpr):
+    """A head's alpha. Code for one alpha does not look."""
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:
+        return alpha
+    else:
+        place = tl.where(kind == ALPHA_PER_HEAD, head, 0)
+        return alpha_or_nan(tl.load(alphas + place, mask=kind != ALPHA_NUMBER, other=alpha))
+
+
+@triton.jit
+def slope_of(slopes, given, slopes_batch, batch, head, factor, alpha, ALPHA: tl.constexpr):
+    """A head's ALiBi slope, in units of q.k. Code for one alpha has none: its time is short."""
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:
+        return 0.0
+    else:
+        slope = tl.load(slopes + batch * slopes_batch + head, mask=given != 0, other=0.0)
+        return slope * (alpha - 1.0) / factor
+
+
+@triton.jit
+def far_away(s, slope, diagonal, key, row_axis: tl.constexpr, ALPHA: tl.constexpr):
+    """ALiBi: scores of keys lowered by slope * |diagonal - key|, where `diagonal` is a row's own place among keys."""
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:
+        return s
+    else:
+        other: tl.constexpr = 1 - row_axis
+        place = tl.expand_dims(diagonal.to(tl.float32), other) - tl.expand_dims(key.to(tl.float32), row_axis)
+        return s - slope * tl.abs(place)
+
+
+@triton.jit
 def score_scale(scale, alpha):
     """|scale| * (alpha - 1), by which q.k becomes z once the scale's sign went into q. Never quite zero, so that the
     -inf of a hidden key stays -inf."""
@@ -220,6 +273,17 @@ def weights(x, alpha, ALPHA: tl.constexpr):
         exponent = 1.0 / (alpha - 1.0)  # on its own, so that the one division leaves the loop
         log = tl.log2(x) * exponent
         return tl.exp2(log), tl.where(x > 0.0, tl.exp2((2.0 - alpha) * log), 0.0)
+
+
+@triton.jit
+def alpha_term(p, log, alpha):
+    """(e^L (1 - L) - 1) / (alpha - 1)^2 with L = (alpha - 1) ln p; near L = 0 by its series, which starts at -L^2/2. With
+    log = log2 p. Times dS_j, the gradient of a score, it is what that key adds to the gradient of alpha."""
+    rate = alpha - 1.0
+    x = rate * LN_2 * tl.where(p == 0.0, 0.0, log)
+    series = 1 / 2 + x * (1 / 3 + x * (1 / 8 + x * (1 / 30 + x * (1 / 144 + x * (1 / 840 + x * (1 / 5760))))))
+    closed = tl.exp2(x / LN_2) * (1.0 - x) - 1.0
+    return tl.where(tl.abs(x) < 0.5, -x * x * series, closed) / (rate * rate)
 
 
 @triton.jit

@@ -19,11 +19,14 @@ from .common import (
     ALPHA_1_5,
     TILE,
     WORD,
+    alpha_of,
     append,
     cast,
     column_sums,
     dot,
     excess,
+    far_away,
+    first_tile_row,
     hide,
     is_positive,
     load_rows,
@@ -37,6 +40,7 @@ from .common import (
     score_scale,
     sequence,
     sign_of,
+    slope_of,
     store_rows,
     threshold_pair,
     threshold_step,
@@ -58,9 +62,9 @@ ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 def scan(
     query, query_batch, query_head, query_row,
     key, key_batch, key_head, key_row,
-    row_state, numbers, lengths_q, lengths_k, state_batch,
-    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
-    kind_q, kind_k, window_left, window_right, scale, alpha,
+    row_state, numbers, lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
+    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
+    kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """m and a lower bound of t of each row into row_state, and the numbers of each visible (64 rows) x (64 keys) tile
@@ -72,22 +76,28 @@ def scan(
     offset_k, length_k, _extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
     query += batch * query_batch + head * query_head + offset_q * query_row
     key += batch * key_batch + (head // group) * key_head + offset_k * key_row
-    tiles_q, tiles_k = tl.cdiv(limit_q, TILE), tl.cdiv(limit_k, TILE)
-
+    tiles_k = tl.cdiv(limit_k, TILE)
     first_row = (tl.cdiv(limit_q, BLOCK_M) - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
+    if first_row >= extent_q:
+        return
+
     row = first_row + tl.arange(0, BLOCK_M)
+    diagonal = row + length_k - length_q
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     visible = first_key < end_key
     sign = sign_of(scale)  # goes into q, so that q.k orders keys as z does
     q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
+    alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
     factor = score_scale(scale, alpha)
+    slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)
 
     PARTS: tl.constexpr = BLOCK_N // TILE
     GROUPS: tl.constexpr = BLOCK_M // GROUP
     SPAN: tl.constexpr = TILE // PARTS  # classes that a tile's keys fall into
     group_row = first_row // GROUP + tl.arange(0, GROUPS)
-    groups_q = tiles_q * (TILE // GROUP)
-    numbers += ((batch * heads + head) * groups_q + group_row[:, None]) * tiles_k + tl.arange(0, PARTS)[None, :]
+    groups_q = tl.cdiv(extent_q, TILE) * (TILE // GROUP)
+    first_group = first_tile_row(kind_q, batch, heads, head, offset_q, tile_rows) * (TILE // GROUP)
+    numbers += (first_group + group_row[:, None]) * tiles_k + tl.arange(0, PARTS)[None, :]
     never = tl.where(visible, 0.0, float("-inf"))  # rows that see nothing ask for no tile
 
     first, inner_first, inner, edge = visible_tiles(
@@ -102,8 +112,10 @@ def scan(
                 q, query, first_row, length_q, query_row, key, tile * BLOCK_N, length_k, key_row, width, sign,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
+            key_index = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            s = far_away(s, slope, diagonal, key_index, 0, ALPHA)
             if EDGE:
-                s = hide(s, first_key, end_key, 0, tile * BLOCK_N + tl.arange(0, BLOCK_N))
+                s = hide(s, first_key, end_key, 0, key_index)
             # Keys of one class are those that a thread holds itself: equal modulo 8.
             here = max_or_nan(tl.reshape(s, [BLOCK_M, PARTS, SPAN // 8, PARTS, 8]), 3)
             here = tl.reshape(here, [BLOCK_M, PARTS, SPAN])
@@ -186,9 +198,9 @@ def attend(
     key, key_batch, key_head, key_row,
     value, value_batch, value_head, value_row,
     out, out_batch, out_head, out_row,
-    row_state, tiles, numbers, lists, lengths_q, lengths_k, state_batch,
-    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v,
-    kind_q, kind_k, window_left, window_right, scale, alpha,
+    row_state, tiles, numbers, lists, lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
+    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
+    kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """Completes row_state with t = tau - m, writes the output and one bit for each tile that holds weight.
@@ -203,23 +215,29 @@ def attend(
     value += batch * value_batch + (head // group) * value_head + offset_k * value_row
     out += batch * out_batch + head * out_head + offset_q * out_row
     row_state += 2 * (batch * state_batch + head * rows_q + offset_q)
-    tiles_q, tiles_k = tl.cdiv(limit_q, TILE), tl.cdiv(limit_k, TILE)
+    tiles_k = tl.cdiv(limit_k, TILE)
+    first_row = (tl.cdiv(limit_q, BLOCK_M) - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
+    if first_row >= extent_q:
+        return
 
-    first_row = (tiles_q - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
     row = first_row + tl.arange(0, BLOCK_M)
+    diagonal = row + length_k - length_q
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     visible = first_key < end_key
     sign = sign_of(scale)  # goes into q, so that q.k orders keys as z does
     q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
+    alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
     factor = score_scale(scale, alpha)
+    slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)
     EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
     m = tl.load(row_state + 2 * row, mask=row < extent_q, other=0.0)
     t = tl.load(row_state + 2 * row + 1, mask=row < extent_q, other=0.0)
-    finite = visible & (tl.abs(m) < float("inf"))
+    finite = visible & (tl.abs(m) + alpha < float("inf"))  # alpha may be NaN
     m = tl.where(finite, m, 0.0)
     t = tl.where(finite, t, float("inf"))  # rows that see nothing, and rows that are NaN, weigh nothing below
 
-    place = ((batch * heads + head) * tiles_q + first_row // TILE) * tiles_k
+    tile_row = first_tile_row(kind_q, batch, heads, head, offset_q, tile_rows) + first_row // TILE
+    place = tile_row * tiles_k
     numbers += place * (TILE // GROUP)
     group_numbers = numbers + tl.arange(0, TILE // GROUP) * tiles_k
     listed = lists + place
@@ -249,6 +267,7 @@ def attend(
                         q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
                         BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
                     )  # fmt: skip
+                    s = far_away(s, slope, diagonal, first_j + tl.arange(0, BLOCK_N), 0, ALPHA)
                     if EDGE:
                         s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
                     x = excess(s, factor, high[:, None], low[:, None], EXACT)
@@ -278,6 +297,7 @@ def attend(
                     q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
                     BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
                 )  # fmt: skip
+                s = far_away(s, slope, diagonal, first_j + tl.arange(0, BLOCK_N), 0, ALPHA)
                 if EDGE:
                     s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
                 x = excess(s, factor, high[:, None], low[:, None], EXACT)
@@ -305,7 +325,7 @@ def attend(
     acc = tl.where(broken[:, None], float("nan"), acc)
     store_rows(out, cast(acc, out.dtype.element_ty), first_row, extent_q, out_row, width_v, BLOCK_M, PAD)
 
-    tiles += ((batch * heads + head) * tile_rows + first_row // TILE) * tile_words
+    tiles += tile_row * tile_words
     spoilt = tl.max(broken.to(tl.int32), 0) > 0  # NaN goes back to all keys that were seen
     words = tl.arange(0, CHUNK // WORD)
     tl.debug_barrier()

@@ -3,13 +3,14 @@ from which C++ picks a variant at run time is generated from it.
 
 A variant is (kernel, element type, padded head size, kind of alpha, aligned). `aligned` ones assume what flash-attn
 does, rows that start at 16-byte boundaries; the others serve every stride and head size. Everything else is a run-time
-value: causal, window, lengths, grouped queries, scale, M and N, head sizes below the padded one.
+value: causal, window, lengths, grouped queries, scale, M and N, head sizes below the padded one; and, in the code for any
+alpha, alpha itself and ALiBi, which the code for one alpha leaves out to stay short.
 """
 
 from dataclasses import dataclass
 
-from . import backward, forward
-from .common import ALPHA_1_5, ALPHA_2, ALPHA_ANY
+from . import activation, backward, forward
+from .common import ALPHA_1_5, ALPHA_2, ALPHA_ANY, ALPHA_LEARNED
 
 DEFAULT_ARCHS = (80, 90)
 
@@ -20,24 +21,31 @@ ARCHS = tuple(SHARED_KIB)
 # Triton's name for an element type: (its size, the C++ enumerator of torch's type).
 TYPES = {"bf16": (2, "at::kBFloat16"), "fp16": (2, "at::kHalf"), "fp32": (4, "at::kFloat")}
 
-ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
+# "learned" is any alpha with its gradient; only grad_query differs.
+ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value, "learned": ALPHA_LEARNED.value}
 
-KERNELS = {
+ATTENTION = {
     "scan": forward.scan,
     "attend": forward.attend,
     "grad_query": backward.grad_query,
     "grad_key_value": backward.grad_key_value,
+}
+KERNELS = ATTENTION | {
+    "activate": activation.activate,
+    "activate_grad": activation.activate_grad,
 }
 
 # What the names of kernel arguments mean, with `T` for the variant's element type. Names not listed here are found by
 # their ending (strides) or are 32-bit integers.
 ARGUMENT_TYPES = {
     **dict.fromkeys(("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"), "*T"),
-    **dict.fromkeys(("row_state", "terms"), "*fp32"),
+    **dict.fromkeys(("input", "output", "grad_input"), "*T"),
+    **dict.fromkeys(("row_state", "terms", "alphas", "slopes", "row_alpha", "grad_alpha"), "*fp32"),
+    **dict.fromkeys(("rows", "own_alphas"), "i64"),
     "numbers": "*i16",
     **dict.fromkeys(("tiles", "lists", "lengths_q", "lengths_k"), "*i32"),
     **dict.fromkeys(("scale", "alpha"), "fp32"),
-    **dict.fromkeys(("state_batch", "plane"), "i64"),
+    **dict.fromkeys(("slopes_batch", "state_batch", "plane"), "i64"),
 }
 # What each kernel writes; all other pointers are const in C++.
 WRITTEN = {
@@ -45,6 +53,8 @@ WRITTEN = {
     "attend": ("out", "row_state", "tiles", "numbers", "lists"),
     "grad_query": ("grad_query", "terms", "lists"),
     "grad_key_value": ("grad_key", "grad_value", "lists"),
+    "activate": ("out",),
+    "activate_grad": ("grad_input", "grad_alpha"),
 }
 STRIDE_ENDINGS = ("_batch", "_head", "_row")
 # Pointers that Triton appends to every kernel; no variant needs the memory, so they are null.
@@ -98,9 +108,9 @@ class Variant:
         return divisors
 
 
-# (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers); sm_90 as `python -m triton_src.tune` found them. scan's
-# BLOCK_M and BLOCK_N are multiples of TILE. The others take a tile of rows (grad_key_value: of keys), and along the other
-# side a tile or part of one at a time.
+# (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers); sm_90 as `python -m triton_src.tune` found them.
+# scan's BLOCK_M and BLOCK_N are multiples of TILE. The others take a tile of rows (grad_key_value: of keys), and along
+# the other side a tile or part of one at a time.
 HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
     ("scan", 64): (64, 128, 64, 4, 3, 168),
     ("scan", 128): (64, 128, 128, 4, 3, None),
@@ -136,7 +146,7 @@ FP32 = {  # three tf32 products for one: large code and many registers, so small
         "grad_query": (64, 32 if pad < 256 else 16, 32, 8, 1, None),
         "grad_key_value": (32 if pad < 256 else 16, 64, 32, 8, 1, None),
     }[kernel]
-    for kernel in KERNELS
+    for kernel in ATTENTION
     for pad in (64, 128, 256)
 }
 
@@ -150,7 +160,7 @@ def specialisations():
     to head size 128. Above, and for fp32, matrix products weigh more than the powers."""
     for dtype in ("bf16", "fp16"):
         for pad in (64, 128):
-            for alpha in ALPHAS:
+            for alpha in ("any", "1_5", "2"):
                 yield dtype, pad, alpha, True
         yield dtype, 256, "any", True
         for pad in (128, 256):
@@ -159,12 +169,44 @@ def specialisations():
         yield "fp32", pad, "any", False
 
 
+@dataclass(frozen=True)
+class ActivationVariant(Variant):
+    """`pad` is the longest row; a program does block_m rows, block_n numbers of each at a time."""
+
+    @property
+    def name(self):
+        alpha = f"_a{self.alpha}" if self.kernel == "activate" else ""
+        return f"{self.kernel}_{self.dtype}_{'long' if self.pad == LONGEST_ROW else f'n{self.pad}'}{alpha}"
+
+    @property
+    def constants(self):
+        constants = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, LONG=self.pad == LONGEST_ROW)
+        return {**constants, "ALPHA": ALPHAS[self.alpha]} if self.kernel == "activate" else constants
+
+
+LONGEST_ROW = 1 << 30  # places in a row are 32 bits wide, with room for a block
+# Longest row: (rows of a program, numbers of a row at a time, warps).
+ACTIVATIONS = {128: (8, 128, 4), 1024: (2, 1024, 4), 4096: (1, 4096, 8), LONGEST_ROW: (1, 4096, 8)}
+
+
+def activations():
+    """The gradient reads and writes more than it computes, so one code serves all alphas there."""
+    for dtype in TYPES:
+        for longest, (rows, block, warps) in ACTIVATIONS.items():
+            for kernel, alphas in (("activate", ("any", "1_5", "2")), ("activate_grad", ("any",))):
+                for alpha in alphas:
+                    yield ActivationVariant(
+                        kernel, dtype, longest, alpha, False, rows, block, block, warps, 1, None, hot=False
+                    )
+
+
 def variants(arch):
     """All variants of an architecture, without repetition, in a fixed order."""
     found = {}
     for dtype, pad, alpha, aligned in specialisations():
-        for kernel in KERNELS:
+        kinds = [(kernel, alpha) for kernel in ATTENTION] + [("grad_query", "learned")] * (alpha == "any")
+        for kernel, alpha in kinds:
             hot = arch in DEFAULT_ARCHS and aligned and pad <= 128 and alpha != "any"
             variant = Variant(kernel, dtype, pad, alpha, aligned, *tile(arch, kernel, dtype, pad), hot=hot)
             found[variant.name] = variant
-    return list(found.values())
+    return [*found.values(), *activations()]

@@ -112,6 +112,28 @@ def test_the_variant_that_a_call_runs(driver, size, dtype, alpha, name):
     assert driver.launches[-1].variant["name"] == name
 
 
+@pytest.mark.parametrize(
+    "length, dtype, alpha, name",
+    (
+        (1, torch.bfloat16, 1.5, "bf16_n128_a1_5"),
+        (128, torch.float32, 2.0, "fp32_n128_a2"),
+        (129, torch.float16, 1.25, "fp16_n1024_aany"),
+        (4096, torch.float16, 1.5, "fp16_n4096_a1_5"),
+        (4097, torch.float32, 2.0, "fp32_long_a2"),
+        (200, torch.float32, torch.tensor(1.5), "fp32_n1024_aany"),
+    ),
+)
+def test_the_variants_of_an_activation(driver, length, dtype, alpha, name):
+    driver.run_kernels = False
+    x = torch.zeros(9, length, dtype=dtype, requires_grad=True)
+    torch.ops.adasplash.entmax(x, alpha).sum().backward()
+    forward, backward = driver.launches
+    assert forward.variant["name"] == f"activate_{name}"
+    assert backward.variant["name"] == "activate_grad_" + name.rsplit("_a", 1)[0]
+    assert forward.programs == backward.programs == {128: 2, 1024: 5}.get(forward.variant["constants"]["BLOCK_N"], 9)
+    assert forward.arguments["own_alphas"] == (9 if isinstance(alpha, torch.Tensor) else 0)
+
+
 def test_rows_off_16_bytes_take_the_unaligned_variant(driver):
     inputs = make_inputs(1, 2, 20, 30, size=16, dtype=torch.bfloat16)
     wide = torch.randn(1, 2, 30, 17).bfloat16()

@@ -78,13 +78,17 @@ def attention(
         (rows_q, heads, width), (rows_k, kv_heads) = query.shape, key.shape[:2]
         batch, limit_q, limit_k, state_batch = len(offsets[0]) - 1, *offsets[2:], 0
     width_v = value.shape[-1]
-    given = offsets[:2] if offsets else lengths or (torch.zeros(1, dtype=torch.int32),) * 2
+    given = tuple(offsets[:2]) if offsets else tuple(lengths or (torch.zeros(1, dtype=torch.int32),) * 2)
     mode = (common.LENGTHS_PACKED if offsets else common.LENGTHS_PADDED if lengths else common.LENGTHS_NONE).value
     left, right = (common.UNLIMITED if bound < 0 else bound for bound in window)
     right = 0 if is_causal else right
-    tile_rows, tile_words = 2 * math.ceil(limit_q / 128), 2 * math.ceil(limit_k / 4096)
-    shape = (heads, heads // kv_heads, rows_q, rows_k, limit_q, limit_k, tile_rows, tile_words, width, width_v)
-    shape += (mode, mode, left, right, width**-0.5 if scale is None else scale, alpha)
+    # As saved_sizes (csrc/attention.cpp) has them.
+    counts = (rows_q // 64 + batch, rows_k // 64 + batch) if offsets else (-(-limit_q // 64), -(-limit_k // 64))
+    tile_rows, key_tile_rows = (2 * -(-count // 2) for count in counts)
+    tile_words = 2 * math.ceil(limit_k / 4096)
+    shape = (heads, heads // kv_heads, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words)
+    shape += (width, width_v, mode, mode, 0, 0, left, right, width**-0.5 if scale is None else scale, alpha)
+    given += (torch.zeros(1),) * 2 + (0,)  # an alpha and an ALiBi slope for each head: none
     kind = kind or {1.5: "1_5", 2.0: "2"}.get(alpha, "any")
     pad = max(16, 1 << (max(width, width_v) - 1).bit_length())
     step = tiles.step or pad
@@ -103,10 +107,11 @@ def attention(
         row_state = torch.full((batch, heads, limit_q, 2), garbage)
     else:
         row_state = torch.full((heads, rows_q, 2), garbage)
-    query_tiles, key_tiles = math.ceil(limit_q / 64), math.ceil(limit_k / 64)
-    numbers = torch.full((batch, heads, 4 * query_tiles, key_tiles), 12345, dtype=torch.int16)
-    lists = torch.full((batch, heads, query_tiles, key_tiles), 1 << 30, dtype=torch.int32)
-    bits = torch.zeros(batch, heads, tile_rows, tile_words, dtype=torch.int32)
+    key_tiles = math.ceil(limit_k / 64)
+    many = () if offsets else (batch,)
+    numbers = torch.full((*many, heads, 4 * tile_rows, key_tiles), 12345, dtype=torch.int16)
+    lists = torch.full((*many, heads, tile_rows, key_tiles), 1 << 30, dtype=torch.int32)
+    bits = torch.zeros(*many, heads, tile_rows, tile_words, dtype=torch.int32)
     launch("scan", *rows(query, key), row_state, numbers, block_m=tiles.block_m, block_n=tiles.block_n)
     launch("attend", *rows(query, key, value, out), row_state, bits, numbers, lists)
     if grad is None:
@@ -118,7 +123,7 @@ def attention(
     tensors = (query, key, value, grad)
     lists.fill_(1 << 30)
     launch("grad_query", *rows(*tensors, dq), terms, row_state, bits, lists, planes=(plane,))
-    lists.fill_(1 << 30)
+    lists = torch.full((*many, kv_heads, key_tile_rows, math.ceil(limit_q / 64)), 1 << 30, dtype=torch.int32)
     walked = dict(block_m=tiles.walk, block_n=TILE)
     launch("grad_key_value", *rows(*tensors, dk, dv), terms, bits, lists, planes=(plane,), **walked)
     return Result(out, row_state, bits, dq, dk, dv)
