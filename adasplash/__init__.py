@@ -9,6 +9,17 @@ from adasplash._load import version as __version__
 
 load_library()
 
-from adasplash.functional import entmax_attn  # noqa: E402  (the op must be registered first)
+# The ops must be registered first.
+from adasplash.functional import entmax_attn  # noqa: E402
+from adasplash.inspect import AttentionStats, attention_stats, attention_weights  # noqa: E402
+from adasplash.modules import EntmaxAttention  # noqa: E402
 
-__all__ = ["__version__", "cmake_prefix_path", "entmax_attn"]
+__all__ = [
+    "AttentionStats",
+    "EntmaxAttention",
+    "__version__",
+    "attention_stats",
+    "attention_weights",
+    "cmake_prefix_path",
+    "entmax_attn",
+]
