@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 #include <c10/util/ArrayRef.h>
 
 #include <cstdint>
@@ -24,6 +25,12 @@ namespace adasplash {
 // H_kv; D and D_v are from 1 to 256. alpha is 1 or from 1.01 to 2. scale defaults to 1 / sqrt(D). A causal mask is
 // aligned bottom right: query i sees the keys up to i + N - M. Differentiable once in query, key and value.
 // Throws c10::Error when an argument does not fit, naming it.
+//
+//   q_seqlens, kv_seqlens  (B,) int32 or int64: lengths of right-padded batch entries, which then are M and N. Padded
+//                          queries give zeros; what padding holds reaches nothing.
+//   window                 (left, right), inclusive, -1 for no limit: query i sees the keys from i + N - M - left to
+//                          i + N - M + right
+//   alibi_slopes           (H,) or (B, H) float32: takes slope * |i + N - M - j| off the scaled score of key j
 ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                      double alpha = 1.5, bool is_causal = false,
                                      std::optional<double> scale = std::nullopt,
@@ -32,7 +39,8 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      c10::IntArrayRef window = {-1, -1},
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
-// The same with one alpha for each head, a tensor of shape (H,) or ().
+// The same with one alpha for each head, a tensor of shape (H,) or (), float32, float64 or of query's type. Values from
+// 1.01 to 2; differentiable in alpha too.
 ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                      const at::Tensor& alpha, bool is_causal = false,
                                      std::optional<double> scale = std::nullopt,
@@ -40,6 +48,26 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& kv_seqlens = std::nullopt,
                                      c10::IntArrayRef window = {-1, -1},
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+
+// The same for sequences of different lengths, packed behind each other without padding:
+//
+//   query  (T_q, H, D)      key  (T_k, H_kv, D)      value  (T_k, H_kv, D_v)      result  (T_q, H, D_v)
+//
+// Sequence b has the queries cu_seqlens_q[b] ... cu_seqlens_q[b + 1] - 1, and keys by cu_seqlens_k likewise; both are
+// (B + 1,), int32 or int64, and go from 0 to the number of tokens. max_seqlen_q and max_seqlen_k bound the lengths.
+// alpha is from 1.01 to 2.
+ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                            const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                            c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha = 1.5,
+                                            bool is_causal = false, std::optional<double> scale = std::nullopt,
+                                            c10::IntArrayRef window = {-1, -1},
+                                            const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                            const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                            c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
+                                            bool is_causal = false, std::optional<double> scale = std::nullopt,
+                                            c10::IntArrayRef window = {-1, -1},
+                                            const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
 // The library's version, as "0.1.0".
 ADASPLASH_API const char* version();

@@ -15,16 +15,23 @@ c10::SymInt ceil_div(const c10::SymInt& n, int64_t d) { return (n + (d - 1)) / d
 
 }  // namespace
 
-std::array<c10::SymInt, 4> out_sizes(const at::Tensor& query, const at::Tensor& value) {
-  return {query.sym_size(0), query.sym_size(1), query.sym_size(2), value.sym_size(3)};
+c10::SymDimVector out_sizes(const at::Tensor& query, const at::Tensor& value) {
+  c10::SymDimVector sizes(query.sym_sizes().begin(), query.sym_sizes().end());
+  sizes.back() = value.sym_size(-1);
+  return sizes;
 }
 
-SavedSizes saved_sizes(const at::Tensor& query, const at::Tensor& key, const c10::SymInt& support_capacity) {
-  const c10::SymInt b = query.sym_size(0), h = query.sym_size(1), m = query.sym_size(2), n = key.sym_size(2);
+SavedSizes saved_sizes(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options,
+                       const c10::SymInt& support_capacity) {
   // Tile rows and words come in pairs: torch.compile would guard on a size that can be 1, and compile again for
   // sequences of up to one tile.
-  return {
-      {b, h, m, 2}, {b, h, m, support_capacity}, {b, h, 2 * ceil_div(m, 2 * kTile), 2 * ceil_div(n, 2 * 32 * kTile)}};
+  const auto words = [](const c10::SymInt& keys) { return 2 * ceil_div(keys, 2 * 32 * kTile); };
+  const auto shape = AttentionShape::of(query, key, key, options);
+  const auto &b = shape.batch, &h = shape.heads, &m = shape.queries;
+  if (options.packed()) {
+    return {{h, m, 2}, {h, m, support_capacity}, {h, 2 * ceil_div(m / kTile + b, 2), words(options.max_seqlen_k)}};
+  }
+  return {{b, h, m, 2}, {b, h, m, support_capacity}, {b, h, 2 * ceil_div(m, 2 * kTile), words(shape.keys)}};
 }
 
 at::ScalarType row_state_type(const at::Tensor& query) {
@@ -32,7 +39,7 @@ at::ScalarType row_state_type(const at::Tensor& query) {
 }
 
 ForwardResult allocate_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                               const AttentionOptions&, const c10::SymInt& support_capacity) {
+                               const AttentionOptions& options, const c10::SymInt& support_capacity) {
   TORCH_CHECK(support_capacity >= kInference, "_entmax_attn_forward: support_capacity must be ", kInference,
               " (inference) or more, got ", support_capacity);
   at::Tensor out = at::empty_symint(out_sizes(query, value), query.options());
@@ -41,7 +48,7 @@ ForwardResult allocate_forward(const at::Tensor& query, const at::Tensor& key, c
   if (support_capacity < 0) {
     return {out, at::empty({0}, state), at::empty({0}, integers), at::empty({0}, integers)};
   }
-  const SavedSizes sizes = saved_sizes(query, key, support_capacity);
+  const SavedSizes sizes = saved_sizes(query, key, options, support_capacity);
   return {out, at::empty_symint(sizes.row_state, state), at::empty_symint(sizes.support, integers),
           at::empty_symint(sizes.tiles, integers)};
 }

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 #include <c10/util/ArrayRef.h>
+#include <c10/util/DimVector.h>
 
 #include <array>
 #include <optional>
@@ -26,24 +27,36 @@ struct AttentionOptions {
   OptionalTensor cu_seqlens_q, cu_seqlens_k;  // (B + 1,), packed form
   c10::SymInt max_seqlen_q = 0, max_seqlen_k = 0;
   std::array<int64_t, 2> window = {-1, -1};  // (left, right), inclusive; -1 is unlimited
-  OptionalTensor alibi_slopes;               // (H,) or (B, H)
+  OptionalTensor alibi_slopes;               // (H,) or (B, H) float32
+
+  // Whether this is the packed form, whose sequences stand behind each other in one dimension of tokens.
+  bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
 };
 
-// Extents of one padded call: query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v).
+// Extents of one call. Padded: query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v). Packed: query
+// (M, H, D), key (N, H_kv, D), value (N, H_kv, D_v), where M and N count the tokens of all B sequences.
 struct AttentionShape {
   c10::SymInt batch, heads, kv_heads, queries, keys, head_dim, value_dim;
 
-  static AttentionShape of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
-    return {query.sym_size(0), query.sym_size(1), key.sym_size(1),  query.sym_size(2),
-            key.sym_size(2),   query.sym_size(3), value.sym_size(3)};
+  static AttentionShape of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           const AttentionOptions& options) {
+    const int64_t token = options.packed() ? 0 : 2;
+    return {options.packed() ? options.cu_seqlens_q->sym_size(0) - 1 : query.sym_size(0),
+            query.sym_size(1),
+            key.sym_size(1),
+            query.sym_size(token),
+            key.sym_size(token),
+            query.sym_size(-1),
+            value.sym_size(-1)};
   }
 };
 
-// What the forward leaves for the backward, beside its inputs. Inference (kInference) leaves all of it empty.
+// What the forward leaves for the backward, beside its inputs. Inference (kInference) leaves all of it empty. The
+// packed form has no dimension B. Keys and tiles are counted from the start of their sequence.
 struct SavedForBackward {
   at::Tensor row_state;  // (B, H, M, 2): row maximum m and tau - m, in units of z = (alpha - 1) * score
   at::Tensor support;    // (B, H, M, capacity) int32: ascending keys, kEndOfSupport after the last one
-  at::Tensor tiles;      // (B, H, 2 ceil(M / 128), 2 ceil(N / 4096)) int32: bit t % 32 of word t / 32 is tile t
+  at::Tensor tiles;      // (B, H, tile rows, words) int32: bit t % 32 of word t / 32 is tile t; see saved_sizes
 };
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -54,17 +67,26 @@ constexpr int32_t kSupportOverflow = -2;  // in the first place: the row's suppo
 constexpr int64_t kTile = 64;             // edge of the tiles that the tile bits speak of
 
 // Sizes of what every backend returns. They follow from shapes alone, as a C++ meta kernel knows nothing else.
-std::array<c10::SymInt, 4> out_sizes(const at::Tensor& query, const at::Tensor& value);
+c10::SymDimVector out_sizes(const at::Tensor& query, const at::Tensor& value);
 struct SavedSizes {
-  std::array<c10::SymInt, 4> row_state, support, tiles;
+  c10::SymDimVector row_state, support, tiles;
 };
-SavedSizes saved_sizes(const at::Tensor& query, const at::Tensor& key, const c10::SymInt& support_capacity);
+SavedSizes saved_sizes(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options,
+                       const c10::SymInt& support_capacity);
+// Where the tile rows of a packed sequence start, for the index of the sequence and that of its first query. They are
+// as many as saved_sizes says, whatever the lengths: those of one sequence end before those of the next begin.
+constexpr int64_t packed_tile_row(int64_t sequence, int64_t first_query) { return first_query / kTile + sequence; }
 at::ScalarType row_state_type(const at::Tensor& query);  // float32, and float64 for float64
 
 ForwardResult allocate_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const AttentionOptions& options, const c10::SymInt& support_capacity);
 BackwardResult allocate_backward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const AttentionOptions& options);
+
+// The op that a user called, for messages.
+inline const char* public_name(const AttentionOptions& options) {
+  return options.packed() ? "entmax_attn_varlen" : "entmax_attn";
+}
 
 // The schema's int[2] is a list of any length to those who call through torch.ops.
 std::array<int64_t, 2> window_pair(c10::IntArrayRef window);

@@ -1,6 +1,8 @@
-// Autocast: query, key and value go to the region's lower precision, as for torch's own attention.
+// Autocast: query, key and value go to the region's lower precision, as for torch's own attention; nothing else does.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
+
+#include <utility>
 
 #include "adasplash.h"
 
@@ -27,9 +29,23 @@ struct Autocast {
                                   window, alibi_slopes);
   }
 
+  template <typename Alpha>
+  static at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key_, const at::Tensor& value,
+                                       const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                       c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, Alpha alpha, bool is_causal,
+                                       std::optional<double> scale, c10::IntArrayRef window,
+                                       const std::optional<at::Tensor>& alibi_slopes) {
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    return adasplash::entmax_attn_varlen(cast(query), cast(key_), cast(value), cu_seqlens_q, cu_seqlens_k,
+                                         std::move(max_seqlen_q), std::move(max_seqlen_k), alpha, is_causal, scale,
+                                         window, alibi_slopes);
+  }
+
   static void register_in(torch::Library& m) {
     m.impl("entmax_attn", entmax_attn<double>);
     m.impl("entmax_attn.per_head", entmax_attn<const at::Tensor&>);
+    m.impl("entmax_attn_varlen", entmax_attn_varlen<double>);
+    m.impl("entmax_attn_varlen.per_head", entmax_attn_varlen<const at::Tensor&>);
   }
 };
 

@@ -1,5 +1,5 @@
-// entmax_attn above its two private ops: the Autograd kernel, which saves what the backward needs, and the kernel for
-// where no autograd key is set (inference mode), which saves nothing.
+// entmax_attn and entmax_attn_varlen above their two private ops: the Autograd kernel, which saves what the backward
+// needs, and the kernel for where no autograd key is set (inference mode), which saves nothing.
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -95,7 +95,15 @@ class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
 // alpha = 1 is softmax, for which torch's own kernels serve wherever they mean the same.
 at::Tensor softmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                         const AttentionOptions& o) {
-  const auto shape = AttentionShape::of(query, key, value);
+  const auto refuse_if = [](bool given, const char* option) {
+    TORCH_CHECK(!given, "entmax_attn: alpha = 1 (softmax) goes to scaled_dot_product_attention, which has no ", option,
+                "; leave it at its default, or use alpha from 1.01 to 2");
+  };
+  refuse_if(o.q_seqlens.has_value(), "q_seqlens");
+  refuse_if(o.kv_seqlens.has_value(), "kv_seqlens");
+  refuse_if(o.window[0] != -1 || o.window[1] != -1, "window");
+  refuse_if(o.alibi_slopes.has_value(), "alibi_slopes");
+  const auto shape = AttentionShape::of(query, key, value, o);
   TORCH_CHECK(!o.is_causal || shape.queries == shape.keys,
               "entmax_attn: alpha = 1 (softmax) with is_causal needs as many queries as keys, got ", shape.queries,
               " and ", shape.keys, "; scaled_dot_product_attention aligns its mask top left, this op bottom right");
@@ -115,9 +123,14 @@ void refuse_forward_mode(const at::Tensor& tensor) {
                               "entmax_attn: forward-mode AD is not supported; use reverse mode");
 }
 
+void check_public(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const AttentionOptions& options) {
+  check_attention(public_name(options), query, key, value, options, /*softmax_elsewhere=*/!options.packed());
+}
+
 at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const AttentionOptions& options) {
-  check_attention("entmax_attn", query, key, value, options, /*softmax_elsewhere=*/true);
+  check_public(query, key, value, options);
   if (!options.head_alpha && options.alpha == 1) return softmax_attn(query, key, value, options);
   bool training = false;
   for (const auto& t : {query, key, value, options.head_alpha.value_or(at::Tensor())}) {
@@ -125,13 +138,15 @@ at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, co
     training |= t.defined() && t.requires_grad();
   }
   training &= at::GradMode::is_enabled();
+  TORCH_CHECK(!at::GradMode::is_enabled() || !options.alibi_slopes || !options.alibi_slopes->requires_grad(),
+              public_name(options), ": alibi_slopes have no gradient; detach them");
   return EntmaxAttn::apply(query, key, value, options.head_alpha, options,
                            training ? support_capacity(query) : kInference);
 }
 
 at::Tensor attention_inference(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const AttentionOptions& options) {
-  check_attention("entmax_attn", query, key, value, options, /*softmax_elsewhere=*/true);
+  check_public(query, key, value, options);
   if (!options.head_alpha && options.alpha == 1) return softmax_attn(query, key, value, options);
   return std::get<0>(call_forward(query, key, value, options, kInference));
 }
@@ -139,17 +154,16 @@ at::Tensor attention_inference(const at::Tensor& query, const at::Tensor& key, c
 using AttentionKernel = at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                        const AttentionOptions&);
 
-// Both overloads: Alpha is double, or a tensor.
+void set_alpha(AttentionOptions& o, double alpha) { o.alpha = alpha; }
+void set_alpha(AttentionOptions& o, const at::Tensor& alpha) { o.head_alpha = alpha; }
+
+// Both overloads of each op: Alpha is double, or a tensor.
 template <AttentionKernel kernel, typename Alpha>
 at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Alpha alpha,
                        bool is_causal, std::optional<double> scale, const OptionalTensor& q_seqlens,
                        const OptionalTensor& kv_seqlens, c10::IntArrayRef window, const OptionalTensor& alibi_slopes) {
   AttentionOptions o;
-  if constexpr (std::is_same_v<Alpha, double>) {
-    o.alpha = alpha;
-  } else {
-    o.head_alpha = alpha;
-  }
+  set_alpha(o, alpha);
   o.is_causal = is_causal;
   o.scale = scale;
   o.q_seqlens = q_seqlens;
@@ -157,6 +171,33 @@ at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at:
   o.window = window_pair(window);
   o.alibi_slopes = alibi_slopes;
   return kernel(query, key, value, o);
+}
+
+template <AttentionKernel kernel, typename Alpha>
+at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
+                              c10::SymInt max_seqlen_k, Alpha alpha, bool is_causal, std::optional<double> scale,
+                              c10::IntArrayRef window, const OptionalTensor& alibi_slopes) {
+  AttentionOptions o;
+  set_alpha(o, alpha);
+  o.is_causal = is_causal;
+  o.scale = scale;
+  o.cu_seqlens_q = cu_seqlens_q;
+  o.cu_seqlens_k = cu_seqlens_k;
+  o.max_seqlen_q = std::move(max_seqlen_q);
+  o.max_seqlen_k = std::move(max_seqlen_k);
+  o.window = window_pair(window);
+  o.alibi_slopes = alibi_slopes;
+  return kernel(query, key, value, o);
+}
+
+// Registers both overloads of both ops.
+template <AttentionKernel kernel>
+void implement(torch::Library& m) {
+  m.impl("entmax_attn", entmax_attn<kernel, double>);
+  m.impl("entmax_attn.per_head", entmax_attn<kernel, const at::Tensor&>);
+  m.impl("entmax_attn_varlen", entmax_attn_varlen<kernel, double>);
+  m.impl("entmax_attn_varlen.per_head", entmax_attn_varlen<kernel, const at::Tensor&>);
 }
 
 // The backward op called by hand, as an exported training graph does.
@@ -172,14 +213,9 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const at::Tensor& q
 
 TORCH_LIBRARY_IMPL(adasplash, Autograd, m) {
   using namespace adasplash;
-  m.impl("entmax_attn", entmax_attn<attention_autograd, double>);
-  m.impl("entmax_attn.per_head", entmax_attn<attention_autograd, const at::Tensor&>);
+  implement<attention_autograd>(m);
   m.impl("_entmax_attn_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_entmax_attn_backward", backward_op<backward_autograd>);
 }
 
-TORCH_LIBRARY_IMPL(adasplash, CompositeExplicitAutograd, m) {
-  using namespace adasplash;
-  m.impl("entmax_attn", entmax_attn<attention_inference, double>);
-  m.impl("entmax_attn.per_head", entmax_attn<attention_inference, const at::Tensor&>);
-}
+TORCH_LIBRARY_IMPL(adasplash, CompositeExplicitAutograd, m) { adasplash::implement<adasplash::attention_inference>(m); }

@@ -10,17 +10,28 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-void check_tensor(const char* op, const char* name, const char* shape, const at::Tensor& tensor,
-                  const at::Tensor& query) {
+// Of the right layout, number of dimensions and device; `shape` says in words what the dimensions are.
+void check_dense(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const char* shape,
+                 const at::Tensor& query) {
   TORCH_CHECK(tensor.defined(), op, ": ", name, " must be a tensor, got none");
   TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, " must be a dense (strided) tensor, got layout ",
               tensor.layout());
-  TORCH_CHECK(tensor.dim() == 4, op, ": ", name, " must have 4 dimensions ", shape, ", got ", tensor.dim(),
-              " with sizes ", tensor.sym_sizes());
-  TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), op, ": ", name, " must have query's dtype ",
-              query.scalar_type(), ", got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.dim() == dim, op, ": ", name, " must have ", dim, " dimension", dim == 1 ? " " : "s ", shape,
+              ", got ", tensor.dim(), " with sizes ", tensor.sym_sizes());
   TORCH_CHECK(tensor.device() == query.device(), op, ": ", name, " must be on query's device ", query.device(),
               ", got ", tensor.device());
+}
+
+void check_tensor(const char* op, const char* name, const char* padded_shape, const char* packed_shape,
+                  const at::Tensor& tensor, const at::Tensor& query, const AttentionOptions& options) {
+  check_dense(op, name, tensor, options.packed() ? 3 : 4, options.packed() ? packed_shape : padded_shape, query);
+  TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), op, ": ", name, " must have query's dtype ",
+              query.scalar_type(), ", got ", tensor.scalar_type());
+}
+
+void check_size(const char* op, const char* name, const char* what, const c10::SymInt& got, const char* source,
+                const c10::SymInt& expected) {
+  TORCH_SYM_CHECK(got.sym_eq(expected), op, ": ", name, " must have ", source, " ", what, " ", expected, ", got ", got);
 }
 
 void check_head_dim(const char* op, const char* what, const c10::SymInt& size) {
@@ -28,17 +39,68 @@ void check_head_dim(const char* op, const char* what, const c10::SymInt& size) {
                   ", got ", size);
 }
 
-// The options of the contract that no backend has yet.
-void check_available(const char* op, const AttentionOptions& options) {
-  const auto refuse_if = [op](bool given, const char* name) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!given, op, ": ", name, " is not available yet; leave it at its default");
-  };
-  refuse_if(options.head_alpha.has_value(), "alpha as a tensor");
-  refuse_if(options.q_seqlens.has_value(), "q_seqlens");
-  refuse_if(options.kv_seqlens.has_value(), "kv_seqlens");
-  refuse_if(options.cu_seqlens_q.has_value() || options.cu_seqlens_k.has_value(), "cu_seqlens_q and cu_seqlens_k");
-  refuse_if(options.window[0] != -1 || options.window[1] != -1, "window");
-  refuse_if(options.alibi_slopes.has_value(), "alibi_slopes");
+// A list of lengths, or of where sequences begin and end. Their values are the backend's to check.
+void check_lengths(const char* op, const char* name, const char* shape, const at::Tensor& lengths,
+                   const at::Tensor& query) {
+  check_dense(op, name, lengths, 1, shape, query);
+  TORCH_CHECK(lengths.scalar_type() == at::kInt || lengths.scalar_type() == at::kLong, op, ": ", name,
+              " must be int32 or int64, got ", lengths.scalar_type());
+}
+
+// Before AttentionShape: it takes the packed form's number of sequences from cu_seqlens_q.
+void check_cu_seqlens(const char* op, const at::Tensor& query, const AttentionOptions& options) {
+  if (!options.packed()) return;
+  TORCH_CHECK(options.cu_seqlens_q && options.cu_seqlens_k, op, ": cu_seqlens_q and cu_seqlens_k go together");
+  TORCH_CHECK(!options.q_seqlens && !options.kv_seqlens, op,
+              ": q_seqlens and kv_seqlens are of the padded form; cu_seqlens_q and cu_seqlens_k say the lengths here");
+  check_lengths(op, "cu_seqlens_q", "(batch + 1,)", *options.cu_seqlens_q, query);
+  check_lengths(op, "cu_seqlens_k", "(batch + 1,)", *options.cu_seqlens_k, query);
+  const c10::SymInt size = options.cu_seqlens_q->sym_size(0);
+  TORCH_SYM_CHECK(size.sym_ge(1), op, ": cu_seqlens_q must have at least one entry, got none");
+  check_size(op, "cu_seqlens_k", "size", options.cu_seqlens_k->sym_size(0), "cu_seqlens_q's", size);
+  for (const auto& [name, length] :
+       {std::pair{"max_seqlen_q", options.max_seqlen_q}, std::pair{"max_seqlen_k", options.max_seqlen_k}}) {
+    TORCH_SYM_CHECK(length.sym_ge(0), op, ": ", name, " must be 0 or more, got ", length);
+  }
+}
+
+void check_seqlens(const char* op, const char* name, const OptionalTensor& lengths, const AttentionShape& shape,
+                   const at::Tensor& query) {
+  if (!lengths) return;
+  check_lengths(op, name, "(batch,)", *lengths, query);
+  check_size(op, name, "batch size", lengths->sym_size(0), "query's", shape.batch);
+}
+
+void check_alpha(const char* op, const AttentionShape& shape, const at::Tensor& query, const AttentionOptions& options,
+                 bool softmax_elsewhere) {
+  if (!options.head_alpha) {
+    const double alpha = options.alpha;
+    TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= kMinAlpha && alpha <= 2), op, ": alpha must be ",
+                softmax_elsewhere ? "1 or " : "", "from ", kMinAlpha, " to 2, got ", alpha,
+                alpha == 1 ? "; softmax is available in the padded form only, as entmax_attn" : "");
+    return;
+  }
+  const at::Tensor& alpha = *options.head_alpha;
+  TORCH_CHECK(alpha.defined(), op, ": alpha must be a number or a tensor, got none");
+  check_dense(op, "alpha", alpha, alpha.dim() == 0 ? 0 : 1, "(heads,), or none", query);
+  const auto type = alpha.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == query.scalar_type(), op,
+              ": alpha as a tensor must be float32, float64 or of query's dtype ", query.scalar_type(), ", got ", type);
+  if (alpha.dim() == 1) check_size(op, "alpha", "number of heads", alpha.sym_size(0), "query's", shape.heads);
+}
+
+void check_alibi_slopes(const char* op, const AttentionShape& shape, const at::Tensor& query,
+                        const AttentionOptions& options) {
+  if (!options.alibi_slopes) return;
+  const at::Tensor& slopes = *options.alibi_slopes;
+  const bool per_batch = slopes.dim() == 2;
+  check_dense(op, "alibi_slopes", slopes, per_batch ? 2 : 1, "(heads,), or two, (batch, heads)", query);
+  TORCH_CHECK(slopes.scalar_type() == at::kFloat, op, ": alibi_slopes must be float32, got ", slopes.scalar_type());
+  check_size(op, "alibi_slopes", "number of heads", slopes.sym_size(-1), "query's", shape.heads);
+  if (per_batch) {
+    check_size(op, "alibi_slopes", "batch size", slopes.sym_size(0), options.packed() ? "cu_seqlens_q's" : "query's",
+               shape.batch);
+  }
 }
 
 void check_like(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
@@ -57,49 +119,49 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
   const auto type = query.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble, op,
               ": query must be float32, float16, bfloat16 or float64, got ", type);
-  check_tensor(op, "query", "(batch, heads, queries, head_dim)", query, query);
-  check_tensor(op, "key", "(batch, kv_heads, keys, head_dim)", key, query);
-  check_tensor(op, "value", "(batch, kv_heads, keys, value_dim)", value, query);
+  check_tensor(op, "query", "(batch, heads, queries, head_dim)", "(tokens, heads, head_dim)", query, query, options);
+  check_tensor(op, "key", "(batch, kv_heads, keys, head_dim)", "(tokens, kv_heads, head_dim)", key, query, options);
+  check_tensor(op, "value", "(batch, kv_heads, keys, value_dim)", "(tokens, kv_heads, value_dim)", value, query,
+               options);
+  check_cu_seqlens(op, query, options);
 
-  const auto same_size = [op](const char* name, const char* what, const c10::SymInt& got, const char* other,
-                              const c10::SymInt& expected) {
-    TORCH_SYM_CHECK(got.sym_eq(expected), op, ": ", name, " must have ", other, "'s ", what, " ", expected, ", got ",
-                    got);
-  };
-  const auto shape = AttentionShape::of(query, key, value);
-  same_size("key", "batch size", key.sym_size(0), "query", shape.batch);
-  same_size("value", "batch size", value.sym_size(0), "query", shape.batch);
-  same_size("value", "number of heads", value.sym_size(1), "key", shape.kv_heads);
-  same_size("value", "number of keys", value.sym_size(2), "key", shape.keys);
-  same_size("key", "head_dim", key.sym_size(3), "query", shape.head_dim);
+  const auto shape = AttentionShape::of(query, key, value, options);
+  if (!options.packed()) {
+    check_size(op, "key", "batch size", key.sym_size(0), "query's", shape.batch);
+    check_size(op, "value", "batch size", value.sym_size(0), "query's", shape.batch);
+  }
+  check_size(op, "value", "number of heads", value.sym_size(1), "key's", shape.kv_heads);
+  check_size(op, "value", "number of keys", value.sym_size(options.packed() ? 0 : 2), "key's", shape.keys);
+  check_size(op, "key", "head_dim", key.sym_size(-1), "query's", shape.head_dim);
   check_head_dim(op, "head_dim of query and key", shape.head_dim);
   check_head_dim(op, "head_dim of value", shape.value_dim);
   TORCH_CHECK(shape.kv_heads == 0 ? shape.heads == 0 : shape.heads % shape.kv_heads == 0, op,
               ": query's number of heads must be a multiple of key's and value's, got ", shape.heads, " and ",
               shape.kv_heads);
 
-  if (!options.head_alpha) {
-    const double alpha = options.alpha;
-    TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= 1.01 && alpha <= 2), op, ": alpha must be ",
-                softmax_elsewhere ? "1 or " : "", "from 1.01 to 2, got ", alpha);
-  }
+  check_alpha(op, shape, query, options, softmax_elsewhere);
   if (options.scale) {
     const double scale = type == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
     TORCH_CHECK(std::isfinite(scale), op, ": scale must be finite in ", row_state_type(query), ", got ",
                 *options.scale);
   }
-  check_available(op, options);
+  check_seqlens(op, "q_seqlens", options.q_seqlens, shape, query);
+  check_seqlens(op, "kv_seqlens", options.kv_seqlens, shape, query);
+  TORCH_CHECK(options.window[0] >= -1 && options.window[1] >= -1, op,
+              ": window (left, right) must be 0 or more each, or -1 for no limit, got (", options.window[0], ", ",
+              options.window[1], ")");
+  check_alibi_slopes(op, shape, query, options);
 }
 
 void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                     const SavedForBackward& saved, const AttentionOptions& options) {
   constexpr const char* op = "_entmax_attn_backward";
   check_attention(op, query, key, value, options);
-  TORCH_CHECK(saved.support.dim() == 4, op,
-              ": support must have 4 dimensions (batch, heads, queries, capacity), got sizes ",
+  TORCH_CHECK(saved.support.dim() == query.dim(), op, ": support must have ", query.dim(), " dimensions ",
+              options.packed() ? "(heads, queries, capacity)" : "(batch, heads, queries, capacity)", ", got sizes ",
               saved.support.sym_sizes(), "; a forward for inference saves nothing to go back from");
   check_like(op, "grad_out", grad_out, query.scalar_type(), out_sizes(query, value), query);
-  const SavedSizes sizes = saved_sizes(query, key, saved.support.sym_size(3));
+  const SavedSizes sizes = saved_sizes(query, key, options, saved.support.sym_size(-1));
   check_like(op, "row_state", saved.row_state, row_state_type(query), sizes.row_state, query);
   check_like(op, "support", saved.support, at::kInt, sizes.support, query);
   check_like(op, "tiles", saved.tiles, at::kInt, sizes.tiles, query);

@@ -10,7 +10,7 @@ void refuse(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stac
 }  // namespace
 
 TORCH_LIBRARY_IMPL(adasplash, CompositeImplicitAutograd, m) {
-  for (const char* name : {"entmax_attn_varlen", "entmax_attn_varlen.per_head", "entmax", "entmax.tensor_alpha"}) {
+  for (const char* name : {"entmax", "entmax.tensor_alpha"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<refuse>());
   }
 }

@@ -5,18 +5,23 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
 #include "blas.h"
 #include "checks.h"
 #include "kernels.h"
+#include "options.h"
 
 namespace adasplash {
 namespace {
@@ -25,12 +30,6 @@ using namespace cpu;
 
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Keys are counted in int32. Checked here and not with the other checks, where it would bound what a model is exported
-// for.
-void check_key_count(const char* op, const at::Tensor& key) {
-  TORCH_CHECK(key.size(2) <= INT32_MAX, op, ": key must hold at most ", INT32_MAX, " keys, got ", key.size(2));
-}
 
 // The kernels read rows through BLAS: dense, not overlapping, with a stride that fits an int.
 at::Tensor with_dense_rows(const at::Tensor& t) {
@@ -59,13 +58,49 @@ void run_tasks(int64_t count, int64_t scratch_bytes, const F& task) {
   });
 }
 
-int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+// The blocks of rows that all heads of all sequences consist of, each a task.
+class Blocks {
+ public:
+  struct Block {
+    size_t sequence;
+    int64_t head, first;  // the block's first row
+  };
 
+  Blocks(const std::vector<Sequence>& sequences, int64_t Sequence::* length, int64_t heads, int64_t block,
+         bool last_first)
+      : block_(block), last_first_(last_first) {
+    for (const Sequence& s : sequences) {
+      per_head_.push_back((s.*length + block - 1) / block);
+      ends_.push_back(count() + heads * per_head_.back());
+    }
+  }
+
+  int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
+
+  Block operator[](int64_t index) const {
+    const size_t sequence = std::upper_bound(ends_.begin(), ends_.end(), index) - ends_.begin();
+    const int64_t per_head = per_head_[sequence], within = index - (sequence == 0 ? 0 : ends_[sequence - 1]);
+    const int64_t place = within % per_head;
+    return {sequence, within / per_head, (last_first_ ? per_head - 1 - place : place) * block_};
+  }
+
+ private:
+  const int64_t block_;
+  const bool last_first_;
+  std::vector<int64_t> per_head_, ends_;  // a sequence each
+};
+
+// Rows from `first` on of one head of a tensor (entries, heads, rows, width).
 template <typename T>
-Rows<const T> rows_of(const at::Tensor& t, int64_t b, int64_t h) {
+Rows<T> rows_of(const at::Tensor& t, int64_t entry, int64_t h, int64_t first) {
   // A single row's stride may be anything; BLAS still wants one that a row fits in.
-  return {t.const_data_ptr<T>() + b * t.stride(0) + h * t.stride(1),
-          t.size(2) <= 1 ? std::max<int64_t>(t.size(3), 1) : t.stride(2)};
+  const int64_t stride = t.size(2) <= 1 ? std::max<int64_t>(t.size(3), 1) : t.stride(2);
+  const int64_t offset = entry * t.stride(0) + h * t.stride(1) + first * stride;
+  if constexpr (std::is_const_v<T>) {
+    return {t.const_data_ptr<std::remove_const_t<T>>() + offset, stride};
+  } else {
+    return {t.mutable_data_ptr<T>() + offset, stride};
+  }
 }
 
 // One call's tensors and options, from which the description of each head is filled in.
@@ -73,36 +108,68 @@ template <typename T>
 struct Call {
   using A = Accumulate<T>;
 
-  const at::Tensor query, key, value;
-  const AttentionOptions& options;
-  const at::Tensor &row_state, &support, &tiles;
+  Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options,
+       const SavedForBackward& saved)
+      : sequences(sequences_of(q, k, options)),
+        query(with_dense_rows(by_head(q, options))),
+        key(with_dense_rows(by_head(k, options))),
+        value(with_dense_rows(by_head(v, options))),
+        heads(query.size(1)),
+        kv_heads(key.size(1)),
+        group_size(heads / std::max<int64_t>(kv_heads, 1)),
+        options_(options),
+        alphas_(alphas_of(heads, options)),
+        slopes_(slopes_of(sequences.size(), heads, options)),
+        training_(saved.row_state.dim() > 1),
+        row_state_(saved.row_state.contiguous()),
+        support_(saved.support.contiguous()),
+        tiles_(saved.tiles.contiguous()) {}
 
-  int64_t batch() const { return query.size(0); }
-  int64_t heads() const { return query.size(1); }
-  int64_t kv_heads() const { return key.size(1); }
-  int64_t group_size() const { return heads() / std::max<int64_t>(kv_heads(), 1); }
+  // Causal heads have their longest blocks of queries last; those go first.
+  Blocks query_blocks() const { return {sequences, &Sequence::queries, heads, kQueryBlock, /*last_first=*/true}; }
+  Blocks key_blocks() const { return {sequences, &Sequence::keys, kv_heads, kKeyBlock, /*last_first=*/false}; }
 
-  void describe(int64_t b, int64_t h, Head<T, A>& head) const {
-    const int64_t kv_head = h / group_size();
-    head.query = rows_of<T>(query, b, h);
-    head.key = rows_of<T>(key, b, kv_head);
-    head.value = rows_of<T>(value, b, kv_head);
-    head.queries = query.size(2);
-    head.keys = key.size(2);
+  int64_t rows() const { return query.size(0) * heads * query.size(2); }
+  // Where a head's rows start in what has the rows of all of them, head by head.
+  int64_t first_row(const Sequence& s, int64_t h) const {
+    return (s.entry * heads + h) * query.size(2) + s.first_query;
+  }
+
+  void describe(size_t sequence, int64_t h, Head<T, A>& head) const {
+    const Sequence& s = sequences[sequence];
+    head.query = rows_of<const T>(query, s.entry, h, s.first_query);
+    head.key = rows_of<const T>(key, s.entry, h / group_size, s.first_key);
+    head.value = rows_of<const T>(value, s.entry, h / group_size, s.first_key);
+    head.queries = s.queries;
+    head.keys = s.keys;
     head.head_dim = query.size(3);
     head.value_dim = value.size(3);
-    if (options.is_causal) head.right = 0;
-    head.alpha = options.alpha;
-    head.scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(head.head_dim)));
-    if (row_state.dim() == 4) {
-      const int64_t rows = (b * heads() + h) * head.queries;
-      head.capacity = support.size(3);
-      head.tile_words = tiles.size(3);
-      head.row_state = row_state.data_ptr<A>() + rows * 2;
-      head.support = support.data_ptr<int32_t>() + rows * head.capacity;
-      head.tiles = tiles.data_ptr<int32_t>() + (b * heads() + h) * tiles.size(2) * head.tile_words;
+    const auto [left, right] = options_.window;
+    if (left >= 0) head.left = std::min(left, kUnlimited);
+    if (right >= 0) head.right = std::min(right, kUnlimited);
+    if (options_.is_causal) head.right = 0;
+    head.alpha = alphas_[h];
+    head.scale = options_.scale.value_or(1 / std::sqrt(static_cast<double>(head.head_dim)));
+    if (!slopes_.empty()) head.slope = slopes_[sequence * heads + h];
+    if (training_) {
+      head.capacity = support_.size(-1);
+      head.tile_words = tiles_.size(-1);
+      head.row_state = row_state_.mutable_data_ptr<A>() + first_row(s, h) * 2;
+      head.support = support_.mutable_data_ptr<int32_t>() + first_row(s, h) * head.capacity;
+      head.tiles = tiles_.mutable_data_ptr<int32_t>() +
+                   ((s.entry * heads + h) * tiles_.size(-2) + s.first_tile_row) * head.tile_words;
     }
   }
+
+  const std::vector<Sequence> sequences;
+  const at::Tensor query, key, value;
+  const int64_t heads, kv_heads, group_size;
+
+ private:
+  const AttentionOptions& options_;
+  const std::vector<double> alphas_, slopes_;
+  const bool training_;
+  const at::Tensor row_state_, support_, tiles_;
 };
 
 #define ADASPLASH_DISPATCH(TYPE, NAME, ...) \
@@ -112,82 +179,108 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
                       const AttentionOptions& options, const c10::SymInt& support_capacity) {
   constexpr const char* name = "_entmax_attn_forward";
   check_attention(name, query, key, value, options);
-  check_key_count(name, key);
   auto result = allocate_forward(query, key, value, options, support_capacity);
   auto& [out, row_state, support, tiles] = result;
   tiles.zero_();
+  if (options.q_seqlens) {  // padding is what rows that see nothing are
+    out.zero_();
+    support.fill_(kEndOfSupport);
+    if (support_capacity != kInference) {
+      row_state.select(-1, 0).zero_();
+      row_state.select(-1, 1).fill_(std::numeric_limits<double>::infinity());
+    }
+  }
   ADASPLASH_DISPATCH(query.scalar_type(), name, [&] {
     using A = Accumulate<scalar_t>;
-    const Call<scalar_t> call{
-        with_dense_rows(query), with_dense_rows(key), with_dense_rows(value), options, row_state, support, tiles};
+    const Call<scalar_t> call(query, key, value, options, {row_state, support, tiles});
     const auto& kernel = kernels<scalar_t, A>();
-    const int64_t queries = query.size(2), per_head = blocks(queries, kQueryBlock);
-    run_tasks(call.batch() * call.heads() * per_head, kernel.forward_scratch(query.size(3), value.size(3)),
+    const Blocks blocks = call.query_blocks();
+    const at::Tensor out_by_head = by_head(out, options);
+    run_tasks(blocks.count(), kernel.forward_scratch(query.size(-1), value.size(-1)),
               [&](int64_t index, char* scratch) {
-                const int64_t head_index = index / per_head, b = head_index / call.heads(),
-                              h = head_index % call.heads();
+                const auto [sequence, h, first] = blocks[index];
+                const Sequence& s = call.sequences[sequence];
                 ForwardHead<scalar_t, A> head;
-                call.describe(b, h, head);
-                head.out = out.template data_ptr<scalar_t>() + head_index * queries * head.value_dim;
-                // Causal heads have their longest blocks last; those go first.
-                kernel.forward(head, (per_head - 1 - index % per_head) * kQueryBlock, scratch);
+                call.describe(sequence, h, head);
+                head.out = rows_of<scalar_t>(out_by_head, s.entry, h, s.first_query);
+                kernel.forward(head, first, scratch);
               });
   });
   return result;
+}
+
+// dalpha from every row's share (entries, heads, rows), in an order that no thread count changes.
+void sum_alpha_terms(const at::Tensor& terms, at::Tensor& dalpha) {
+  const int64_t entries = terms.size(0), heads = terms.size(1), rows = terms.size(2);
+  const at::Tensor sums = at::zeros({heads}, at::kDouble);
+  double* const sum = sums.mutable_data_ptr<double>();
+  const double* const term = terms.const_data_ptr<double>();
+  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h) {
+      for (int64_t b = 0; b < entries; ++b) {
+        const double* const row = term + (b * heads + h) * rows;
+        sum[h] = std::accumulate(row, row + rows, sum[h]);
+      }
+    }
+  });
+  dalpha.copy_(dalpha.dim() == 0 ? at::scalar_tensor(std::accumulate(sum, sum + heads, 0.0), at::kDouble) : sums);
 }
 
 BackwardResult backward(const at::Tensor& grad_out_, const at::Tensor& query, const at::Tensor& key,
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
   constexpr const char* name = "_entmax_attn_backward";
   check_backward(grad_out_, query, key, value, saved, options);
-  check_key_count(name, key);
   auto result = allocate_backward(query, key, value, options);
   auto& [dq, dk, dv, dalpha] = result;
-  const at::Tensor row_state = saved.row_state.contiguous(), support = saved.support.contiguous(),
-                   tiles = saved.tiles.contiguous();
+  if (options.q_seqlens) dq.zero_();
+  if (options.kv_seqlens || query.size(1) == 0) {  // keys of padding, or that no head asks for
+    dk.zero_();
+    dv.zero_();
+  }
   ADASPLASH_DISPATCH(query.scalar_type(), name, [&] {
     using A = Accumulate<scalar_t>;
-    const Call<scalar_t> call{
-        with_dense_rows(query), with_dense_rows(key), with_dense_rows(value), options, row_state, support, tiles};
-    const at::Tensor grad_out = with_dense_rows(grad_out_);
+    const Call<scalar_t> call(query, key, value, options, saved);
+    const at::Tensor grad_out = with_dense_rows(by_head(grad_out_, options)), dq_by_head = by_head(dq, options),
+                     dk_by_head = by_head(dk, options), dv_by_head = by_head(dv, options);
     const auto& kernel = kernels<scalar_t, A>();
-    const int64_t queries = query.size(2), keys = key.size(2), heads = call.heads(), kv_heads = call.kv_heads();
-    const int64_t scratch_bytes = kernel.backward_scratch(query.size(3), value.size(3), support.size(3));
+    const int64_t scratch_bytes = kernel.backward_scratch(query.size(-1), value.size(-1), saved.support.size(-1));
 
-    const at::Tensor terms = at::empty({call.batch() * heads * queries * int64_t(sizeof(RowTerms<A>))}, at::kByte);
-    const auto describe = [&](int64_t index, BackwardHead<scalar_t, A>& head) {
-      const int64_t b = index / heads, h = index % heads;
-      call.describe(b, h, head);
-      head.grad_out = rows_of<scalar_t>(grad_out, b, h);
-      head.row_terms = reinterpret_cast<RowTerms<A>*>(terms.data_ptr<uint8_t>()) + index * queries;
-      head.dq = dq.template data_ptr<scalar_t>() + index * queries * query.size(3);
+    const at::Tensor row_terms = at::empty({call.rows() * int64_t(sizeof(RowTerms<A>))}, at::kByte);
+    const at::Tensor alpha_terms = options.head_alpha
+                                       ? at::zeros({call.query.size(0), call.heads, call.query.size(2)}, at::kDouble)
+                                       : at::Tensor();
+    const auto describe = [&](size_t sequence, int64_t h, BackwardHead<scalar_t, A>& head) {
+      const Sequence& s = call.sequences[sequence];
+      call.describe(sequence, h, head);
+      head.grad_out = rows_of<const scalar_t>(grad_out, s.entry, h, s.first_query);
+      head.dq = rows_of<scalar_t>(dq_by_head, s.entry, h, s.first_query);
+      head.row_terms = reinterpret_cast<RowTerms<A>*>(row_terms.mutable_data_ptr<uint8_t>()) + call.first_row(s, h);
+      if (alpha_terms.defined()) head.alpha_terms = alpha_terms.mutable_data_ptr<double>() + call.first_row(s, h);
     };
 
-    const int64_t query_blocks = blocks(queries, kQueryBlock);
+    const Blocks query_blocks = call.query_blocks();
     std::atomic<bool> lists_fit{true};
-    run_tasks(call.batch() * heads * query_blocks, scratch_bytes, [&](int64_t index, char* scratch) {
-      const int64_t first = (query_blocks - 1 - index % query_blocks) * kQueryBlock;
+    run_tasks(query_blocks.count(), scratch_bytes, [&](int64_t index, char* scratch) {
+      const auto [sequence, h, first] = query_blocks[index];
       BackwardHead<scalar_t, A> head;
-      describe(index / query_blocks, head);
+      describe(sequence, h, head);
       if (!kernel.backward_query(head, first, scratch)) lists_fit = false;
     });
     TORCH_CHECK(lists_fit, name,
                 ": support must hold ascending keys that its row sees, as _entmax_attn_forward "
                 "returned it for these arguments");
+    if (alpha_terms.defined()) sum_alpha_terms(alpha_terms, dalpha);
 
-    if (heads == 0) {  // keys that no head asks for
-      dk.zero_();
-      dv.zero_();
-      return;
-    }
-    const int64_t key_blocks = blocks(keys, kKeyBlock);
-    run_tasks(call.batch() * kv_heads * key_blocks, scratch_bytes, [&](int64_t index, char* scratch) {
-      const int64_t kv_index = index / key_blocks, first = index % key_blocks * kKeyBlock;
-      scalar_t* dk_head = dk.template data_ptr<scalar_t>() + kv_index * keys * query.size(3);
-      scalar_t* dv_head = dv.template data_ptr<scalar_t>() + kv_index * keys * value.size(3);
-      std::vector<BackwardHead<scalar_t, A>> group(call.group_size());
-      for (int64_t g = 0; g < call.group_size(); ++g) describe(kv_index * call.group_size() + g, group[g]);
-      kernel.backward_key(group.data(), call.group_size(), first, dk_head, dv_head, scratch);
+    if (call.heads == 0) return;
+    const Blocks key_blocks = call.key_blocks();
+    run_tasks(key_blocks.count(), scratch_bytes, [&](int64_t index, char* scratch) {
+      const auto [sequence, kv_head, first] = key_blocks[index];
+      const Sequence& s = call.sequences[sequence];
+      std::vector<BackwardHead<scalar_t, A>> group(call.group_size);
+      for (int64_t g = 0; g < call.group_size; ++g) describe(sequence, kv_head * call.group_size + g, group[g]);
+      kernel.backward_key(group.data(), call.group_size, first,
+                          rows_of<scalar_t>(dk_by_head, s.entry, kv_head, s.first_key),
+                          rows_of<scalar_t>(dv_by_head, s.entry, kv_head, s.first_key), scratch);
     });
   });
   return result;

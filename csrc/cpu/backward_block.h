@@ -1,8 +1,9 @@
 // The backward over the support. With u = p^(2-alpha) on the support, dP = dO.v and delta = sum(u dP) / sum(u):
 //   dS = u (dP - delta),  dq = scale sum_j dS k_j,  dk_j = scale sum_i dS q_i,  dv_j = sum_i p dO_i.
-// A first pass over blocks of queries gives delta and dq, a second one over blocks of keys gives dk and dv: no atomics,
-// every sum in an order of its own that no thread count changes. Rows with a list of their support cost what its length
-// says; the others ("dense" rows) are rebuilt by matrix products over the tiles that hold weight.
+// A first pass over blocks of queries gives delta, dq and each row's share of dalpha, a second one over blocks of keys
+// gives dk and dv: no atomics, every sum in an order of its own that no thread count changes. Rows with a list of their
+// support cost what its length says; the others ("dense" rows) are rebuilt by matrix products over the tiles that hold
+// weight.
 #pragma once
 
 #include "blocks.h"
@@ -26,12 +27,13 @@ struct BackwardBuffers {
         plain_k(arena.take<A>(kQueryBlock * head_dim)),
         sums(arena.take<RowSums>(kQueryBlock)),
         is_dense(arena.take<bool>(kQueryBlock)),
-        dk(arena.take<A>(kKeyBlock * head_dim)),
-        dv(arena.take<A>(kKeyBlock * value_dim)) {}
+        dk{arena.take<A>(kKeyBlock * head_dim), head_dim},
+        dv{arena.take<A>(kKeyBlock * value_dim), value_dim} {}
 
   struct RowSums {
     A c = 0;  // taken off dP
     double p = 0, u = 0, u_dp = 0;
+    double phi = 0, phi_dp = 0;  // of u phi, for dalpha
   };
   A *query, *grad_out;  // the block's rows in type A
   A *scores, *grads;    // of the block of queries and one block of keys: z, then u or p; dP, then dS
@@ -40,7 +42,7 @@ struct BackwardBuffers {
   A *weighted_k, *plain_k;       // A and b of dq / scale = A - delta b
   RowSums* sums;
   bool* is_dense;
-  A *dk, *dv;
+  Rows<A> dk, dv;
 };
 
 // Learns the length of each row's list. False where a list is not of ascending visible keys, as one from elsewhere
@@ -105,13 +107,26 @@ class BackwardBlock {
   const A* grad_out_row(int64_t i) { return in_type<A>(head_.grad_out[i], head_.value_dim, buffers_.grad_out); }
 
   // z and dP of the support entries of one row, into the list buffers.
-  void list_products(const A* query, const A* grad_out, const int32_t* support, int64_t count) {
+  void list_products(int64_t i, const A* query, const A* grad_out, const int32_t* support, int64_t count) {
     for (int64_t e = 0; e < count; ++e) {
       buffers_.list_z[e] = head_.z_scale() * dot(query, head_.key[support[e]], head_.head_dim);
       buffers_.list_dp[e] = dot(grad_out, head_.value[support[e]], head_.value_dim);
     }
+    if (head_.slope != 0) subtract_alibi(head_, i, support, count, buffers_.list_z);
     pad_scores(buffers_.list_z, count, kLanes<A>);
   }
+
+  double list_alpha_sum(const RowTerms<A>& terms) const {
+    double sum = 0;
+    for_lanes<A>(terms.count, [&](int64_t e, int64_t lanes) {  // z and u are padded, dP is not
+      const Vec<A> t = excess(Vec<A>::loadu(buffers_.list_z + e), terms.max, terms.tau);
+      const Vec<A> dp = load<A>(buffers_.list_dp + e, lanes);
+      sum += sum_lanes(Vec<A>::loadu(buffers_.list_u + e) * alpha_factor(t) * (dp - Vec<A>(terms.delta)));
+    });
+    return sum;
+  }
+
+  void save_alpha_term(int64_t i, double sum) { head_.alpha_terms[i] = sum / ((head_.alpha - 1) * (head_.alpha - 1)); }
 
   void list_query_pass(int64_t i) {
     RowTerms<A>& terms = head_.row_terms[i];
@@ -121,7 +136,7 @@ class BackwardBlock {
     A* u = buffers_.list_u;
     const A* dp = buffers_.list_dp;
     if (count > 0) {
-      list_products(query_row(i), grad_out_row(i), support, count);
+      list_products(i, query_row(i), grad_out_row(i), support, count);
       // Dot products round otherwise than the forward's matrix products. Settling tau on these very scores keeps the
       // weights summing to one, which matters where scores are large.
       terms.max = *std::max_element(z, z + count);
@@ -138,10 +153,11 @@ class BackwardBlock {
       }
       terms.normalizer = static_cast<A>(1 / sum_p);
       terms.delta = static_cast<A>(sum_u_dp / sum_u);
+      if (head_.alpha_terms != nullptr) save_alpha_term(i, list_alpha_sum(terms));
       for (int64_t e = 0; e < count; ++e) u[e] *= (dp[e] - terms.delta) * static_cast<A>(head_.scale);
     }
     weighted_sum(u, support, count, head_.key, head_.head_dim, buffers_.plain_k);
-    convert_back(buffers_.plain_k, head_.head_dim, head_.dq + i * head_.head_dim);
+    convert_back(buffers_.plain_k, head_.head_dim, head_.dq[i]);
   }
 
   void list_key_pass(int64_t i, Interval keys) {
@@ -153,7 +169,7 @@ class BackwardBlock {
     if (begin == end) return;
     const A* query = query_row(i);
     const A* grad_out = grad_out_row(i);
-    list_products(query, grad_out, begin, end - begin);
+    list_products(i, query, grad_out, begin, end - begin);
     for (int64_t e = 0; e < end - begin; e += kLanes<A>) {
       const Vec<A> t = excess(Vec<A>::loadu(buffers_.list_z + e), terms.max, terms.tau);
       const Vec<A> u = weights_.u(t);
@@ -163,9 +179,8 @@ class BackwardBlock {
     }
     for (int64_t e = 0; e < end - begin; ++e) {
       const int64_t k = begin[e] - keys.begin;
-      add_scaled(buffers_.list_u[e] * static_cast<A>(head_.scale), query, head_.head_dim,
-                 buffers_.dk + k * head_.head_dim);
-      add_scaled(buffers_.list_z[e], grad_out, head_.value_dim, buffers_.dv + k * head_.value_dim);
+      add_scaled(buffers_.list_u[e] * static_cast<A>(head_.scale), query, head_.head_dim, buffers_.dk[k]);
+      add_scaled(buffers_.list_z[e], grad_out, head_.value_dim, buffers_.dv[k]);
     }
   }
 
@@ -191,8 +206,8 @@ class BackwardBlock {
   void for_dense_blocks(Interval within, const F& f) {
     for_key_blocks(head_, first_, rows_, [&](Interval keys) {
       if (keys.begin >= within.end || keys.end <= within.begin || !tiles_.any(keys)) return;
-      multiply(Rows<const A>{buffers_.query, head_.head_dim}, rows_, head_.z_scale(), head_.key, keys, head_.head_dim,
-               buffers_.columns, buffers_.scores);
+      multiply_scores(head_, Rows<const A>{buffers_.query, head_.head_dim}, first_, rows_, keys, buffers_.columns,
+                      buffers_.scores);
       multiply(Rows<const A>{buffers_.grad_out, head_.value_dim}, rows_, A(1), head_.value, keys, head_.value_dim,
                buffers_.columns, buffers_.grads);
       f(keys);
@@ -234,7 +249,7 @@ class BackwardBlock {
     for_dense_blocks({0, head_.keys}, [&](Interval keys) {
       for_dense_rows(keys, [&](int64_t r, int64_t n, A* z, A* dp) {
         auto& sums = buffers_.sums[r];
-        double p = 0, u = 0, u_dp = 0;
+        double p = 0, u = 0, u_dp = 0, phi = 0, phi_dp = 0;
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
           // Lanes beyond the row are no keys: their t must not count.
           Vec<A> t = dense_excess(r, load<A>(z + i, lanes));
@@ -243,7 +258,13 @@ class BackwardBlock {
           store(weights, z + i, lanes);
           p += sum_lanes(t * weights);
           u += sum_lanes(weights);
-          u_dp += sum_lanes(weights * (load<A>(dp + i, lanes) - Vec<A>(sums.c)));
+          const Vec<A> shifted = load<A>(dp + i, lanes) - Vec<A>(sums.c);
+          u_dp += sum_lanes(weights * shifted);
+          if (head_.alpha_terms != nullptr) {
+            const Vec<A> weighted = weights * alpha_factor(t);
+            phi += sum_lanes(weighted);
+            phi_dp += sum_lanes(weighted * shifted);
+          }
         });
         if (u == 0) {
           std::fill_n(dp, n, A(0));
@@ -253,6 +274,8 @@ class BackwardBlock {
         sums.c += step;
         add_scaled(-step, buffers_.plain_k + r * dim, dim, buffers_.weighted_k + r * dim);
         sums.u_dp -= step * sums.u;
+        sums.phi += phi;
+        sums.phi_dp += phi_dp - step * sums.phi;
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
           const Vec<A> weighted = load<A>(z + i, lanes) * (load<A>(dp + i, lanes) - Vec<A>(sums.c));
           store(weighted, dp + i, lanes);
@@ -273,10 +296,11 @@ class BackwardBlock {
       const A rest = static_cast<A>(sums.u_dp / sums.u);
       head_.row_terms[first_ + r].delta = sums.c + rest;
       head_.row_terms[first_ + r].normalizer = static_cast<A>(1 / sums.p);
+      if (head_.alpha_terms != nullptr) save_alpha_term(first_ + r, sums.phi_dp - rest * sums.phi);
       A* dq = buffers_.weighted_k + r * dim;
       add_scaled(-rest, buffers_.plain_k + r * dim, dim, dq);
       for (int64_t d = 0; d < dim; ++d) dq[d] *= static_cast<A>(head_.scale);
-      convert_back(dq, dim, head_.dq + (first_ + r) * dim);
+      convert_back(dq, dim, head_.dq[first_ + r]);
     }
   }
 
@@ -294,9 +318,9 @@ class BackwardBlock {
       });
       const int64_t offset = seen.begin - keys.begin;
       Gemm<A>::tn(seen.size(), head_.head_dim, rows_, static_cast<A>(head_.scale), buffers_.grads, kBlockStride<A>,
-                  buffers_.query, head_.head_dim, A(1), buffers_.dk + offset * head_.head_dim, head_.head_dim);
+                  buffers_.query, head_.head_dim, A(1), buffers_.dk[offset], buffers_.dk.stride);
       Gemm<A>::tn(seen.size(), head_.value_dim, rows_, A(1), buffers_.scores, kBlockStride<A>, buffers_.grad_out,
-                  head_.value_dim, A(1), buffers_.dv + offset * head_.value_dim, head_.value_dim);
+                  head_.value_dim, A(1), buffers_.dv[offset], buffers_.dv.stride);
     });
   }
 

@@ -35,6 +35,28 @@ inline void multiply(Rows<const A> left, int64_t rows, A scale, Rows<const T> ri
   }
 }
 
+// What ALiBi takes off the scores of one query with keys.
+template <typename T, typename A>
+inline void subtract_alibi(const Head<T, A>& head, int64_t query, Interval keys, A* z) {
+  const A slope = head.z_slope(), first = static_cast<A>(keys.begin - head.place(query));
+  const auto n = static_cast<int32_t>(keys.size());
+  for (int32_t i = 0; i < n; ++i) z[i] -= slope * std::abs(first + static_cast<A>(i));
+}
+template <typename T, typename A>
+inline void subtract_alibi(const Head<T, A>& head, int64_t query, const int32_t* keys, int64_t count, A* z) {
+  const A slope = head.z_slope();
+  for (int64_t e = 0; e < count; ++e) z[e] -= slope * std::abs(static_cast<A>(keys[e] - head.place(query)));
+}
+
+// The z of the queries [first, first + rows), given in type A, with a block of keys.
+template <typename T, typename A>
+inline void multiply_scores(const Head<T, A>& head, Rows<const A> query, int64_t first, int64_t rows, Interval keys,
+                            A* converted, A* block) {
+  multiply(query, rows, head.z_scale(), head.key, keys, head.head_dim, converted, block);
+  if (head.slope == 0) return;
+  for (int64_t r = 0; r < rows; ++r) subtract_alibi(head, first + r, keys, block + r * kBlockStride<A>);
+}
+
 // The tile bits of one row of 64 x 64 tiles; none are kept in inference.
 class TileBits {
  public:

@@ -72,7 +72,7 @@ class ForwardBlock {
 
  private:
   void compute_scores(Interval keys) {
-    multiply(query_, rows_, head_.z_scale(), head_.key, keys, head_.head_dim, buffers_.columns, buffers_.block);
+    multiply_scores(head_, query_, first_, rows_, keys, buffers_.columns, buffers_.block);
   }
   A* scores(int64_t r, Interval keys, Interval visible) {
     return buffers_.block + r * kBlockStride<A> + (visible.begin - keys.begin);
@@ -107,7 +107,7 @@ class ForwardBlock {
   // `total` is the sum of the weights, which is one but for the rounding of tau.
   void write_out(int64_t r, A* out, double total = 1) {
     for (int64_t d = 0; d < head_.value_dim; ++d) out[d] *= static_cast<A>(1 / total);
-    convert_back(out, head_.value_dim, head_.out + (first_ + r) * head_.value_dim);
+    convert_back(out, head_.value_dim, head_.out[first_ + r]);
   }
 
   // No visible key: tau = inf leaves no key any weight.

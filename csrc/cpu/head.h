@@ -36,7 +36,7 @@ struct Head {
   Rows<const T> query, key, value;
   int64_t queries, keys, head_dim, value_dim;
   int64_t left = kUnlimited, right = kUnlimited;  // how far a query sees from its own place, is_causal folded in
-  double alpha, scale;
+  double alpha, scale, slope = 0;                 // slope: ALiBi's
 
   // Saved by the forward. No lists where capacity is 0; nothing at all where row_state is null (inference).
   A* row_state = nullptr;      // (queries, 2)
@@ -44,22 +44,30 @@ struct Head {
   int32_t* tiles = nullptr;    // (ceil(queries / 64), tile_words)
   int64_t capacity = 0, tile_words = 0;
 
-  // The one place that says which keys a query sees. The last query stands beside the last key.
+  // The key that a query stands beside: the last query beside the last key.
+  ADASPLASH_INLINE int64_t place(int64_t query_index) const { return query_index + keys - queries; }
+
+  // The one place that says which keys a query sees, and the other way round.
   ADASPLASH_INLINE Interval visible(int64_t query_index) const {
-    const int64_t place = query_index + keys - queries;
-    return Interval{place - left, place + right + 1}.clip(0, keys);
+    return Interval{place(query_index) - left, place(query_index) + right + 1}.clip(0, keys);
   }
   // The keys that any query of a block sees.
   ADASPLASH_INLINE Interval visible(int64_t first_query, int64_t last_query) const {
     return {visible(first_query).begin, visible(last_query).end};
   }
+  // The queries that see any of the keys.
+  ADASPLASH_INLINE Interval watchers(Interval of) const {
+    return Interval{of.begin - right - place(0), of.end + left - place(0)}.clip(0, queries);
+  }
 
-  ADASPLASH_INLINE A z_scale() const { return static_cast<A>((alpha - 1) * scale); }  // z = z_scale * q.k
+  // z = z_scale * q.k - z_slope * |place - key|
+  ADASPLASH_INLINE A z_scale() const { return static_cast<A>((alpha - 1) * scale); }
+  ADASPLASH_INLINE A z_slope() const { return static_cast<A>((alpha - 1) * slope); }
 };
 
 template <typename T, typename A>
 struct ForwardHead : Head<T, A> {
-  T* out = nullptr;  // (queries, value_dim), contiguous
+  Rows<T> out;  // (queries, value_dim)
 };
 
 // What the first pass of the backward leaves for the second, for each row.
@@ -76,8 +84,9 @@ struct RowTerms {
 template <typename T, typename A>
 struct BackwardHead : Head<T, A> {
   Rows<const T> grad_out;
+  Rows<T> dq;                        // (queries, head_dim)
   RowTerms<A>* row_terms = nullptr;  // (queries,)
-  T* dq = nullptr;                   // (queries, head_dim), contiguous
+  double* alpha_terms = nullptr;     // (queries,): each row's share of dalpha; null where nobody asks for it
 };
 
 // Block shapes. They never depend on data, threads or neighbours, because BLAS bits depend on the block's shape.

@@ -33,30 +33,34 @@ bool backward_query(const BackwardHead<T, A>& head, int64_t first_query, char* s
 }
 
 template <typename T, typename A>
-void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t first_key, T* dk, T* dv, char* scratch) {
+void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t first_key, Rows<T> dk, Rows<T> dv,
+                  char* scratch) {
   const int64_t head_dim = group->head_dim, value_dim = group->value_dim;
   Arena arena(scratch);
   BackwardBuffers<A> buffers(head_dim, value_dim, group->capacity, arena);
   const Interval keys = Interval{first_key, first_key + kKeyBlock}.clip(0, group->keys);
   if constexpr (std::is_same_v<T, A>) {  // sums go straight to where they belong
-    buffers.dk = dk + first_key * head_dim;
-    buffers.dv = dv + first_key * value_dim;
+    buffers.dk = {dk[first_key], dk.stride};
+    buffers.dv = {dv[first_key], dv.stride};
   }
-  std::fill_n(buffers.dk, keys.size() * head_dim, A(0));
-  std::fill_n(buffers.dv, keys.size() * value_dim, A(0));
+  for (int64_t k = 0; k < keys.size(); ++k) {
+    std::fill_n(buffers.dk[k], head_dim, A(0));
+    std::fill_n(buffers.dv[k], value_dim, A(0));
+  }
   for (int64_t g = 0; g < group_size; ++g) {
     const auto& head = group[g];
     with_weights<A>(head.alpha, [&](const auto& weights) {
-      for (int64_t first = 0; first < head.queries; first += kQueryBlock) {
-        const int64_t last = std::min(first + kQueryBlock, head.queries) - 1;
-        if (head.visible(first, last).clip(keys.begin, keys.end).empty()) continue;
+      const Interval queries = head.watchers(keys);
+      for (int64_t first = queries.begin / kQueryBlock * kQueryBlock; first < queries.end; first += kQueryBlock) {
         BackwardBlock(head, first, weights, buffers).key_pass(keys);
       }
     });
   }
   if constexpr (!std::is_same_v<T, A>) {
-    convert_back(buffers.dk, keys.size() * head_dim, dk + first_key * head_dim);
-    convert_back(buffers.dv, keys.size() * value_dim, dv + first_key * value_dim);
+    for (int64_t k = 0; k < keys.size(); ++k) {
+      convert_back(buffers.dk[k], head_dim, dk[first_key + k]);
+      convert_back(buffers.dv[k], value_dim, dv[first_key + k]);
+    }
   }
 }
 

@@ -45,6 +45,18 @@ inline void with_weights(double alpha, const F& f) {
   return f(EntmaxAny<A>(alpha));
 }
 
+// phi(t) = t - 1 - t ln t, from which the gradient of alpha is made: (alpha - 1)^2 dalpha = sum u phi(t) (dP - delta).
+// Near t = 1, where alpha near 1 puts every t, it is -(1 - t)^2 / 2 - ..., and the formula would cancel.
+template <typename A>
+inline Vec<A> alpha_factor(const Vec<A>& t) {
+  const Vec<A> x = Vec<A>(1) - t;
+  Vec<A> series(A(1) / 90);
+  for (int k = 8; k >= 1; --k) series = at::vec::fmadd(series, x, Vec<A>(A(1) / (k * (k + 1))));
+  const Vec<A> log = at::vec::maximum(t, Vec<A>(std::numeric_limits<A>::min())).log();
+  const Vec<A> near(std::is_same_v<A, double> ? 0.02 : 0.25);  // where nine terms are enough
+  return Vec<A>(0) - Vec<A>::blendv(x + t * log, x * x * series, x < near);
+}
+
 template <typename A>
 inline Vec<A> excess(const Vec<A>& z, A max, A tau) {  // t; tau is relative to max
   return at::vec::maximum((z - Vec<A>(max)) - Vec<A>(tau), Vec<A>(0));

@@ -11,6 +11,7 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
   constexpr const char* name = "_entmax_attn_backward";
   check_backward(given_grad, query, key, value, saved, options);
+  check_available(name, options);
   const Call call(name, query, key, value, options);
   auto result = allocate_backward(query, key, value, options);
   auto& [dq, dk, dv, dalpha] = result;

@@ -35,7 +35,7 @@ Shape shape_of(const char* op, const at::Tensor& query, const at::Tensor& key, c
   };
   const int32_t queries = narrow("the number of queries", query.size(2)),
                 keys = narrow("the number of keys", key.size(2));
-  const SavedSizes sizes = saved_sizes(query, key, 0);
+  const SavedSizes sizes = saved_sizes(query, key, options, 0);
   const int64_t group = query.size(1) / std::max<int64_t>(key.size(1), 1);
   const auto no_lengths = static_cast<int32_t>(Lengths::kNone);
   return {
@@ -67,6 +67,18 @@ MutableRows mutable_rows_of(const at::Tensor& t) {
 }
 
 at::Tensor with_dense_rows(const at::Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); }
+
+void check_available(const char* op, const AttentionOptions& options) {
+  const auto refuse_if = [op](bool given, const char* name) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!given, op, ": ", name, " is not available on the GPU yet; leave it at its default");
+  };
+  refuse_if(options.head_alpha.has_value(), "alpha as a tensor");
+  refuse_if(options.q_seqlens.has_value(), "q_seqlens");
+  refuse_if(options.kv_seqlens.has_value(), "kv_seqlens");
+  refuse_if(options.packed(), "cu_seqlens_q and cu_seqlens_k");
+  refuse_if(options.window[0] != -1 || options.window[1] != -1, "window");
+  refuse_if(options.alibi_slopes.has_value(), "alibi_slopes");
+}
 
 Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
            const AttentionOptions& options)

@@ -17,6 +17,9 @@ MutableRows mutable_rows_of(const at::Tensor& t);
 // The tensor itself if its rows are dense, as the kernels need them, else a copy.
 at::Tensor with_dense_rows(const at::Tensor& t);
 
+// Throws NotImplementedError for the options that the CUDA kernels do not have yet, naming the option.
+void check_available(const char* op, const AttentionOptions& options);
+
 // One call of an op. While it lives its device is the current one.
 class Call {
  public:

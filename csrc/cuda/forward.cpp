@@ -11,13 +11,14 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
                       const AttentionOptions& options, const c10::SymInt& support_capacity) {
   constexpr const char* name = "_entmax_attn_forward";
   check_attention(name, query, key, value, options);
+  check_available(name, options);
   const Call call(name, query, key, value, options);
   auto result = allocate_forward(query, key, value, options, support_capacity);
   auto& [out, saved_state, support, saved_tiles] = result;
   if (out.numel() == 0) return result;
 
   // The kernels need both, whether they are kept or not.
-  const SavedSizes sizes = saved_sizes(query, key, 0);
+  const SavedSizes sizes = saved_sizes(query, key, options, 0);
   const bool training = support_capacity >= 0;
   const at::Tensor state = training ? saved_state : at::empty_symint(sizes.row_state, saved_state.options());
   const at::Tensor tiles = training ? saved_tiles : at::empty_symint(sizes.tiles, saved_tiles.options());

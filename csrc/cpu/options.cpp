@@ -1,0 +1,99 @@
+#include "options.h"
+
+#include <ATen/ops/scalar_tensor.h>
+#include <c10/util/Exception.h>
+
+#include "checks.h"
+
+namespace adasplash::cpu {
+namespace {
+
+template <typename T>
+std::vector<T> values_of(const at::Tensor& t) {
+  const at::Tensor dense = t.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  const T* data = dense.const_data_ptr<T>();
+  return {data, data + dense.numel()};
+}
+
+// The lengths of a right-padded batch: `longest` each where none are given.
+std::vector<int64_t> padded_lengths(const char* op, const char* name, const OptionalTensor& given, int64_t entries,
+                                    const char* dimension, int64_t longest) {
+  if (!given) return std::vector<int64_t>(entries, longest);
+  const auto lengths = values_of<int64_t>(*given);
+  for (size_t b = 0; b < lengths.size(); ++b) {
+    TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= longest, op, ": ", name, " must be from 0 to ", dimension, " ",
+                longest, ", got ", lengths[b], " at [", b, "]");
+  }
+  return lengths;
+}
+
+// Where the sequences of a packed tensor begin, and where the last one ends.
+std::vector<int64_t> packed_bounds(const char* op, const char* name, const at::Tensor& cu_seqlens, const char* tensor,
+                                   int64_t tokens, const char* max_name, const c10::SymInt& max_seqlen) {
+  const auto bounds = values_of<int64_t>(cu_seqlens);
+  TORCH_CHECK(bounds.front() == 0, op, ": ", name, " must start at 0, got ", bounds.front());
+  const int64_t longest = max_seqlen.expect_int();
+  for (size_t b = 1; b < bounds.size(); ++b) {
+    TORCH_CHECK(bounds[b] >= bounds[b - 1], op, ": ", name, " must not decrease, got ", bounds[b], " after ",
+                bounds[b - 1], " at [", b, "]");
+    TORCH_CHECK(bounds[b] - bounds[b - 1] <= longest, op, ": ", max_name, " must be the longest sequence's length or ",
+                "more, got ", longest, " for a sequence of ", bounds[b] - bounds[b - 1], " at [", b - 1, "]");
+  }
+  TORCH_CHECK(bounds.back() == tokens, op, ": ", name, " must end at ", tensor, "'s number of tokens ", tokens,
+              ", got ", bounds.back());
+  return bounds;
+}
+
+}  // namespace
+
+at::Tensor by_head(const at::Tensor& t, const AttentionOptions& options) {
+  return options.packed() ? t.transpose(0, 1).unsqueeze(0) : t;
+}
+
+std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& o) {
+  const char* op = public_name(o);
+  std::vector<Sequence> sequences;
+  if (o.packed()) {
+    const auto q =
+        packed_bounds(op, "cu_seqlens_q", *o.cu_seqlens_q, "query", query.size(0), "max_seqlen_q", o.max_seqlen_q);
+    const auto k =
+        packed_bounds(op, "cu_seqlens_k", *o.cu_seqlens_k, "key", key.size(0), "max_seqlen_k", o.max_seqlen_k);
+    for (size_t b = 0; b + 1 < q.size(); ++b) {
+      sequences.push_back({.first_query = q[b],
+                           .queries = q[b + 1] - q[b],
+                           .first_key = k[b],
+                           .keys = k[b + 1] - k[b],
+                           .first_tile_row = packed_tile_row(b, q[b])});
+    }
+  } else {
+    const int64_t entries = query.size(0);
+    const auto q = padded_lengths(op, "q_seqlens", o.q_seqlens, entries, "query's length", query.size(2));
+    const auto k = padded_lengths(op, "kv_seqlens", o.kv_seqlens, entries, "key's length", key.size(2));
+    for (int64_t b = 0; b < entries; ++b) sequences.push_back({.entry = b, .queries = q[b], .keys = k[b]});
+  }
+  for (const Sequence& s : sequences) {  // keys are counted in int32
+    TORCH_CHECK(s.keys <= INT32_MAX, op, ": key must hold at most ", INT32_MAX, " keys, got ", s.keys);
+  }
+  return sequences;
+}
+
+std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options) {
+  if (!options.head_alpha) return std::vector<double>(heads, options.alpha);
+  auto alphas = values_of<double>(*options.head_alpha);
+  // The least alpha as its type holds it.
+  const double least = at::scalar_tensor(kMinAlpha, options.head_alpha->options()).to(at::kDouble).item<double>();
+  for (size_t h = 0; h < alphas.size(); ++h) {
+    TORCH_CHECK(alphas[h] >= least && alphas[h] <= 2, public_name(options), ": alpha as a tensor must be from ",
+                kMinAlpha, " to 2, got ", alphas[h], " at [", h, "]",
+                alphas[h] == 1 ? "; alpha = 1 (softmax) is available as a number only" : "");
+  }
+  if (options.head_alpha->dim() == 0) alphas.resize(heads, alphas[0]);
+  return alphas;
+}
+
+std::vector<double> slopes_of(int64_t sequences, int64_t heads, const AttentionOptions& options) {
+  if (!options.alibi_slopes) return {};
+  return values_of<double>(options.alibi_slopes->expand({sequences, heads}));
+}
+
+}  // namespace adasplash::cpu

@@ -1,0 +1,34 @@
+// The options that are tensors, as the CPU reads them: lengths, alpha and slopes. Here what they hold is checked; sizes
+// and types have been before.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+
+namespace adasplash::cpu {
+
+// One sequence of a call: its own lengths, and where its rows are in tensors of the shape (entries, heads, rows,
+// width), as `by_head` gives them.
+struct Sequence {
+  int64_t entry = 0;
+  int64_t first_query = 0, queries = 0;
+  int64_t first_key = 0, keys = 0;
+  int64_t first_tile_row = 0;
+};
+
+// Query, key, value or what is shaped like them, as (entries, heads, rows, width). The packed form is one entry, whose
+// sequences stand behind each other.
+at::Tensor by_head(const at::Tensor& t, const AttentionOptions& options);
+
+// Throws where lengths contradict each other or the tensors.
+std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options);
+
+// One a head. Throws where a value of the tensor is not in range.
+std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options);
+
+// One a sequence and head, sequence by sequence; empty without ALiBi.
+std::vector<double> slopes_of(int64_t sequences, int64_t heads, const AttentionOptions& options);
+
+}  // namespace adasplash::cpu
