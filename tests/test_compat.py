@@ -103,7 +103,7 @@ def test_defaults(make_inputs, name):
 
 @pytest.mark.parametrize("name", WITH_OPTIONS)
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
-@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2))
 def test_alpha_and_is_causal(make_inputs, name, alpha, is_causal):
     function = ATTENTION[name][0]
     inputs = make_inputs(1, 2, 70, 70)

@@ -221,7 +221,7 @@ def test_types(backend, dtype):
 def test_scripted_saved_and_loaded(backend, options):
     module = make(backend, **options)
     file = io.BytesIO()
-    torch.jit.script(module).save(file)
+    torch.jit.save(torch.jit.script(module), file)
     file.seek(0)
     loaded = torch.jit.load(file)
     for m, n in ((30, 41), (70, 65)):
