@@ -3,7 +3,7 @@
 Annotations are real types, and options are not keyword-only, so that TorchScript compiles modules that call these.
 """
 
-from typing import Optional, Tuple  # noqa: UP035  (TorchScript knows these names on every torch we support)
+from typing import Optional, Tuple, Union  # noqa: UP035  (TorchScript knows these names on every torch we support)
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def entmax_attn(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: float = 1.5,
+    alpha: Union[float, Tensor] = 1.5,  # noqa: UP007
     is_causal: bool = False,
     scale: Optional[float] = None,  # noqa: UP045
     q_seqlens: Optional[Tensor] = None,  # noqa: UP045
@@ -32,33 +32,131 @@ def entmax_attn(
         key: (B, H_kv, N, D), of query's type and device; H is a multiple of H_kv, and H / H_kv neighbouring query
             heads share one head of key and value.
         value: (B, H_kv, N, D_v). D and D_v are from 1 to 256.
-        alpha: 1 or from 1.01 to 2; larger is sparser. 2 is sparsemax. 1 is softmax, which goes to torch's
-            ``scaled_dot_product_attention`` and needs D_v = D, and M = N if causal.
+        alpha: a number, or a tensor of shape (H,) or () for α per head, through which gradients flow too. A number is 1
+            or from 1.01 to 2; larger is sparser. 2 is sparsemax. 1 is softmax, which goes to torch's
+            ``scaled_dot_product_attention``, takes no option below but ``scale`` and needs D_v = D, and M = N if
+            causal. A tensor is float32, float64 or of query's type, on query's device, with values from 1.01 to 2:
+            others are an error on the CPU and NaN on the GPU.
         is_causal: query i sees the keys up to i + N − M: the mask is aligned bottom right, as in flash-attn, so that
             the last query sees every key.
         scale: factor of the scores, 1/√D unless given.
-        q_seqlens: not available yet.
-        kv_seqlens: not available yet.
-        window: not available yet.
-        alibi_slopes: not available yet.
+        q_seqlens: (B,) int32 or int64, on query's device: the lengths of a right-padded batch, each from 0 to M. Then M
+            in what is said here is the batch entry's own length. Padded queries give zeros. Padding may hold anything:
+            it reaches no result and no gradient, and its own gradients are zeros. Lengths out of range are an error on
+            the CPU and wrong rows on the GPU.
+        kv_seqlens: (B,), the same for key and value, each from 0 to N.
+        window: (left, right), inclusive, −1 for no limit: query i sees the keys from i + N − M − left to
+            i + N − M + right. Time grows with the window, not with N.
+        alibi_slopes: (H,) or (B, H), float32, on query's device: takes slope · |i + N − M − j| off the scaled score of
+            key j (Press, Smith and Lewis, "Train Short, Test Long", 2022). They get no gradient.
 
     Returns:
         (B, H, M, D_v), contiguous, in query's type. A query that sees no key gives zeros. Differentiable once in
-        query, key and value.
+        query, key, value and, where it is a tensor, alpha.
 
     Raises:
         RuntimeError: an argument does not fit; the message names it. NotImplementedError, a subclass, for options that
-            are not available yet, for double backward and for forward-mode AD.
+            a backend does not have yet, for double backward and for forward-mode AD.
     """
-    return torch.ops.adasplash.entmax_attn(
-        query,
-        key,
-        value,
-        alpha,
-        is_causal,
-        scale=scale,
-        q_seqlens=q_seqlens,
-        kv_seqlens=kv_seqlens,
-        window=[window[0], window[1]],
-        alibi_slopes=alibi_slopes,
-    )
+    # The same call twice: TorchScript chooses the overload for each branch by the type that alpha has there.
+    if isinstance(alpha, Tensor):
+        return torch.ops.adasplash.entmax_attn(
+            query,
+            key,
+            value,
+            alpha,
+            is_causal,
+            scale=scale,
+            q_seqlens=q_seqlens,
+            kv_seqlens=kv_seqlens,
+            window=[window[0], window[1]],
+            alibi_slopes=alibi_slopes,
+        )
+    else:  # noqa: RET505  (TorchScript narrows the type in an else only)
+        return torch.ops.adasplash.entmax_attn(
+            query,
+            key,
+            value,
+            alpha,
+            is_causal,
+            scale=scale,
+            q_seqlens=q_seqlens,
+            kv_seqlens=kv_seqlens,
+            window=[window[0], window[1]],
+            alibi_slopes=alibi_slopes,
+        )
+
+
+def entmax_attn_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    alpha: Union[float, Tensor] = 1.5,  # noqa: UP007
+    is_causal: bool = False,
+    scale: Optional[float] = None,  # noqa: UP045
+    window: Tuple[int, int] = (-1, -1),  # noqa: UP006
+    alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
+) -> Tensor:
+    """``entmax_attn`` for a batch of sequences of different lengths, packed behind each other without padding.
+
+    Arguments are those of flash-attn's varlen functions. On the CPU the result is, bit for bit, that of every sequence
+    alone.
+
+    Args:
+        query: (T_q, H, D): the queries of all B sequences.
+        key: (T_k, H_kv, D).
+        value: (T_k, H_kv, D_v).
+        cu_seqlens_q: (B + 1,) int32 or int64, on query's device: sequence b has the queries cu_seqlens_q[b] to
+            cu_seqlens_q[b + 1] − 1. Starts at 0, never decreases, ends at T_q. What contradicts that is an error on
+            the CPU and gives wrong rows on the GPU.
+        cu_seqlens_k: (B + 1,), the same for key and value, up to T_k.
+        max_seqlen_q: the number of queries of the longest sequence, or more.
+        max_seqlen_k: the number of keys of the longest sequence, or more.
+        alpha: as in ``entmax_attn``, but not 1.
+        is_causal: as in ``entmax_attn``, where M and N are the lengths of the sequence; so for the options below.
+        scale: factor of the scores, 1/√D unless given.
+        window: (left, right), inclusive, −1 for no limit.
+        alibi_slopes: (H,) or (B, H), float32, on query's device.
+
+    Returns:
+        (T_q, H, D_v), contiguous, in query's type. Differentiable once in query, key, value and, where it is a tensor,
+        alpha.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it. NotImplementedError, a subclass, for options that
+            a backend does not have yet, for double backward and for forward-mode AD.
+    """
+    if isinstance(alpha, Tensor):
+        return torch.ops.adasplash.entmax_attn_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            alpha,
+            is_causal,
+            scale=scale,
+            window=[window[0], window[1]],
+            alibi_slopes=alibi_slopes,
+        )
+    else:  # noqa: RET505
+        return torch.ops.adasplash.entmax_attn_varlen(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            alpha,
+            is_causal,
+            scale=scale,
+            window=[window[0], window[1]],
+            alibi_slopes=alibi_slopes,
+        )

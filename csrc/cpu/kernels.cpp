@@ -39,9 +39,12 @@ void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t f
   Arena arena(scratch);
   BackwardBuffers<A> buffers(head_dim, value_dim, group->capacity, arena);
   const Interval keys = Interval{first_key, first_key + kKeyBlock}.clip(0, group->keys);
-  if constexpr (std::is_same_v<T, A>) {  // sums go straight to where they belong
-    buffers.dk = {dk[first_key], dk.stride};
-    buffers.dv = {dv[first_key], dv.stride};
+  const bool in_place = usable_in_place<A>(dk, head_dim) && usable_in_place<A>(dv, value_dim);
+  if constexpr (std::is_same_v<T, A>) {
+    if (in_place) {
+      buffers.dk = {dk[first_key], dk.stride};
+      buffers.dv = {dv[first_key], dv.stride};
+    }
   }
   for (int64_t k = 0; k < keys.size(); ++k) {
     std::fill_n(buffers.dk[k], head_dim, A(0));
@@ -56,7 +59,7 @@ void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t f
       }
     });
   }
-  if constexpr (!std::is_same_v<T, A>) {
+  if (!in_place) {
     for (int64_t k = 0; k < keys.size(); ++k) {
       convert_back(buffers.dk[k], head_dim, dk[first_key + k]);
       convert_back(buffers.dv[k], value_dim, dv[first_key + k]);

@@ -133,15 +133,24 @@ inline const A* in_type(const T* row, int64_t n, A* buffer) {
   }
 }
 
+// Whether matrix products may use rows of n elements where they lie. BLAS bits depend on how rows are aligned, down to
+// 16 bytes in MKL: rows that are not, or of a width at which dense rows could not be, go through scratch, which always
+// has the same alignment.
+template <typename A, typename T>
+inline bool usable_in_place(Rows<T> rows, int64_t n) {
+  constexpr uintptr_t kBytes = 16;
+  if constexpr (!std::is_same_v<A, std::remove_const_t<T>>) return false;
+  return (reinterpret_cast<uintptr_t>(rows.data) | rows.stride * sizeof(T) | n * sizeof(T)) % kBytes == 0;
+}
+
 // The same for a block of rows, as the matrix products read them.
 template <typename A, typename T>
 inline Rows<const A> in_type(Rows<const T> rows, int64_t first, int64_t count, int64_t n, A* buffer) {
   if constexpr (std::is_same_v<A, T>) {
-    return {rows[first], rows.stride};
-  } else {
-    for (int64_t r = 0; r < count; ++r) convert(rows[first + r], n, buffer + r * n);
-    return {buffer, n};
+    if (usable_in_place<A>(rows, n)) return {rows[first], rows.stride};
   }
+  for (int64_t r = 0; r < count; ++r) convert(rows[first + r], n, buffer + r * n);
+  return {buffer, n};
 }
 
 // Hands out aligned pieces of a thread's scratch; with null scratch it only counts, to learn the size needed.
