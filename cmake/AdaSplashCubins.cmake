@@ -18,6 +18,7 @@ if(_wanted STREQUAL "auto")
 endif()
 
 target_sources(adasplash PRIVATE
+  csrc/cuda/activation.cpp
   csrc/cuda/backward.cpp
   csrc/cuda/call.cpp
   csrc/cuda/driver.cpp

@@ -69,6 +69,14 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
                                             c10::IntArrayRef window = {-1, -1},
                                             const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
+// The activation alone: entmax of the scores along one dimension of `input`, which may have any shape; as
+// torch.softmax, with exact zeros. Fully masked rows (all -infinity) give zeros; a NaN or +infinity makes its row NaN.
+// alpha is 1 (torch.softmax) or from 1.01 to 2. Differentiable once in input. The result is contiguous.
+ADASPLASH_API at::Tensor entmax(const at::Tensor& input, double alpha = 1.5, int64_t dim = -1);
+
+// The same with alpha for each row: of sizes that broadcast to those of input, with 1 at dim. Differentiable in alpha.
+ADASPLASH_API at::Tensor entmax(const at::Tensor& input, const at::Tensor& alpha, int64_t dim = -1);
+
 // The library's version, as "0.1.0".
 ADASPLASH_API const char* version();
 

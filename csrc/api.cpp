@@ -74,6 +74,19 @@ at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, co
                                                     scale, window, alibi_slopes);
 }
 
+at::Tensor entmax(const at::Tensor& input, double alpha, int64_t dim) {
+  using Signature = at::Tensor(const at::Tensor&, double, int64_t);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("adasplash::entmax", "").typed<Signature>();
+  return op.call(input, alpha, dim);
+}
+
+at::Tensor entmax(const at::Tensor& input, const at::Tensor& alpha, int64_t dim) {
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, int64_t);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("adasplash::entmax", "tensor_alpha").typed<Signature>();
+  return op.call(input, alpha, dim);
+}
+
 const char* version() { return ADASPLASH_VERSION; }
 
 }  // namespace adasplash

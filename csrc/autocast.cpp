@@ -1,4 +1,5 @@
-// Autocast: query, key and value go to the region's lower precision, as for torch's own attention; nothing else does.
+// Autocast: query, key and value go to the region's lower precision, as for torch's own attention, and the activation's
+// input to fp32 where torch.softmax's goes there, which is on CUDA. Nothing else is cast.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -49,8 +50,19 @@ struct Autocast {
   }
 };
 
+template <typename Alpha>
+at::Tensor entmax_in_fp32(const at::Tensor& input, Alpha alpha, int64_t dim) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
+  return adasplash::entmax(at::autocast::cached_cast(at::kFloat, input, c10::DeviceType::CUDA), alpha, dim);
+}
+
 }  // namespace
 }  // namespace adasplash
 
 TORCH_LIBRARY_IMPL(adasplash, AutocastCPU, m) { adasplash::Autocast<c10::DeviceType::CPU>::register_in(m); }
-TORCH_LIBRARY_IMPL(adasplash, AutocastCUDA, m) { adasplash::Autocast<c10::DeviceType::CUDA>::register_in(m); }
+TORCH_LIBRARY_IMPL(adasplash, AutocastCUDA, m) {
+  using namespace adasplash;
+  Autocast<c10::DeviceType::CUDA>::register_in(m);
+  m.impl("entmax", entmax_in_fp32<double>);
+  m.impl("entmax.tensor_alpha", entmax_in_fp32<const at::Tensor&>);
+}

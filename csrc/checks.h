@@ -7,8 +7,11 @@ namespace adasplash {
 
 constexpr double kMinAlpha = 1.01;  // below, powers of 1 / (alpha - 1) leave nothing of float32
 
-// Throws unless the arguments fit the contract. `op` is the name that the message starts with. alpha = 1 passes only
-// where `softmax_elsewhere`: no kernel of ours computes it. What lengths and an alpha tensor hold is not looked at.
+// Throws unless alpha is in its range. `op` is the name that the message starts with. alpha = 1 passes only where
+// `softmax_elsewhere`: no kernel of ours computes it.
+void check_alpha(const char* op, double alpha, bool softmax_elsewhere = false);
+
+// Throws unless the arguments fit the contract. What lengths and an alpha tensor hold is not looked at.
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const AttentionOptions& options, bool softmax_elsewhere = false);
 

@@ -1,6 +1,7 @@
 // Meta kernels: shapes, types and strides without data, for fake tensors, torch.compile and torch.export.
 #include <torch/library.h>
 
+#include "activation.h"
 #include "attention.h"
 #include "checks.h"
 
@@ -19,6 +20,17 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
   return allocate_backward(query, key, value, options);
 }
 
+at::Tensor activation(const at::Tensor& input, const ActivationAlpha& alpha) {
+  check_activation("_entmax_forward", input, alpha);
+  return allocate_activation(input);
+}
+
+ActivationGradients activation_backward(const at::Tensor& grad_out, const at::Tensor& output,
+                                        const ActivationAlpha& alpha) {
+  check_activation_backward(grad_out, output, alpha);
+  return allocate_activation_gradients(output, alpha);
+}
+
 }  // namespace
 }  // namespace adasplash
 
@@ -26,4 +38,6 @@ TORCH_LIBRARY_IMPL(adasplash, Meta, m) {
   using namespace adasplash;
   m.impl("_entmax_attn_forward", forward_op<forward>);
   m.impl("_entmax_attn_backward", backward_op<backward>);
+  m.impl("_entmax_forward", activation_op<activation>);
+  m.impl("_entmax_backward", activation_backward_op<activation_backward>);
 }

@@ -41,4 +41,10 @@ TORCH_LIBRARY(adasplash, m) {
       "_entmax_attn_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor row_state, "
       "Tensor support, Tensor tiles, " +
       kResolvedOptions + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
+
+  // The activation over the last dimension; row_alpha has the sizes of the others.
+  define("_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor");
+  define(
+      "_entmax_backward(Tensor grad_out, Tensor output, Tensor? row_alpha, float alpha) "
+      "-> (Tensor grad_input, Tensor grad_alpha)");
 }

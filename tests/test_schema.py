@@ -42,6 +42,11 @@ SCHEMAS = {
         f"_entmax_attn_backward(Tensor grad_out, {TENSORS}, Tensor row_state, Tensor support, Tensor tiles, "
         f"{RESOLVED}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
     ],
+    "_entmax_forward": ["_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor"],
+    "_entmax_backward": [
+        "_entmax_backward(Tensor grad_out, Tensor output, Tensor? row_alpha, float alpha) "
+        "-> (Tensor grad_input, Tensor grad_alpha)",
+    ],
 }
 
 
@@ -63,6 +68,10 @@ def test_kernels_are_registered_where_each_door_looks():
         "entmax_attn": keys,
         "_entmax_attn_forward": ("CPU", "Meta"),
         "_entmax_attn_backward": ("CPU", "Meta"),
+        "entmax": ("Autograd", "CompositeExplicitAutograd", "AutocastCUDA"),
+        "entmax.tensor_alpha": ("Autograd", "CompositeExplicitAutograd", "AutocastCUDA"),
+        "_entmax_forward": ("CPU", "Meta"),
+        "_entmax_backward": ("CPU", "Meta"),
     }.items():
         for key in wanted:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"adasplash::{name}", key), (name, key)

@@ -8,7 +8,7 @@ value: causal, window, lengths, grouped queries, scale, M and N, head sizes belo
 
 from dataclasses import dataclass
 
-from . import backward, forward
+from . import activation, backward, forward
 from .common import ALPHA_1_5, ALPHA_2, ALPHA_ANY
 
 DEFAULT_ARCHS = (80, 90)
@@ -22,18 +22,24 @@ TYPES = {"bf16": (2, "at::kBFloat16"), "fp16": (2, "at::kHalf"), "fp32": (4, "at
 
 ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
 
-KERNELS = {
+ATTENTION = {
     "row_max": forward.row_max,
     "attend": forward.attend,
     "grad_query": backward.grad_query,
     "grad_key_value": backward.grad_key_value,
+}
+KERNELS = ATTENTION | {
+    "activate": activation.activate,
+    "activate_grad": activation.activate_grad,
 }
 
 # What the names of kernel arguments mean, with `T` for the variant's element type. Names not listed here are found by
 # their ending (strides) or are 32-bit integers.
 ARGUMENT_TYPES = {
     **dict.fromkeys(("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"), "*T"),
-    **dict.fromkeys(("row_state", "numbers", "delta"), "*fp32"),
+    **dict.fromkeys(("input", "output", "grad_input"), "*T"),
+    **dict.fromkeys(("row_state", "numbers", "delta", "row_alpha", "grad_alpha"), "*fp32"),
+    "rows": "i64",
     **dict.fromkeys(("tiles", "lists", "lengths_q", "lengths_k"), "*i32"),
     **dict.fromkeys(("scale", "alpha"), "fp32"),
 }
@@ -43,6 +49,8 @@ WRITTEN = {
     "attend": ("out", "row_state", "tiles", "numbers", "lists"),
     "grad_query": ("grad_query", "delta", "lists"),
     "grad_key_value": ("grad_key", "grad_value", "lists"),
+    "activate": ("out",),
+    "activate_grad": ("grad_input", "grad_alpha"),
 }
 STRIDE_ENDINGS = ("_batch", "_head", "_row")
 # Pointers that Triton appends to every kernel; no variant needs the memory, so they are null.
@@ -136,7 +144,7 @@ FP32 = {  # three tf32 products for one: large code and many registers, so small
         "grad_query": (64, 32 if pad < 256 else 16, 32, 8, 1),
         "grad_key_value": (32 if pad < 256 else 16, 64, 32, 8, 1),
     }[kernel]
-    for kernel in KERNELS
+    for kernel in ATTENTION
     for pad in (64, 128, 256)
 }
 # What differs for alpha in general: powers need registers.
@@ -167,13 +175,44 @@ def specialisations():
         yield "fp32", pad, "any", False
 
 
+@dataclass(frozen=True)
+class ActivationVariant(Variant):
+    """`pad` is the longest row; a program does block_m rows, block_n numbers of each at a time."""
+
+    @property
+    def name(self):
+        alpha = f"_a{self.alpha}" if self.kernel == "activate" else ""
+        return f"{self.kernel}_{self.dtype}_{'long' if self.pad == LONGEST_ROW else f'n{self.pad}'}{alpha}"
+
+    @property
+    def constants(self):
+        constants = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, LONG=self.pad == LONGEST_ROW)
+        return {**constants, "ALPHA": ALPHAS[self.alpha]} if self.kernel == "activate" else constants
+
+
+LONGEST_ROW = 1 << 30  # places in a row are 32 bits wide, with room for a block
+# Longest row: (rows of a program, numbers of a row at a time, warps).
+ACTIVATIONS = {128: (8, 128, 4), 1024: (2, 1024, 4), 4096: (1, 4096, 8), LONGEST_ROW: (1, 4096, 8)}
+
+
+def activations():
+    """The gradient reads and writes more than it computes, so one code serves all alphas there."""
+    for dtype in TYPES:
+        for longest, (rows, block, warps) in ACTIVATIONS.items():
+            for kernel, alphas in (("activate", ALPHAS), ("activate_grad", ("any",))):
+                for alpha in alphas:
+                    yield ActivationVariant(
+                        kernel, dtype, longest, alpha, False, rows, block, block, warps, 1, hot=False
+                    )
+
+
 def variants(arch):
     """All variants of an architecture, without repetition, in a fixed order."""
     found = {}
     for dtype, pad, alpha, aligned in specialisations():
-        for kernel in KERNELS:
+        for kernel in ATTENTION:
             kind = "any" if kernel == "row_max" else alpha
             hot = arch in DEFAULT_ARCHS and aligned and pad <= 128 and (kernel == "row_max" or alpha != "any")
             variant = Variant(kernel, dtype, pad, kind, aligned, *tile(arch, kernel, dtype, pad, kind), hot=hot)
             found[variant.name] = variant
-    return list(found.values())
+    return [*found.values(), *activations()]

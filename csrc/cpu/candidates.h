@@ -9,16 +9,18 @@
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kMaxCandidates = 512;  // a row with more is done by passes over all its scores
+constexpr int64_t kMaxCandidates = 512;  // an attention row with more is done by passes over all its scores
 constexpr int64_t kFirstRefinement = 32;
 
 template <typename A>
 struct Candidates {
-  static constexpr int64_t kStep = 4 * kLanes<A>;                        // scores looked at together
-  static constexpr int64_t kSlots = kMaxCandidates + kStep + kLanes<A>;  // room for a step and for padding
+  static constexpr int64_t kStep = 4 * kLanes<A>;                                    // looked at together
+  static constexpr int64_t slots(int64_t most) { return most + kStep + kLanes<A>; }  // a step and padding
+  static constexpr int64_t kSlots = slots(kMaxCandidates);
 
-  A* z;  // kSlots scores, ascending in key
+  A* z;  // slots(most) scores, ascending in key
   int32_t* key;
+  int64_t most = kMaxCandidates;
   int64_t count = 0, refine_at = kFirstRefinement;
   A max = -kInfinity<A>;    // of all scores seen; NaN if one was
   A bound = -kInfinity<A>;  // no score up to here can get weight
@@ -39,7 +41,7 @@ struct Candidates {
       if (!all_at_most(top, max)) {
         max = max_lanes(top);
         if (std::isnan(max)) return;
-        bound = std::max(bound, max - 1);
+        bound = std::max(bound, max - 1 - slack());
       }
       if (overflowed) continue;
       int64_t end = count;  // in a register: stores to the lists could change a member
@@ -56,6 +58,10 @@ struct Candidates {
   }
 
  private:
+  // What rounding can have added to a bound, which must not be above what it bounds; max - 1 alone is max itself where
+  // scores are large.
+  A slack() const { return 4 * std::numeric_limits<A>::epsilon() * (std::abs(max) + 1); }
+
   static bool all_at_most(const Vec<A>& v, A limit) { return (v <= Vec<A>(limit)).zero_mask() == 0; }  // false for NaN
 
   template <typename Weights>
@@ -67,9 +73,7 @@ struct Candidates {
       add_sums(weights, z, count, max, tau, sums);
       tau += static_cast<A>(newton_step(weights, sums));
     }
-    // What rounding could have added to tau comes off again: the bound must not be above it.
-    const A slack = 4 * std::numeric_limits<A>::epsilon() * (std::abs(max) + 1);
-    bound = std::max(bound, max + tau - slack);
+    bound = std::max(bound, max + tau - slack());
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
       z[kept] = z[i];
@@ -77,8 +81,8 @@ struct Candidates {
       kept += z[i] > bound;
     }
     count = kept;
-    overflowed = count > kMaxCandidates / 2;
-    refine_at = std::min(std::max(2 * count, kFirstRefinement), kMaxCandidates);
+    overflowed = count > most / 2;
+    refine_at = std::min(std::max(2 * count, kFirstRefinement), most);
   }
 };
 

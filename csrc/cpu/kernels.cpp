@@ -1,4 +1,5 @@
 // All CPU kernels for one instruction set: CMake compiles this file once for each, with CPU_CAPABILITY naming it.
+#include "activation_rows.h"
 #include "backward_block.h"
 #include "forward_block.h"
 
@@ -74,12 +75,49 @@ int64_t backward_scratch(int64_t head_dim, int64_t value_dim, int64_t capacity) 
   return counting.used();
 }
 
+template <typename T, typename A>
+void activate(const T* input, int64_t n, RowAlpha<A> alpha, int64_t begin, int64_t end, T* out, char* scratch) {
+  Arena arena(scratch);
+  const ForwardRowBuffers<A> buffers(n, arena);
+  for (int64_t row = begin; row < end; ++row) {
+    with_weights<A>(alpha[row], [&](const auto& weights) {
+      ForwardRow<T, A, std::decay_t<decltype(weights)>>(input + row * n, n, alpha[row], weights, buffers, out + row * n)
+          .run();
+    });
+  }
+}
+
+template <typename A>
+int64_t activate_scratch(int64_t n) {
+  Arena counting(nullptr);
+  ForwardRowBuffers<A>(n, counting);
+  return counting.used();
+}
+
+template <typename T, typename A>
+void activate_backward(const T* grad_out, const T* output, int64_t n, RowAlpha<A> alpha, int64_t begin, int64_t end,
+                       T* grad_input, A* grad_alpha, char* scratch) {
+  for (int64_t row = begin; row < end; ++row) {
+    with_weights<A>(alpha[row], [&](const auto& weights) {
+      BackwardRow<T, A, std::decay_t<decltype(weights)>>(grad_out + row * n, output + row * n, n, alpha[row], weights,
+                                                         reinterpret_cast<int32_t*>(scratch), grad_input + row * n)
+          .run(grad_alpha == nullptr ? nullptr : grad_alpha + row);
+    });
+  }
+}
+
+template <typename A>
+int64_t activate_backward_scratch(int64_t n) {
+  return activation_steps<A>(n) * static_cast<int64_t>(sizeof(int32_t));
+}
+
 }  // namespace
 
 template <typename T, typename A>
 const Kernels<T, A>& table() {
-  static constexpr Kernels<T, A> kernels = {forward<T, A>, forward_scratch<A>, backward_query<T, A>, backward_key<T, A>,
-                                            backward_scratch<A>};
+  static constexpr Kernels<T, A> kernels = {forward<T, A>,       forward_scratch<A>,      backward_query<T, A>,
+                                            backward_key<T, A>,  backward_scratch<A>,     activate<T, A>,
+                                            activate_scratch<A>, activate_backward<T, A>, activate_backward_scratch<A>};
   return kernels;
 }
 

@@ -5,6 +5,15 @@
 
 namespace adasplash::cpu {
 
+// alpha of the rows of an activation: one number, or one for each row.
+template <typename A>
+struct RowAlpha {
+  double number;
+  const A* per_row = nullptr;
+
+  ADASPLASH_INLINE double operator[](int64_t row) const { return per_row == nullptr ? number : per_row[row]; }
+};
+
 template <typename T, typename A>
 struct Kernels {
   // out and saved state of the query block that starts at `first_query`.
@@ -18,6 +27,14 @@ struct Kernels {
   void (*backward_key)(const BackwardHead<T, A>* group, int64_t group_size, int64_t first_key, Rows<T> dk, Rows<T> dv,
                        char* scratch);
   int64_t (*backward_scratch)(int64_t head_dim, int64_t value_dim, int64_t capacity);
+
+  // The activation of rows [begin, end) of n > 0 scores each, which lie one after the other.
+  void (*activate)(const T* input, int64_t n, RowAlpha<A> alpha, int64_t begin, int64_t end, T* out, char* scratch);
+  int64_t (*activate_scratch)(int64_t n);
+  // Its gradients from those of its output; grad_alpha, one number a row, may be null.
+  void (*activate_backward)(const T* grad_out, const T* output, int64_t n, RowAlpha<A> alpha, int64_t begin,
+                            int64_t end, T* grad_input, A* grad_alpha, char* scratch);
+  int64_t (*activate_backward_scratch)(int64_t n);
 };
 
 // The kernels of the best instruction set that the machine has.

@@ -11,7 +11,7 @@
 namespace adasplash::cuda {
 
 // The names and their order are those of triton_src/variants.py, by way of the generated launchers.
-enum class Kernel { kRowMax, kAttend, kGradQuery, kGradKeyValue };
+enum class Kernel { kRowMax, kAttend, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
 enum class Alpha { kAny, k15, k2 };
 
 // How kernels take sequence lengths.
@@ -23,11 +23,11 @@ struct Variant {
   const char *name, *symbol;
   Kernel kernel;
   at::ScalarType dtype;
-  int pad;  // largest head size
+  int pad;  // largest head size, or longest row of an activation
   Alpha alpha;
   bool aligned;  // takes rows that start at multiples of 16 bytes only
   int arch;
-  int block_m, block_n;  // rows of query, and keys, that a program works on
+  int block_m, block_n;  // rows of query (or of an activation), and keys, that a program works on
   int warps, shared_bytes;
   uint64_t offset, size, ptx_offset, ptx_size;  // in the embedded code; no PTX where ptx_size is 0
 };

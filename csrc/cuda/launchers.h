@@ -127,4 +127,40 @@ inline void grad_key_value(const Variant& variant, const Place& place, int64_t p
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
 }
 
+struct ActivateArguments {
+  Exactly<const void*> input;
+  Exactly<void*> out;
+  Exactly<const float*> row_alpha;
+  Exactly<int32_t> has_row_alpha;
+  Exactly<int64_t> rows;
+  Exactly<int32_t> length;
+  Exactly<float> alpha;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(ActivateArguments) == 64);
+inline void activate(const Variant& variant, const Place& place, int64_t programs,
+                     const ActivateArguments& arguments) {
+  launch(Kernel::kActivate, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct ActivateGradArguments {
+  Exactly<const void*> grad_out;
+  Exactly<const void*> output;
+  Exactly<void*> grad_input;
+  Exactly<const float*> row_alpha;
+  Exactly<float*> grad_alpha;
+  Exactly<int32_t> has_row_alpha;
+  Exactly<int64_t> rows;
+  Exactly<int32_t> length;
+  Exactly<float> alpha;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(ActivateGradArguments) == 80);
+inline void activate_grad(const Variant& variant, const Place& place, int64_t programs,
+                          const ActivateGradArguments& arguments) {
+  launch(Kernel::kActivateGrad, variant, place, programs, &arguments, sizeof arguments);
+}
+
 }  // namespace adasplash::cuda

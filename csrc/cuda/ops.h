@@ -1,6 +1,7 @@
-// The CUDA kernels of the two private ops.
+// The CUDA kernels of the private ops.
 #pragma once
 
+#include "activation.h"
 #include "attention.h"
 
 namespace adasplash::cuda {
@@ -12,5 +13,9 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
                       const AttentionOptions& options, const c10::SymInt& support_capacity);
 BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options);
+
+at::Tensor activation(const at::Tensor& input, const ActivationAlpha& alpha);
+ActivationGradients activation_backward(const at::Tensor& grad_out, const at::Tensor& output,
+                                        const ActivationAlpha& alpha);
 
 }  // namespace adasplash::cuda

@@ -12,6 +12,8 @@ namespace {
 void implement(torch::Library& library) {
   library.impl("_entmax_attn_forward", forward_op<forward>);
   library.impl("_entmax_attn_backward", backward_op<backward>);
+  library.impl("_entmax_forward", activation_op<activation>);
+  library.impl("_entmax_backward", activation_backward_op<activation_backward>);
 }
 
 std::atomic<bool> emulated{false};
