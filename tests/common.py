@@ -107,27 +107,53 @@ def assert_same_bits(one, other) -> None:
 
 
 def gradients(inputs: Inputs, grad: Tensor, function, *options, **keywords) -> tuple[Tensor, ...]:
-    """out, dq, dk, dv of `function` for the gradient `grad` of its result."""
-    inputs = Inputs(*(x.detach().requires_grad_() for x in inputs))
-    out = function(*inputs, *options, **keywords)
+    """out, dq, dk, dv, and dalpha where alpha is given by name as a tensor, for the gradient `grad` of the result."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    if isinstance(keywords.get("alpha"), Tensor):
+        leaves.append(keywords["alpha"].detach().requires_grad_())
+        keywords["alpha"] = leaves[-1]
+    out = function(*leaves[:3], *options, **keywords)
     out.backward(grad.to(out.dtype))
-    return out.detach(), *(x.grad for x in inputs)
+    return out.detach(), *(x.grad for x in leaves)
 
 
 def check_gradients(op, inputs: Inputs, *options, **keywords) -> tuple[Tensor, ...]:
-    """Forward and backward of the op against the reference; returns out, dq, dk, dv."""
+    """Forward and backward of the op against the reference; returns what `gradients` does."""
     grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
 
-    def dense(*arguments, dtype, **keywords):
-        return reference.attention(*arguments, **keywords, dtype=dtype).out
+    def dense(*arguments, **keywords):
+        if inputs.query.dim() == 3:
+            return reference.attention_varlen(*arguments, **keywords)
+        return reference.attention(*arguments, **keywords).out
 
     actual = gradients(inputs, grad, op, *options, **keywords)
+    composed = gradients(inputs, grad, dense, *options, **keywords, dtype=inputs.query.dtype)
+    alpha = keywords.get("alpha")
+    if isinstance(alpha, Tensor):
+        keywords["alpha"] = per_row(alpha.double(), inputs.query)
     doubles = Inputs(*(x.double() for x in inputs))
     exact = gradients(doubles, grad, dense, *options, **keywords, dtype=torch.float64)
-    composed = gradients(inputs, grad, dense, *options, **keywords, dtype=inputs.query.dtype)
-    for what, *three in zip(("out", "dq", "dk", "dv"), actual, exact, composed, strict=True):
+    for what, *three in zip(("out", "dq", "dk", "dv"), actual[:4], exact[:4], composed[:4], strict=True):
         assert_accurate(what, *three)
+    if isinstance(alpha, Tensor):
+        assert_accurate_dalpha(actual[4], exact[4], composed[4], 2 * FLOOR[inputs.query.dtype])
     return actual
+
+
+def per_row(alpha: Tensor, query: Tensor) -> Tensor:
+    """Alpha per head, or one for all, as one for each row of the reference: (B, H, M, 1), packed (1, H, T_q, 1)."""
+    shape = (1, query.shape[1], query.shape[0], 1) if query.dim() == 3 else (*query.shape[:3], 1)
+    return alpha.reshape(-1, 1, 1).expand(shape).contiguous()
+
+
+def assert_accurate_dalpha(actual: Tensor, rows: Tensor, composed: Tensor, floor: float) -> None:
+    """A sum over rows, in which they may cancel: its floor is a share of the sum of their sizes. `rows`: every row's."""
+    assert actual.shape == composed.shape and actual.dtype == composed.dtype and actual.isfinite().all()
+    heads = (0, 1, 2, 3) if actual.dim() == 0 else (0, 2, 3)
+    exact, size = rows.sum(heads), rows.abs().sum(heads)
+    error, composition = ((x.double() - exact).abs() for x in (actual, composed))
+    allowed = torch.maximum(2 * composition, floor * size + torch.finfo(actual.dtype).eps * exact.abs())
+    assert (error <= allowed).all(), f"dalpha: error {error}, composition {composition}, size {size}"
 
 
 def run(*command: object, **options) -> subprocess.CompletedProcess:

@@ -1,8 +1,9 @@
 """Entmax attention the plain way: dense, in fp64, readable. The oracle of every other test.
 
 `attention` holds the whole contract: types, grouped queries, causal and window masks aligned bottom right, lengths of
-right-padded batches, ALiBi slopes, alpha as a number, as one tensor or per head. Its gradients come from autograd,
-through `entmax`, whose backward is the closed form. Run in another type (`dtype=`) it is the dense composition matmul,
+right-padded batches, ALiBi slopes, alpha as a number, as one tensor, per head or per row; `attention_varlen` is the
+packed form, a sequence at a time. Its gradients come from autograd, through `entmax`, whose backward is the closed
+form. Run in another type (`dtype=`) it is the dense composition matmul,
 entmax, matmul of that type, which is the yardstick for the accuracy of half types.
 """
 
@@ -180,7 +181,33 @@ def attention(
         scores = scores - alibi_slopes.to(dtype).reshape(-1, heads, 1, 1) * distance
     sees = visible(m, n, is_causal, q_seqlens, kv_seqlens, window, query.device)
     scores = scores.masked_fill(~sees, -torch.inf)
-    if isinstance(alpha, Tensor):
+    if isinstance(alpha, Tensor) and alpha.dim() < 4:
         alpha = alpha.reshape(-1, 1, 1)
     weights = entmax(scores, alpha)
     return Attention(weights @ value, weights, scores)
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    alpha: float | Tensor = 1.5,
+    *options,
+    alibi_slopes: Tensor | None = None,
+    **keywords,
+) -> Tensor:
+    """The packed op's arguments -> out (T_q, H, D_v)."""
+    out = [query.new_zeros(0, query.shape[1], value.shape[2], dtype=keywords.get("dtype", torch.float64))]
+    bounds = zip(cu_seqlens_q.tolist(), cu_seqlens_q[1:].tolist(), cu_seqlens_k.tolist(), cu_seqlens_k[1:].tolist())
+    for b, (q, q_end, k, k_end) in enumerate(bounds):
+        sequence = (x.transpose(0, 1)[None] for x in (query[q:q_end], key[k:k_end], value[k:k_end]))
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+        per_row = isinstance(alpha, Tensor) and alpha.dim() == 4
+        of_sequence = alpha[:, :, q:q_end] if per_row else alpha
+        result = attention(*sequence, of_sequence, *options, alibi_slopes=slopes, **keywords)
+        out.append(result.out[0].transpose(0, 1))
+    return torch.cat(out)

@@ -33,7 +33,7 @@ struct BackwardBuffers {
   struct RowSums {
     A c = 0;  // taken off dP
     double p = 0, u = 0, u_dp = 0;
-    double phi = 0, phi_dp = 0;  // of u phi, for dalpha
+    double psi = 0, psi_dp = 0;  // of u psi, for dalpha
   };
   A *query, *grad_out;  // the block's rows in type A
   A *scores, *grads;    // of the block of queries and one block of keys: z, then u or p; dP, then dS
@@ -117,11 +117,12 @@ class BackwardBlock {
   }
 
   double list_alpha_sum(const RowTerms<A>& terms) const {
+    const AlphaFactor<A> psi(terms.max, terms.tau);
     double sum = 0;
     for_lanes<A>(terms.count, [&](int64_t e, int64_t lanes) {  // z and u are padded, dP is not
-      const Vec<A> t = excess(Vec<A>::loadu(buffers_.list_z + e), terms.max, terms.tau);
       const Vec<A> dp = load<A>(buffers_.list_dp + e, lanes);
-      sum += sum_lanes(Vec<A>::loadu(buffers_.list_u + e) * alpha_factor(t) * (dp - Vec<A>(terms.delta)));
+      const Vec<A> weighted = Vec<A>::loadu(buffers_.list_u + e) * psi(Vec<A>::loadu(buffers_.list_z + e));
+      sum += sum_lanes(weighted * (dp - Vec<A>(terms.delta)));
     });
     return sum;
   }
@@ -249,22 +250,23 @@ class BackwardBlock {
     for_dense_blocks({0, head_.keys}, [&](Interval keys) {
       for_dense_rows(keys, [&](int64_t r, int64_t n, A* z, A* dp) {
         auto& sums = buffers_.sums[r];
-        double p = 0, u = 0, u_dp = 0, phi = 0, phi_dp = 0;
+        const AlphaFactor<A> factor(head_.row_state[2 * (first_ + r)], head_.row_state[2 * (first_ + r) + 1]);
+        double p = 0, u = 0, u_dp = 0, psi = 0, psi_dp = 0;
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
           // Lanes beyond the row are no keys: their t must not count.
           Vec<A> t = dense_excess(r, load<A>(z + i, lanes));
           if (lanes < kLanes<A>) t = Vec<A>::set(Vec<A>(0), t, lanes);
           const Vec<A> weights = dense_u(t);
-          store(weights, z + i, lanes);
           p += sum_lanes(t * weights);
           u += sum_lanes(weights);
           const Vec<A> shifted = load<A>(dp + i, lanes) - Vec<A>(sums.c);
           u_dp += sum_lanes(weights * shifted);
           if (head_.alpha_terms != nullptr) {
-            const Vec<A> weighted = weights * alpha_factor(t);
-            phi += sum_lanes(weighted);
-            phi_dp += sum_lanes(weighted * shifted);
+            const Vec<A> weighted = weights * factor(load<A>(z + i, lanes));
+            psi += sum_lanes(weighted);
+            psi_dp += sum_lanes(weighted * shifted);
           }
+          store(weights, z + i, lanes);
         });
         if (u == 0) {
           std::fill_n(dp, n, A(0));
@@ -274,8 +276,8 @@ class BackwardBlock {
         sums.c += step;
         add_scaled(-step, buffers_.plain_k + r * dim, dim, buffers_.weighted_k + r * dim);
         sums.u_dp -= step * sums.u;
-        sums.phi += phi;
-        sums.phi_dp += phi_dp - step * sums.phi;
+        sums.psi += psi;
+        sums.psi_dp += psi_dp - step * sums.psi;
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
           const Vec<A> weighted = load<A>(z + i, lanes) * (load<A>(dp + i, lanes) - Vec<A>(sums.c));
           store(weighted, dp + i, lanes);
@@ -296,7 +298,7 @@ class BackwardBlock {
       const A rest = static_cast<A>(sums.u_dp / sums.u);
       head_.row_terms[first_ + r].delta = sums.c + rest;
       head_.row_terms[first_ + r].normalizer = static_cast<A>(1 / sums.p);
-      if (head_.alpha_terms != nullptr) save_alpha_term(first_ + r, sums.phi_dp - rest * sums.phi);
+      if (head_.alpha_terms != nullptr) save_alpha_term(first_ + r, sums.psi_dp - rest * sums.psi);
       A* dq = buffers_.weighted_k + r * dim;
       add_scaled(-rest, buffers_.plain_k + r * dim, dim, dq);
       for (int64_t d = 0; d < dim; ++d) dq[d] *= static_cast<A>(head_.scale);

@@ -80,8 +80,8 @@ std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& ke
 std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options) {
   if (!options.head_alpha) return std::vector<double>(heads, options.alpha);
   auto alphas = values_of<double>(*options.head_alpha);
-  // The least alpha as its type holds it.
-  const double least = at::scalar_tensor(kMinAlpha, options.head_alpha->options()).to(at::kDouble).item<double>();
+  // The least alpha as float32 or a shorter type holds it.
+  const double least = at::scalar_tensor(kMinAlpha, at::kFloat).to(options.head_alpha->scalar_type()).item<double>();
   for (size_t h = 0; h < alphas.size(); ++h) {
     TORCH_CHECK(alphas[h] >= least && alphas[h] <= 2, public_name(options), ": alpha as a tensor must be from ",
                 kMinAlpha, " to 2, got ", alphas[h], " at [", h, "]",

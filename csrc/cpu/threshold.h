@@ -45,17 +45,28 @@ inline void with_weights(double alpha, const F& f) {
   return f(EntmaxAny<A>(alpha));
 }
 
-// phi(t) = t - 1 - t ln t, from which the gradient of alpha is made: (alpha - 1)^2 dalpha = sum u phi(t) (dP - delta).
-// Near t = 1, where alpha near 1 puts every t, it is -(1 - t)^2 / 2 - ..., and the formula would cancel.
+// What the gradient of alpha weights the support with. With t0 the largest t of the row, d = max - z and x = d / t0,
+//   (alpha - 1)^2 dalpha = sum u psi (dP - delta),   psi = d ln t0 - t0 (x + (1 - x) ln(1 - x)).
+// That is t - 1 - t ln t up to a constant of the row, which adds nothing; both terms are negative and as small as the
+// differences between scores, so nothing cancels, neither in flat rows nor for alpha near 1.
 template <typename A>
-inline Vec<A> alpha_factor(const Vec<A>& t) {
-  const Vec<A> x = Vec<A>(1) - t;
-  Vec<A> series(A(1) / 90);
-  for (int k = 8; k >= 1; --k) series = at::vec::fmadd(series, x, Vec<A>(A(1) / (k * (k + 1))));
-  const Vec<A> log = at::vec::maximum(t, Vec<A>(std::numeric_limits<A>::min())).log();
-  const Vec<A> near(std::is_same_v<A, double> ? 0.02 : 0.25);  // where nine terms are enough
-  return Vec<A>(0) - Vec<A>::blendv(x + t * log, x * x * series, x < near);
-}
+struct AlphaFactor {
+  AlphaFactor(A max, A tau) : max(max), t0(-tau), log_t0(std::log(-tau)) {}
+
+  Vec<A> operator()(const Vec<A>& z) const {
+    const Vec<A> zero(0), one(1), share = (Vec<A>(max) - z) / Vec<A>(t0);
+    const Vec<A> x = at::vec::minimum(at::vec::maximum(share, zero), one), rest = one - x;
+    const Vec<A> log = at::vec::maximum(rest, Vec<A>(std::numeric_limits<A>::min())).log();
+    // x + (1 - x) ln(1 - x) = x^2 (1/2 + x/6 + ... + x^8/90 + ...) where it would cancel.
+    Vec<A> series(A(1) / 90);
+    for (int k = 8; k >= 1; --k) series = at::vec::fmadd(series, x, Vec<A>(A(1) / (k * (k + 1))));
+    const Vec<A> few_terms(std::is_same_v<A, double> ? 0.02 : 0.25);
+    const Vec<A> sum = Vec<A>::blendv(x + rest * log, x * x * series, x < few_terms);
+    return x * Vec<A>(t0 * log_t0) - Vec<A>(t0) * sum;
+  }
+
+  A max, t0, log_t0;
+};
 
 template <typename A>
 inline Vec<A> excess(const Vec<A>& z, A max, A tau) {  // t; tau is relative to max

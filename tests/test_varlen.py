@@ -1,0 +1,302 @@
+"""Sequences of different lengths packed behind each other: entmax_attn_varlen."""
+
+import time
+
+import pytest
+import torch
+
+import adasplash
+from adasplash import entmax_attn, entmax_attn_varlen
+from common import HALF, Inputs, assert_same_bits, check_gradients, gradients, normal_like, run_python
+from common import make_inputs as make_cpu_inputs
+
+LENGTHS = {
+    "unequal": ([5, 60, 1, 17], [9, 3, 40, 80]),
+    "around blocks": ([64, 65, 1], [64, 1, 65]),
+    "empty ones": ([0, 12, 0, 7, 0], [4, 0, 0, 9, 0]),
+    "one": ([37], [53]),
+    "the same": ([20, 20], [20, 20]),
+}
+
+
+def packed(q_lengths, k_lengths, device="cpu", int_type=torch.int32, **options):
+    """Inputs (tokens, heads, D), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k."""
+    inputs = make_cpu_inputs(batch=1, m=sum(q_lengths), n=sum(k_lengths), device=device, **options)
+    inputs = Inputs(*(x[0].transpose(0, 1).contiguous() for x in inputs))
+    ends = [torch.tensor([0, *x]).cumsum(0).to(device, int_type) for x in (q_lengths, k_lengths)]
+    return inputs, (*ends, max(q_lengths, default=0), max(k_lengths, default=0))
+
+
+def alone(inputs, lengths, b):
+    """Sequence b as a padded batch of one, and the tokens that are its own in query and in key."""
+    q, k = (slice(int(ends[b]), int(ends[b + 1])) for ends in lengths[:2])
+    parts = (x[part] for x, part in zip(inputs, (q, k, k), strict=True))
+    return Inputs(*(x.transpose(0, 1)[None].contiguous() for x in parts)), (q, k)
+
+
+@pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_against_the_reference(backend, lengths, is_causal, dtype):
+    inputs, lengths = packed(*LENGTHS[lengths], backend.device, heads=4, kv_heads=2, value_size=9, dtype=dtype)
+    check_packed(inputs, lengths, is_causal=is_causal)
+
+
+def check_packed(inputs, lengths, **keywords):
+    """`check_gradients` with the lengths as the first options of both the op and the reference."""
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return check_gradients(entmax_attn_varlen, inputs, **dict(zip(names, lengths, strict=True)), **keywords)
+
+
+@pytest.mark.parametrize("slopes", ("per head", "per sequence"))
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0, "per head"))
+def test_with_every_option(backend, alpha, slopes, dtype):
+    inputs, lengths = packed(*LENGTHS["unequal"], backend.device, heads=4, kv_heads=2, dtype=dtype)
+    rows = 1 if slopes == "per head" else 4
+    slopes = torch.rand(rows, 4, generator=torch.Generator().manual_seed(0)).to(backend.device)
+    alpha = torch.tensor([1.1, 1.4, 1.5, 1.9], device=backend.device) if alpha == "per head" else alpha
+    options = dict(alpha=alpha, is_causal=True, scale=0.4, window=(30, -1), alibi_slopes=slopes.squeeze(0))
+    check_packed(inputs, lengths, **options)
+
+
+@pytest.mark.parametrize("sigma", (0.05, 1.5), ids=("much support", "little support"))
+@pytest.mark.parametrize("size, value_size", ((16, 16), (33, 7), (1, 64)))
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_equal_to_every_sequence_alone(backend, lengths, size, value_size, sigma, dtype):
+    """To the bit, forward and backward: block shapes follow from a sequence's own lengths, wherever it stands."""
+    shape = dict(heads=4, kv_heads=2, size=size, value_size=value_size, sigma=sigma, dtype=dtype)
+    inputs, lengths = packed(*LENGTHS[lengths], backend.device, **shape)
+    grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:2], value_size))
+    options = dict(alpha=torch.tensor([1.1, 1.5, 1.7, 2.0], device=backend.device), is_causal=True)
+    *together, dalpha = gradients(inputs, grad, lambda *x, **o: entmax_attn_varlen(*x, *lengths, **o), **options)
+    sums = torch.zeros_like(dalpha)
+    for b in range(len(lengths[0]) - 1):
+        sequence, (q, k) = alone(inputs, lengths, b)
+        *results, of_alpha = gradients(sequence, grad[q].transpose(0, 1)[None], entmax_attn, **options)
+        for all_of_it, part, expected in zip(together, (q, q, k, k), results, strict=True):
+            assert torch.equal(all_of_it[part], expected[0].transpose(0, 1))
+        sums += of_alpha
+    torch.testing.assert_close(dalpha, sums, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.backends("cpu")
+def test_threads_change_no_bit(threads):
+    inputs, lengths = packed([200, 3, 70, 130], [90, 300, 2, 130])
+    results = []
+    for count in (1, 3):
+        threads(count)
+        results.append(gradients(inputs, normal_like(inputs.query), lambda *x: entmax_attn_varlen(*x, *lengths)))
+    assert_same_bits(*results)
+
+
+def test_int64_lengths_and_loose_maxima(backend):
+    """max_seqlen may be more than the longest sequence."""
+    inputs, lengths = packed(*LENGTHS["unequal"], backend.device)
+    wider = (lengths[0].long(), lengths[1].long(), lengths[2] + 100, lengths[3] + 5000)
+    results = [
+        gradients(inputs, normal_like(inputs.query), lambda *x, given=given: entmax_attn_varlen(*x, *given, 1.5, True))
+        for given in (lengths, wider)
+    ]
+    assert_same_bits(*results)
+
+
+def test_a_joint_projection_needs_no_copy_to_be_right(backend, dtype):
+    """Query, key and value as views of one (tokens, 3, heads, D) tensor."""
+    inputs, lengths = packed([20, 40], [20, 40], backend.device, dtype=dtype)
+    joint = torch.stack(inputs, 1).requires_grad_()
+    out = entmax_attn_varlen(*joint.unbind(1), *lengths)
+    out.backward(normal_like(out))
+    expected = gradients(inputs, normal_like(out), lambda *x: entmax_attn_varlen(*x, *lengths))
+    assert_same_bits((out.detach(), *joint.grad.unbind(1)), expected)
+
+
+@pytest.mark.parametrize(
+    "q_lengths, k_lengths, shape",
+    (
+        ([], [], dict()),
+        ([0, 0], [0, 0], dict()),
+        ([0, 0], [5, 3], dict()),
+        ([5, 3], [0, 0], dict()),
+        ([5, 3], [2, 6], dict(heads=0)),
+        ([5, 3], [2, 6], dict(heads=0, kv_heads=3)),
+    ),
+    ids=str,
+)
+def test_nothing_to_attend_to(backend, q_lengths, k_lengths, shape):
+    inputs, lengths = packed(q_lengths, k_lengths, backend.device, **{"heads": 2, **shape})
+    results = gradients(inputs, normal_like(inputs.query), lambda *x: entmax_attn_varlen(*x, *lengths))
+    assert [x.shape for x in results] == [inputs.query.shape, *(x.shape for x in inputs)]
+    assert not any(x.any() for x in results)
+
+
+def test_a_nan_stays_in_its_sequence(backend):
+    inputs, lengths = packed([20, 30, 10], [25, 15, 40], backend.device)
+    grad = normal_like(inputs.query)
+    clean = gradients(inputs, grad, lambda *x: entmax_attn_varlen(*x, *lengths))
+    for x, ends in zip(inputs, (lengths[0], lengths[1], lengths[1]), strict=True):
+        x[int(ends[1]) : int(ends[2])] = torch.nan
+    dirty = gradients(inputs, grad, lambda *x: entmax_attn_varlen(*x, *lengths))
+    for one, other, ends in zip(clean, dirty, (lengths[0], lengths[0], lengths[1], lengths[1]), strict=True):
+        assert torch.equal(one[: ends[1]], other[: ends[1]]) and torch.equal(one[ends[2] :], other[ends[2] :])
+    assert dirty[0][lengths[0][1] : lengths[0][2]].isnan().all()
+
+
+@pytest.mark.parametrize("lower", HALF, ids=("bfloat16", "float16"))
+def test_autocast(backend, lower):
+    inputs, lengths = packed(*LENGTHS["unequal"], backend.device)
+    alpha = torch.tensor([1.23456, 1.7], device=backend.device)
+    with torch.autocast(backend.device, dtype=lower):
+        out = entmax_attn_varlen(*inputs, *lengths, alpha)
+        same = entmax_attn_varlen(*inputs, *lengths, 1.5)
+    lowered = [x.to(lower) for x in inputs]
+    assert torch.equal(out, entmax_attn_varlen(*lowered, *lengths, alpha))
+    assert torch.equal(same, entmax_attn_varlen(*lowered, *lengths, 1.5))
+
+
+def test_inference_mode(backend):
+    inputs, lengths = packed(*LENGTHS["unequal"], backend.device)
+    expected = entmax_attn_varlen(*inputs, *lengths)
+    with torch.inference_mode():
+        out = entmax_attn_varlen(*inputs, *lengths)
+    assert out.is_inference() and torch.equal(out, expected)
+
+
+@pytest.mark.backends("cpu")
+def test_no_padding_work(threads):
+    """A long sequence beside many short ones costs about what it costs alone; a padded batch would cost 33 times that."""
+    threads(1)
+
+    def seconds(q_lengths):
+        inputs, lengths = packed(q_lengths, q_lengths, heads=1, size=64)
+        times = []
+        for _ in range(5):
+            begin = time.thread_time()
+            entmax_attn_varlen(*inputs, *lengths, 1.5, True)
+            times.append(time.thread_time() - begin)
+        return min(times)
+
+    assert seconds([4096] + [8] * 32) < 2 * seconds([4096])
+
+
+GOOD = dict(cu_seqlens_q=[0, 3, 5], cu_seqlens_k=[0, 4, 7], max_seqlen_q=3, max_seqlen_k=4)
+CONTRADICTIONS = {
+    "start of queries": (dict(cu_seqlens_q=[1, 3, 5]), "cu_seqlens_q must start at 0, got 1"),
+    "start of keys": (dict(cu_seqlens_k=[-1, 3, 7]), "cu_seqlens_k must start at 0, got -1"),
+    "decreasing": (dict(cu_seqlens_q=[0, 6, 5], max_seqlen_q=9), "cu_seqlens_q must not decrease, got 5 after 6 at [2]"),
+    "end of queries": (dict(cu_seqlens_q=[0, 3, 4]), "cu_seqlens_q must end at query's number of tokens 5, got 4"),
+    "end of keys": (
+        dict(cu_seqlens_k=[0, 4, 2**31 - 1], max_seqlen_k=2**31),
+        "cu_seqlens_k must end at key's number of tokens 7, got 2147483647",
+    ),
+    "longest query": (
+        dict(max_seqlen_q=2),
+        "max_seqlen_q must be the longest sequence's length or more, got 2 for a sequence of 3 at [0]",
+    ),
+    "longest key": (
+        dict(max_seqlen_k=3),
+        "max_seqlen_k must be the longest sequence's length or more, got 3 for a sequence of 4 at [0]",
+    ),
+}
+
+
+def arguments(device="cpu", **changes):
+    inputs = packed([3, 2], [4, 3], device, heads=4, kv_heads=2, size=8)[0]
+    lengths = [torch.tensor(x, device=device) if isinstance(x, list) else x for x in {**GOOD, **changes}.values()]
+    return (*inputs, *lengths)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictions_are_an_error(case):
+    changes, words = CONTRADICTIONS[case]
+    with pytest.raises(RuntimeError) as error:
+        entmax_attn_varlen(*arguments(**changes))
+    assert str(error.value) == f"entmax_attn_varlen: {words}"
+
+
+@pytest.mark.backends("emulated", "cuda")
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradictions_are_no_stray_access(backend, case):
+    """Wrong rows, but every element is written and the process lives."""
+    given = arguments(backend.device, **CONTRADICTIONS[case][0])
+    tensors = [x.requires_grad_() for x in given[:3]]
+    out = entmax_attn_varlen(*tensors, *given[3:])
+    grads = torch.autograd.grad(out.sum(), tensors)
+    again = entmax_attn_varlen(*given)
+    assert torch.equal(out, again) and all(x.isfinite().all() for x in (out, *grads))
+
+
+SIZES = {
+    "padded query": (dict(query=lambda x: x[None]), "query 3 4"),
+    "key of another size": (dict(key=lambda x: x[..., :7]), "key head_dim 8 7"),
+    "value of other tokens": (dict(value=lambda x: x[:6]), "value keys 7 6"),
+    "heads not divisible": (dict(query=lambda x: x[:, :3]), "query heads multiple 3 2"),
+    "cu_seqlens of floats": (dict(cu_seqlens_q=lambda x: x.float()), "cu_seqlens_q int32 int64 Float"),
+    "cu_seqlens of int16": (dict(cu_seqlens_k=lambda x: x.short()), "cu_seqlens_k int32 int64 Short"),
+    "cu_seqlens of 2 dimensions": (dict(cu_seqlens_q=lambda x: x[None]), "cu_seqlens_q 1 2"),
+    "empty cu_seqlens": (dict(cu_seqlens_q=lambda x: x[:0]), "cu_seqlens_q one entry"),
+    "other numbers of sequences": (dict(cu_seqlens_k=lambda x: x[:2]), "cu_seqlens_k cu_seqlens_q 3 2"),
+    "cu_seqlens elsewhere": (dict(cu_seqlens_k=lambda x: x.to("meta")), "cu_seqlens_k cpu meta"),
+    "negative max_seqlen_q": (dict(max_seqlen_q=lambda x: -1), "max_seqlen_q 0 -1"),
+    "negative max_seqlen_k": (dict(max_seqlen_k=lambda x: -5), "max_seqlen_k 0 -5"),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_sizes_and_types(case):
+    changes, words = SIZES[case]
+    names = ("query", "key", "value", *GOOD)
+    given = {name: changes.get(name, lambda x: x)(x) for name, x in zip(names, arguments(), strict=True)}
+    with pytest.raises(RuntimeError) as error:
+        entmax_attn_varlen(**given)
+    message = str(error.value)
+    assert message.startswith("entmax_attn_varlen: ") and "\n" not in message
+    assert all(word in message for word in words.split()), message
+
+
+@pytest.mark.parametrize("alpha", (1, 1.0))
+def test_softmax_is_refused(alpha):
+    with pytest.raises(RuntimeError, match=r"entmax_attn_varlen: alpha must be from 1.01 to 2, got 1; softmax is"):
+        entmax_attn_varlen(*arguments(), alpha)
+
+
+def test_the_forms_do_not_mix():
+    """Lengths of both forms, or half of one, given to the op beneath."""
+    query, key, value, *lengths = arguments()
+    forward = torch.ops.adasplash._entmax_attn_forward
+
+    def given(q_seqlens, kv_seqlens, cu_seqlens_q, cu_seqlens_k):
+        tensors = (q_seqlens, kv_seqlens, cu_seqlens_q, cu_seqlens_k)
+        return forward(query, key, value, None, 1.5, False, None, *tensors, *lengths[2:], [-1, -1], None, 0)
+
+    given(None, None, *lengths[:2])
+    with pytest.raises(RuntimeError, match="_entmax_attn_forward: cu_seqlens_q and cu_seqlens_k go together"):
+        given(None, None, lengths[0], None)
+    with pytest.raises(RuntimeError, match="_entmax_attn_forward: q_seqlens and kv_seqlens are of the padded form"):
+        given(lengths[0], None, *lengths[:2])
+
+
+@pytest.mark.backends("cpu")
+def test_finite_differences():
+    inputs, lengths = packed([3, 0, 2], [4, 2, 3], kv_heads=1, size=3, dtype=torch.float64, requires_grad=True)
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    alpha = torch.tensor([1.3, 1.8], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *x: entmax_attn_varlen(*x[:3], *lengths, x[3], True), (*inputs, alpha))
+
+
+@pytest.mark.backends("cpu")
+def test_ten_thousand_sequences():
+    """The packed form's own bookkeeping does not grow out of hand."""
+    program = (
+        "import torch, adasplash; n = 10_000; x = torch.randn(4 * n, 1, 8).requires_grad_();"
+        "ends = torch.arange(0, 4 * n + 1, 4); out = adasplash.entmax_attn_varlen(x, x, x, ends, ends, 4, 4);"
+        "out.sum().backward();"
+        "padded = x.detach().view(n, 4, 1, 8).transpose(1, 2);"
+        "print(torch.equal(adasplash.entmax_attn(padded, padded, padded).transpose(1, 2).reshape(-1, 1, 8), out))"
+    )
+    assert run_python(program).strip() == "True"
+
+
+def test_the_python_function_is_the_op(backend):
+    inputs, lengths = packed(*LENGTHS["unequal"], backend.device)
+    expected = torch.ops.adasplash.entmax_attn_varlen(*inputs, *lengths, 1.25, True, scale=0.3, window=[20, -1])
+    assert torch.equal(adasplash.entmax_attn_varlen(*inputs, *lengths, 1.25, True, 0.3, (20, -1)), expected)
