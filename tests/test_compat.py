@@ -199,6 +199,15 @@ def test_attention_compiles(make_inputs):
     torch.testing.assert_close(compiled(*inputs), expected)
 
 
+@pytest.mark.backends("cpu", "cuda")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", [*ATTENTION, "triton_entmax", "triton_entmax_v1", "triton_entmax_v2"])
+def test_scripted(make_inputs, name):
+    function = getattr(package, name)
+    arguments = make_inputs(1, 2, 40, 40)[: 3 if name in ATTENTION else 1]
+    assert_same_bits(torch.jit.script(function)(*arguments), function(*arguments))
+
+
 def scores(backend, *shape, dtype=torch.float32) -> torch.Tensor:
     return (2 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).to(backend.device, dtype)
 

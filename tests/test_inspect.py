@@ -28,6 +28,7 @@ OPTIONS = {
     "scale": dict(scale=0.6),
     "lengths": LENGTHS,
     "lengths, causal": dict(**LENGTHS, is_causal=True),
+    "lengths, window": dict(**LENGTHS, window=(20, 5)),
     "a length of zero": dict(kv_seqlens=torch.tensor([0, 130])),
     "window": dict(window=(20, 5)),
     "window to the left, causal": dict(window=(30, -1), is_causal=True),
@@ -91,6 +92,7 @@ def check_weights(inputs: Inputs, **options) -> None:
     torch.testing.assert_close(total, exact.sum(-1).round(), atol=1e-6 if dtype == torch.float32 else 1e-14, rtol=0)
     stats = attention_stats(*inputs, **options)
     assert torch.equal(weights.crow_indices().diff(), stats.support_size.flatten())
+    torch.testing.assert_close(stats.largest_weight, dense(weights, inputs).amax(-1), atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

@@ -212,6 +212,7 @@ def test_types(backend, dtype):
     given = arguments(backend, module, dtype=dtype)
     out = module(*given)
     assert out.dtype == dtype
+    assert module.head_alpha().dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-5}.get(dtype, 0.1)
     torch.testing.assert_close(out.double(), by_hand(module, *given), atol=tolerance, rtol=tolerance)
     assert all(g.dtype == dtype and g.any() for g in parameter_gradients(module, out))
