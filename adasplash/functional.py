@@ -72,7 +72,7 @@ def entmax_attn(
             window=[window[0], window[1]],
             alibi_slopes=alibi_slopes,
         )
-    else:  # noqa: RET505  (TorchScript narrows the type in an else only)
+    else:
         return torch.ops.adasplash.entmax_attn(
             query,
             key,
@@ -145,7 +145,7 @@ def entmax_attn_varlen(
             window=[window[0], window[1]],
             alibi_slopes=alibi_slopes,
         )
-    else:  # noqa: RET505
+    else:
         return torch.ops.adasplash.entmax_attn_varlen(
             query,
             key,

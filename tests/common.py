@@ -147,7 +147,7 @@ def per_row(alpha: Tensor, query: Tensor) -> Tensor:
 
 
 def assert_accurate_dalpha(actual: Tensor, rows: Tensor, composed: Tensor, floor: float) -> None:
-    """A sum over rows, in which they may cancel: its floor is a share of the sum of their sizes. `rows`: every row's."""
+    """A sum over rows (`rows`: every one's share), which may cancel: its floor goes with the sum of their sizes."""
     assert actual.shape == composed.shape and actual.dtype == composed.dtype and actual.isfinite().all()
     heads = (0, 1, 2, 3) if actual.dim() == 0 else (0, 2, 3)
     exact, size = rows.sum(heads), rows.abs().sum(heads)

@@ -22,6 +22,7 @@ class Backend:
     max_length: int  # the longest sequence it gets through in reasonable time
     dtypes: tuple[torch.dtype, ...]
     support_capacity: int  # support entries a row that its autograd kernel asks for
+    examples: int  # combinations that the property test tries
 
     def needs(self, *, length: int = 0, dtype: torch.dtype = SINGLE) -> None:
         """Skips the test where the backend can't do what it is about."""
@@ -33,9 +34,9 @@ class Backend:
 
 COMPILED = pytest.StashKey[str]()
 BACKENDS = {
-    "cpu": Backend("cpu", "cpu", 1 << 20, (DOUBLE, SINGLE, *HALF), support_capacity=64),
-    "emulated": Backend("emulated", "cpu", 140, (SINGLE, *HALF), support_capacity=0),
-    "cuda": Backend("cuda", "cuda", 1 << 20, (SINGLE, *HALF), support_capacity=0),
+    "cpu": Backend("cpu", "cpu", 1 << 20, (DOUBLE, SINGLE, *HALF), support_capacity=64, examples=300),
+    "emulated": Backend("emulated", "cpu", 140, (SINGLE, *HALF), support_capacity=0, examples=20),
+    "cuda": Backend("cuda", "cuda", 1 << 20, (SINGLE, *HALF), support_capacity=0, examples=300),
 }
 
 

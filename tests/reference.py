@@ -201,13 +201,16 @@ def attention_varlen(
     **keywords,
 ) -> Tensor:
     """The packed op's arguments -> out (T_q, H, D_v)."""
-    out = [query.new_zeros(0, query.shape[1], value.shape[2], dtype=keywords.get("dtype", torch.float64))]
-    bounds = zip(cu_seqlens_q.tolist(), cu_seqlens_q[1:].tolist(), cu_seqlens_k.tolist(), cu_seqlens_k[1:].tolist())
-    for b, (q, q_end, k, k_end) in enumerate(bounds):
-        sequence = (x.transpose(0, 1)[None] for x in (query[q:q_end], key[k:k_end], value[k:k_end]))
-        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+
+    def of_sequence(q: slice, k: slice, slopes: Tensor | None) -> Tensor:
+        sequence = (x.transpose(0, 1)[None] for x in (query[q], key[k], value[k]))
         per_row = isinstance(alpha, Tensor) and alpha.dim() == 4
-        of_sequence = alpha[:, :, q:q_end] if per_row else alpha
-        result = attention(*sequence, of_sequence, *options, alibi_slopes=slopes, **keywords)
-        out.append(result.out[0].transpose(0, 1))
+        result = attention(*sequence, alpha[:, :, q] if per_row else alpha, *options, alibi_slopes=slopes, **keywords)
+        return result.out[0].transpose(0, 1)
+
+    out = [of_sequence(slice(0), slice(0), None)]  # so that there is one, and a gradient, without any sequence
+    for b in range(len(cu_seqlens_q) - 1):
+        q, k = (slice(int(ends[b]), int(ends[b + 1])) for ends in (cu_seqlens_q, cu_seqlens_k))
+        per_sequence = alibi_slopes is not None and alibi_slopes.dim() == 2
+        out.append(of_sequence(q, k, alibi_slopes[b] if per_sequence else alibi_slopes))
     return torch.cat(out)

@@ -48,7 +48,7 @@ def test_values_with_a_large_mean(make_inputs, sigma, dtype):
 @pytest.mark.parametrize("sigma", (0.05, 1.5), ids=("much support", "little support"))
 @pytest.mark.parametrize("alpha", (1.01, 1.02))
 def test_close_to_one(make_inputs, alpha, sigma, dtype):
-    """Finite in all types; in float32 the gradient of alpha has its digits even here, where its textbook form cancels."""
+    """Finite in all types; in float32 dalpha has its digits even here, where its textbook form cancels."""
     inputs = make_inputs(m=40, n=100, sigma=sigma, dtype=dtype)
     everything = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha=torch.full((2,), alpha).to(inputs[0]))
     assert all(x.isfinite().all() for x in everything)

@@ -5,6 +5,7 @@ import torch
 
 from adasplash import entmax_attn
 from common import assert_same_bits, gradients, normal_like
+from options import FORMS, run
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +113,26 @@ def test_dynamic_queries_and_keys_compile_once(backend, make_inputs, training):
         for m, n in ((34, 51), (100, 20), (64, 64), (2, 130), (70, 2100)):
             if n <= backend.max_length:
                 assert_same_bits(run(compiled, m, n), run(entmax_attn, m, n))
+
+
+@pytest.mark.parametrize("training", (False, True), ids=("inference", "training"))
+@pytest.mark.parametrize("form", FORMS)
+def test_every_option_compiles_once_for_all_lengths(backend, form, training):
+    """The number of sequences, tokens and max_seqlen included."""
+    module, arguments = FORMS[form]
+    compiled = torch.compile(module(), fullgraph=True, dynamic=True)
+    first = [20, 33, 8, 9, 10], [40, 25, 17, 5, 11]  # five: torch takes sizes that are equal at first for one size
+    run(compiled, arguments(*first, backend.device), training)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for q_lengths, k_lengths in (
+            ([7, 30], [9, 64]),
+            ([64, 66, 2, 1], [5, 60, 9, 9]),
+            ([50] * 5, [20, 1, 3, 4, 130]),
+        ):
+            given = arguments(q_lengths, k_lengths, backend.device)
+            eager, once = run(module(), given, training), run(compiled, given, training)
+            torch.testing.assert_close(once, eager, atol=1e-5, rtol=1e-5)
+            assert torch.equal(once[0], eager[0])
 
 
 def test_alpha_one_compiles(make_inputs):

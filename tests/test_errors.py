@@ -57,15 +57,29 @@ OPTIONS = {
     "scale inf": (dict(scale=float("inf")), "scale finite inf"),
 }
 
-# Options of the contract that are not there yet, refused by name; each goes from here once it is.
-YET_TO_COME = {
-    "q_seqlens": dict(q_seqlens=torch.tensor([5, 4])),
-    "kv_seqlens": dict(kv_seqlens=torch.tensor([7, 4])),
-    "window": dict(window=[3, -1]),
-    "window ": dict(window=[-1, 0]),
-    "alibi_slopes": dict(alibi_slopes=torch.ones(4)),
-    "alpha": dict(alpha=torch.full((4,), 1.5)),
-    "alpha ": dict(alpha=torch.tensor(1.5)),
+# Options that are tensors, and the window. What lengths and alpha hold is another matter, of the tests of each.
+MORE_OPTIONS = {
+    "alpha of 3 heads": (dict(alpha=torch.full((3,), 1.5)), "alpha heads 4 3"),
+    "alpha of one head": (dict(alpha=torch.full((1,), 1.5)), "alpha heads 4 1"),
+    "alpha of 2 dimensions": (dict(alpha=torch.full((2, 4), 1.5)), "alpha 1 2"),
+    "alpha of ints": (dict(alpha=torch.tensor([1, 2, 1, 2])), "alpha float32 float64 Long"),
+    "alpha of bfloat16": (dict(alpha=torch.full((4,), 1.5).bfloat16()), "alpha float32 float64 BFloat16"),
+    "alpha elsewhere": (dict(alpha=torch.full((4,), 1.5, device="meta")), "alpha cpu meta"),
+    "sparse alpha": (dict(alpha=torch.full((4,), 1.5).to_sparse()), "alpha dense Sparse"),
+    "q_seqlens of 3": (dict(q_seqlens=torch.tensor([5, 4, 3])), "q_seqlens batch 2 3"),
+    "kv_seqlens of 1": (dict(kv_seqlens=torch.tensor([5])), "kv_seqlens batch 2 1"),
+    "q_seqlens of 2 dimensions": (dict(q_seqlens=torch.ones(2, 1).int()), "q_seqlens 1 2"),
+    "one length for all": (dict(kv_seqlens=torch.tensor(5)), "kv_seqlens 1 0"),
+    "kv_seqlens of floats": (dict(kv_seqlens=torch.ones(2)), "kv_seqlens int32 int64 Float"),
+    "q_seqlens of bytes": (dict(q_seqlens=torch.ones(2).byte()), "q_seqlens int32 int64 Byte"),
+    "q_seqlens elsewhere": (dict(q_seqlens=torch.ones(2, device="meta").int()), "q_seqlens cpu meta"),
+    "window": (dict(window=(-2, 3)), "window 0 -1 (-2, 3)"),
+    "slopes of 2 heads": (dict(alibi_slopes=torch.ones(2)), "alibi_slopes heads 4 2"),
+    "slopes of a batch of 3": (dict(alibi_slopes=torch.ones(3, 4)), "alibi_slopes batch 2 3"),
+    "slopes of 3 dimensions": (dict(alibi_slopes=torch.ones(2, 4, 1)), "alibi_slopes 1 3"),
+    "one slope": (dict(alibi_slopes=torch.tensor(1.0)), "alibi_slopes 1 0"),
+    "slopes of doubles": (dict(alibi_slopes=torch.ones(4).double()), "alibi_slopes float32 Double"),
+    "slopes elsewhere": (dict(alibi_slopes=torch.ones(4, device="meta")), "alibi_slopes cpu meta"),
 }
 
 
@@ -117,17 +131,13 @@ def test_options_of_the_private_op(case):
     assert_one_sentence(error, "_entmax_attn_forward", words)
 
 
-@pytest.mark.parametrize("name", YET_TO_COME)
-def test_options_yet_to_come(entmax_attn, name):
-    with refused() as error:
-        entmax_attn(*good(), **YET_TO_COME[name])
-    assert_one_sentence(error, "entmax_attn", name.strip())
-
-
-def test_ops_yet_to_come():
-    tokens, ends = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
-    with refused(match="entmax_attn_varlen"):
-        torch.ops.adasplash.entmax_attn_varlen(tokens, tokens, tokens, ends, ends, 3, 3)
+@pytest.mark.parametrize("inference", (False, True), ids=("plain", "inference mode"))
+@pytest.mark.parametrize("case", MORE_OPTIONS)
+def test_more_options(entmax_attn, case, inference):
+    options, words = MORE_OPTIONS[case]
+    with torch.inference_mode(inference), refused() as error:
+        entmax_attn(*good(), **options)
+    assert_one_sentence(error, "entmax_attn", words)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 import adasplash
 from common import make_inputs, run_python
+from options import FORMS
 
 pytestmark = pytest.mark.backends("cpu", "cuda")
 Dim = torch.export.Dim
@@ -54,6 +55,30 @@ def test_saved_and_loaded_for_any_length(backend, decomposed):
     for batch, m, n in ((2, 33, 50), (3, 64, 64), (5, 100, 20), (1, 2, 129)):
         inputs = make_inputs(batch, 4, m, n, kv_heads=2, device=backend.device)
         assert torch.equal(module(*inputs), Attend()(*inputs))
+
+
+OPTION_SHAPES = {
+    "padded": lambda: [{0: "b", 2: "m"}, {0: "b", 2: "n"}, {0: "b", 2: "n"}, {}, {0: "b"}, {0: "b"}, {0: "b"}],
+    "packed": lambda: [{0: "m"}, {0: "n"}, {0: "n"}, {}, {0: "b1"}, {0: "b1"}, {0: "b"}, Dim.DYNAMIC, Dim.DYNAMIC],
+}
+
+
+@pytest.mark.parametrize("decomposed", (False, True), ids=("one node", "decomposed"))
+@pytest.mark.parametrize("form", FORMS)
+def test_every_option_for_any_length(backend, form, decomposed):
+    module, arguments = FORMS[form]
+    shapes = [s if s is Dim.DYNAMIC else dict.fromkeys(s, Dim.AUTO) for s in OPTION_SHAPES[form]()]
+    given = arguments([20, 33], [40, 25], backend.device)
+    program = torch.export.export(module(), given, dynamic_shapes=tuple(shapes))
+    assert len(calls(program)) == 1
+    program = program.run_decompositions() if decomposed else program
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for q_lengths, k_lengths in (([20, 33], [40, 25]), ([7, 30, 2], [9, 64, 65]), ([60] * 5, [20, 1, 3, 4, 130])):
+        other = arguments(q_lengths, k_lengths, backend.device)
+        assert torch.equal(loaded(*other), module()(*other))
 
 
 @pytest.mark.backends("cpu")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import reference
-from common import normal_like
+from common import Inputs, normal_like
+from test_varlen import packed
 
 forward = torch.ops.adasplash._entmax_attn_forward
 backward = torch.ops.adasplash._entmax_attn_backward
@@ -87,6 +88,29 @@ def test_content(make_inputs, backend, alpha, is_causal):
         kept = torch.zeros(n, dtype=torch.bool)
         kept[entries] = True
         assert kept[(surely & (exact.weights > 1e-30))[row]].all() and possibly[row][kept].all()
+
+
+@pytest.mark.parametrize("lengths", ([64, 64], [65, 1, 63, 130], [0, 5, 0, 0, 60, 64], [1] * 40), ids=str)
+def test_packed(backend, lengths):
+    """What is saved of a packed sequence is what is saved of it alone, from tile row floor(start / 64) + index on."""
+    inputs, (ends, _, longest, _) = packed(lengths, lengths, backend.device, heads=3, size=8, sigma=0.7)
+    options = (None, 1.5, True, None, None, None, ends, ends, longest, longest, [-1, -1], None)
+    capacity, tokens = backend.support_capacity, sum(lengths)
+    _, row_state, support, tiles = forward(*inputs, *options, capacity)
+    assert row_state.shape == (3, tokens, 2) and support.shape == (3, tokens, capacity)
+    assert tiles.shape == (3, 2 * math.ceil((tokens // 64 + len(lengths)) / 2), 2 * math.ceil(longest / 4096))
+    used = torch.zeros(tiles.shape[1], dtype=torch.bool, device=tiles.device)
+    for b, length in enumerate(lengths):
+        rows = slice(int(ends[b]), int(ends[b + 1]))
+        alone = [x[rows].transpose(0, 1)[None] for x in inputs]
+        _, *expected = forward(*alone, *resolved(Inputs(*alone), is_causal=True), capacity)
+        assert torch.equal(row_state[:, rows], expected[0][0]) and torch.equal(support[:, rows], expected[1][0])
+        tile_rows = slice(rows.start // 64 + b, rows.start // 64 + b + tiles_of(length))
+        if length:
+            assert torch.equal(tiles[:, tile_rows], expected[2][0, :, : tiles_of(length)])
+        assert not used[tile_rows].any()
+        used[tile_rows] = True
+    assert not tiles[:, ~used].any()
 
 
 def test_tiles_say_where_the_weight_is(make_inputs, backend):

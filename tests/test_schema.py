@@ -66,6 +66,9 @@ def test_kernels_are_registered_where_each_door_looks():
     keys = ("Autograd", "CompositeExplicitAutograd", "AutocastCPU", "AutocastCUDA")
     for name, wanted in {
         "entmax_attn": keys,
+        "entmax_attn.per_head": keys,
+        "entmax_attn_varlen": keys,
+        "entmax_attn_varlen.per_head": keys,
         "_entmax_attn_forward": ("CPU", "Meta"),
         "_entmax_attn_backward": ("CPU", "Meta"),
         "entmax": ("Autograd", "CompositeExplicitAutograd", "AutocastCUDA"),

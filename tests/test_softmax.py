@@ -42,10 +42,15 @@ def test_against_the_reference(make_inputs, is_causal):
         (dict(m=20, n=30), dict(is_causal=True), "is_causal 20 30"),
         (dict(m=30, n=20), dict(is_causal=True), "is_causal 30 20"),
         (dict(m=20, n=20, size=8, value_size=5), dict(), "value 8 5"),
+        (dict(m=20, n=20), dict(window=(3, -1)), "window"),
+        (dict(m=20, n=20), dict(q_seqlens=torch.tensor([5, 20])), "q_seqlens"),
+        (dict(m=20, n=20), dict(kv_seqlens=torch.tensor([5, 20])), "kv_seqlens"),
+        (dict(m=20, n=20), dict(alibi_slopes=torch.ones(2)), "alibi_slopes"),
     ),
-    ids=("fewer queries, causal", "more queries, causal", "value size"),
+    ids=("fewer queries, causal", "more queries, causal", "value size", "window", "q_seqlens", "kv_seqlens", "ALiBi"),
 )
-def test_refused_where_torch_means_something_else(make_inputs, shape, options, words):
+def test_refused_where_torch_means_something_else(make_inputs, backend, shape, options, words):
+    options = {name: x.to(backend.device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     with pytest.raises(RuntimeError) as caught:
         entmax_attn(*make_inputs(**shape), alpha=1.0, **options)
     message = str(caught.value)

@@ -7,6 +7,7 @@ import torch
 
 import adasplash
 from common import assert_same_bits, make_inputs, run_python
+from options import FORMS, run
 
 pytestmark = [
     pytest.mark.backends("cpu", "cuda"),
@@ -121,6 +122,16 @@ def test_repeated_training_runs_survive_the_profiling_executor(backend):
     eager = torch.autograd.grad(CallsFunction()(*inputs).sum(), inputs)
     for result in results:
         assert_same_bits(result, eager)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_option_after_saving_and_loading(backend, form):
+    module, arguments = FORMS[form]
+    given = arguments([20, 0, 33], [40, 7, 25], backend.device)
+    eager, scripted = run(module(), given), reloaded(module())
+    for _ in range(3):
+        assert_same_bits(run(scripted, given), eager)
+    assert all(x.any() for x in eager)
 
 
 def test_errors_inside_a_script_name_the_argument(backend):

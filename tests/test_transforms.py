@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adasplash import entmax_attn
 from common import HALF, assert_same_bits, gradients, normal_like
+from options import FORMS, packed_arguments, padded_arguments
 
 OPS = torch.ops.adasplash
 
@@ -176,6 +177,63 @@ def test_opcheck_of_the_private_ops(make_inputs, backend):
         torch.library.opcheck(OPS._entmax_attn_forward.default, (*inputs, *options, capacity))
     out, *saved = OPS._entmax_attn_forward(*inputs, *options, backend.support_capacity)
     torch.library.opcheck(OPS._entmax_attn_backward.default, (normal_like(out), *inputs, *saved, *options))
+
+
+def private_arguments(form, device):
+    """query, key, value and the options of the private ops, with everything at once."""
+    arguments = {"padded": padded_arguments, "packed": packed_arguments}[form]([20, 0, 33], [40, 7, 65], device)
+    query, key, value, alpha, *lengths, slopes = arguments[:7]
+    lengths = (None, None, *lengths, *arguments[7:]) if form == "packed" else (*lengths, None, None, 0, 0)
+    return (query, key, value), (alpha, 1.5, True, None, *lengths, [20, -1], slopes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_of_the_private_ops_with_every_option(backend, form):
+    inputs, options = private_arguments(form, backend.device)
+    for capacity in {-1, 0, backend.support_capacity}:
+        torch.library.opcheck(OPS._entmax_attn_forward.default, (*inputs, *options, capacity))
+    out, *saved = OPS._entmax_attn_forward(*inputs, *options, backend.support_capacity)
+    torch.library.opcheck(OPS._entmax_attn_backward.default, (normal_like(out), *inputs, *saved, *options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ("number", "per head", "one for all"))
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_with_every_option(backend, form, kind):
+    arguments = {"padded": padded_arguments, "packed": packed_arguments}[form]([20, 1, 33], [40, 7, 25], backend.device)
+    query, key, value, alpha, *lengths, slopes = arguments[:7]
+    alpha = {"number": 1.25, "per head": alpha.requires_grad_(), "one for all": alpha[1].clone().requires_grad_()}[kind]
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    options = dict(is_causal=True, window=[20, 3], alibi_slopes=slopes)
+    overload = "default" if kind == "number" else "per_head"
+    if form == "padded":
+        options.update(q_seqlens=lengths[0], kv_seqlens=lengths[1])
+        torch.library.opcheck(getattr(OPS.entmax_attn, overload), (*inputs, alpha), options)
+    else:
+        given = (*inputs, *lengths, *arguments[7:], alpha)
+        torch.library.opcheck(getattr(OPS.entmax_attn_varlen, overload), given, options)
+
+
+@pytest.mark.parametrize("capacity", (-1, 0, 64))
+@pytest.mark.parametrize("form", FORMS)
+def test_meta_and_fake_tensors_foretell_every_option(backend, form, capacity):
+    if capacity > 0 and backend.support_capacity == 0:
+        pytest.skip(f"the {backend.name} backend keeps no support lists")
+    inputs, options = private_arguments(form, backend.device)
+
+    def everything(convert):
+        tensors = [convert(x) for x in inputs]
+        given = [convert(x) if isinstance(x, torch.Tensor) else x for x in options]
+        results = OPS._entmax_attn_forward(*tensors, *given, capacity)
+        if capacity >= 0:
+            out, *saved = results
+            results += OPS._entmax_attn_backward(torch.empty_like(out), *tensors, *saved, *given)
+        return [(x.shape, x.stride(), x.dtype, x.storage_offset()) for x in results]
+
+    real = everything(lambda x: x)
+    assert everything(lambda x: x.to("meta")) == real
+    with FakeTensorMode() as mode:
+        assert everything(mode.from_tensor) == real
 
 
 def test_anomaly_mode(make_inputs):

@@ -162,7 +162,7 @@ def test_inference_mode(backend):
 
 @pytest.mark.backends("cpu")
 def test_no_padding_work(threads):
-    """A long sequence beside many short ones costs about what it costs alone; a padded batch would cost 33 times that."""
+    """A long sequence beside 32 short ones costs about what it costs alone; padded they would cost 33 times that."""
     threads(1)
 
     def seconds(q_lengths):
@@ -181,7 +181,10 @@ GOOD = dict(cu_seqlens_q=[0, 3, 5], cu_seqlens_k=[0, 4, 7], max_seqlen_q=3, max_
 CONTRADICTIONS = {
     "start of queries": (dict(cu_seqlens_q=[1, 3, 5]), "cu_seqlens_q must start at 0, got 1"),
     "start of keys": (dict(cu_seqlens_k=[-1, 3, 7]), "cu_seqlens_k must start at 0, got -1"),
-    "decreasing": (dict(cu_seqlens_q=[0, 6, 5], max_seqlen_q=9), "cu_seqlens_q must not decrease, got 5 after 6 at [2]"),
+    "decreasing": (
+        dict(cu_seqlens_q=[0, 6, 5], max_seqlen_q=9),
+        "cu_seqlens_q must not decrease, got 5 after 6 at [2]",
+    ),
     "end of queries": (dict(cu_seqlens_q=[0, 3, 4]), "cu_seqlens_q must end at query's number of tokens 5, got 4"),
     "end of keys": (
         dict(cu_seqlens_k=[0, 4, 2**31 - 1], max_seqlen_k=2**31),

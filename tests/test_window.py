@@ -9,7 +9,13 @@ from adasplash import entmax_attn
 from common import assert_same_bits, check_gradients, gradients, normal_like
 
 WINDOWS = ((0, 0), (5, -1), (-1, 5), (3, 7), (70, 2), (0, 64), (64, 63), (1000, 1000), (2**62, 2**62))
-LENGTHS = {"square": (90, 90), "more keys": (50, 130), "more queries": (130, 50), "one query": (1, 90), "one key": (90, 1)}
+LENGTHS = {
+    "square": (90, 90),
+    "more keys": (50, 130),
+    "more queries": (130, 50),
+    "one query": (1, 90),
+    "one key": (90, 1),
+}
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
