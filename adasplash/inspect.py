@@ -1,8 +1,8 @@
 """What a call attended to: ``attention_stats`` and ``attention_weights``.
 
-Both run the op's forward, which says of each row what its maximum and threshold are, and of each 64×64 tile whether it
-holds weight. Only those tiles are visited again, a bounded number at a time. Their scores are computed in float64, in
-plain torch, so this works alike on every device.
+Both run the op's forward, which says of each row what its maximum and threshold are, on the CPU also which keys have
+weight if they are few, and of each 64×64 tile whether it holds weight. Scores of those keys, and for rows without a
+list those of the tiles, are computed again, in float64 and plain torch, a bounded number at a time.
 """
 
 import itertools
@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 _TILE = 64  # kTile of csrc/attention.h
-_TILES_AT_ONCE = 128  # bounds the memory in between: a float64 for each of their scores is 4 MiB
+_LIST_LENGTH = 64  # support_capacity on the CPU; the CUDA kernels make no lists
+
+# What is computed at a time, at a float64 for each score 4 MiB; the keys of the lists take 32 MiB at the most.
+_TILES_AT_ONCE = 128
+_LISTS_AT_ONCE = 256
 
 
 class AttentionStats(NamedTuple):
@@ -54,7 +58,8 @@ def attention_stats(
 ) -> AttentionStats:
     """Threshold, support size and largest weight of every row of ``entmax_attn(query, key, value, ...)``.
 
-    The M×N matrix is not built: beyond the result it takes a few numbers a row, one byte a 64×64 tile and a constant.
+    The M×N matrix is not built: beyond the result it takes some numbers a row (of int32, 64 on the CPU), one byte a
+    64×64 tile and a constant.
     Nothing is differentiable. It waits for the device.
 
     Args:
@@ -102,7 +107,7 @@ def attention_weights(
 ) -> Tensor:
     """The attention matrix of ``entmax_attn(query, key, value, ...)``, as one sparse tensor.
 
-    The dense matrix is not built: beyond the result it takes about 100 bytes a weight, a few numbers a row, one byte a
+    The dense matrix is not built: beyond the result it takes about 100 bytes a weight, some numbers a row, one byte a
     64×64 tile and a constant. Nothing is differentiable. It waits for the device.
 
     Weights are computed from float64 scores, the kernel's threshold and the row's own maximum, and divided by their
@@ -157,9 +162,9 @@ class _Call:
         alibi_slopes: Tensor | None,
     ):
         number, tensor = (1.5, alpha) if isinstance(alpha, Tensor) else (alpha, None)
-        _, self.row_state, _, tiles = torch.ops.adasplash._entmax_attn_forward(
+        _, self.row_state, self.support, tiles = torch.ops.adasplash._entmax_attn_forward(
             query, key, value, tensor, number, is_causal, scale, q_seqlens, kv_seqlens,
-            None, None, 0, 0, window, alibi_slopes, 0,
+            None, None, 0, 0, window, alibi_slopes, _LIST_LENGTH if query.device.type == "cpu" else 0,
         )  # fmt: skip
         device = query.device
         self.query, self.key = query, key
@@ -219,23 +224,18 @@ class _Call:
         visible = (last - first + 1).clamp(min=0).sum(-1).double()
         return torch.where(visible > 0, 1 - self.tile_has_weight.sum((2, 3)) / visible, 0)
 
-    def scores(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows (T, 64), keys (T, 64) and z (T, 64, 64), hidden keys at −∞, of the tiles with weight, T at a time."""
-        group = self.heads // max(self.key.shape[1], 1)
-        within = torch.arange(_TILE, device=self.query.device)
-        for tiles in self.tile_has_weight.nonzero().split(_TILES_AT_ONCE):
-            b, h, i, j = (x[:, None] for x in tiles.unbind(1))
-            i, j = i * _TILE + within, j * _TILE + within
-            row = (b * self.heads + h) * self.padded + i
-            query = self.query[b, h, i.clamp(max=self.queries - 1)].double()
-            key = self.key[b, h // group, j.clamp(max=self.key.shape[2] - 1)].double()
-            z = (query * ((self.alpha[h] - 1) * self.scale)[..., None]) @ key.transpose(1, 2)
-            if self.slopes is not None:
-                slope = (self.alpha[h] - 1) * self.slopes[b, h]
-                z -= slope[..., None] * (self.place[row][..., None] - j[:, None]).abs()
-            z.masked_fill_(j[:, None] < self.begin[row][..., None], -torch.inf)
-            z.masked_fill_(j[:, None] >= self.end[row][..., None], -torch.inf)
-            yield row, j, z
+    def scores(self, row: Tensor, key: Tensor) -> Tensor:
+        """z (T, I, J) of rows (T, I) and keys (T, J), each of T within one head; −∞ where a row does not see a key."""
+        b, h = row[:, :1] // self.padded // self.heads, row[:, :1] // self.padded % self.heads
+        kv_head = h // (self.heads // self.key.shape[1])
+        queries = self.query[b, h, (row % self.padded).clamp(max=self.queries - 1)].double()
+        keys = self.key[b, kv_head, key.clamp(0, self.key.shape[2] - 1)].double()
+        z = (queries * ((self.alpha[h] - 1) * self.scale)[..., None]) @ keys.transpose(1, 2)
+        if self.slopes is not None:
+            slope = (self.alpha[h] - 1) * self.slopes[b, h]
+            z -= slope[..., None] * (self.place[row][..., None] - key[:, None]).abs()
+        z.masked_fill_(key[:, None] < self.begin[row][..., None], -torch.inf)
+        return z.masked_fill_(key[:, None] >= self.end[row][..., None], -torch.inf)
 
     def weights(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Row, key and weight of all that have any, not yet divided by the row's sum, in pieces; none of NaN rows.
@@ -244,18 +244,45 @@ class _Call:
         """
         # The kernel rounds scores in its own way. Measured from the maximum of these ones, the threshold is never above
         # all of a row, however flat that is.
+        listed = torch.zeros(self.rows, dtype=torch.bool, device=self.query.device)
+        for row, key in self.lists():
+            listed[row] = True
+            z = self.scores(row, key)
+            yield self.above(row, key, z, z.amax(-1) + self.gap[row])
+
         maximum = torch.full_like(self.gap, -torch.inf)
-        for row, _, z in self.scores():
-            maximum.scatter_reduce_(0, row.flatten(), z.amax(-1).flatten(), "amax")
-        tau = maximum + self.gap  # NaN for rows without a weight
-        power = (1 / (self.alpha - 1)).expand(self.batch, -1).repeat_interleave(self.padded)
-        smallest = torch.finfo(self.row_state.dtype).tiny
-        for row, key, z in self.scores():
-            tile, i, j = (z > tau[row][..., None]).nonzero(as_tuple=True)
-            row, key = row[tile, i], key[tile, j]
-            weight = (z[tile, i, j] - tau[row]).pow(power[row])
-            held = weight >= smallest
-            yield row[held], key[held], weight[held]
+        for row, key in self.tiles(~listed):
+            maximum.scatter_reduce_(0, row.flatten(), self.scores(row, key).amax(-1).flatten(), "amax")
+        tau = (maximum + self.gap).masked_fill(listed, torch.inf)  # NaN for rows without a weight
+        for row, key in self.tiles(~listed):
+            yield self.above(row, key, self.scores(row, key), tau[row])
+
+    def lists(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows (T, 1) and their keys (T, J), −1 after the last, of rows that the kernel listed, T at a time."""
+        if self.support.shape[3] == 0:
+            return
+        for chosen in _pieces((self.support[..., 0] >= 0).nonzero(), _LISTS_AT_ONCE):
+            b, h, i = chosen.unbind(1)
+            key = self.support[b, h, i].long()
+            longest = int((key >= 0).sum(-1).amax())
+            yield ((b * self.heads + h) * self.padded + i)[:, None], key[:, :longest]
+
+    def tiles(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows (T, 64) and keys (T, 64) of tiles that hold weight and one of these rows (a mask), T at a time."""
+        wanted = rows.reshape(*self.tile_has_weight.shape[:3], _TILE).any(-1)
+        within = torch.arange(_TILE, device=rows.device)
+        for chosen in _pieces((self.tile_has_weight & wanted[..., None]).nonzero(), _TILES_AT_ONCE):
+            b, h, i, j = (x[:, None] for x in chosen.unbind(1))
+            yield (b * self.heads + h) * self.padded + i * _TILE + within, j * _TILE + within
+
+    def above(self, row: Tensor, key: Tensor, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, key and weight of what is above its row's tau (T, I) and can be held in the result's type."""
+        t, i, j = (z > tau[..., None]).nonzero(as_tuple=True)
+        row, key = row[t, i], key[t, j]
+        head = row // self.padded % self.heads
+        weight = (z[t, i, j] - tau[t, i]).pow(1 / (self.alpha[head] - 1))
+        held = weight >= torch.finfo(self.row_state.dtype).tiny
+        return row[held], key[held], weight[held]
 
 
 def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -272,6 +299,11 @@ def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
             whole[count:end] = x
         count = end
     return tuple(x[:count] for x in joined)
+
+
+def _pieces(index: Tensor, length: int) -> tuple[Tensor, ...]:
+    """Split into lengths of at most `length`, none of zero."""
+    return index.split(length) if len(index) > 0 else ()
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -102,6 +102,16 @@ def test_options(make_inputs, backend, check, options, alpha):
     check(make_inputs(**SHAPE), **on(backend.device, alpha=ALPHAS[alpha], **OPTIONS[options]))
 
 
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("length", (0, 4))
+@pytest.mark.parametrize("check", (check_stats, check_weights))
+def test_rows_with_and_without_a_list(make_inputs, monkeypatch, check, length, options):
+    """The CPU lists the keys of rows that have few; nothing may depend on how many that is."""
+    monkeypatch.setattr("adasplash.inspect._LIST_LENGTH", length)
+    check(make_inputs(**SHAPE), alpha=1.7, **OPTIONS[options])
+
+
 @pytest.mark.parametrize("check", (check_stats, check_weights))
 def test_types(make_inputs, check, dtype):
     check(make_inputs(**SHAPE, dtype=dtype), is_causal=True)
