@@ -59,8 +59,7 @@ def attention_stats(
     """Threshold, support size and largest weight of every row of ``entmax_attn(query, key, value, ...)``.
 
     The M×N matrix is not built: beyond the result it takes some numbers a row (of int32, 64 on the CPU), one byte a
-    64×64 tile and a constant.
-    Nothing is differentiable. It waits for the device.
+    64×64 tile and a constant. Nothing is differentiable. It waits for the device.
 
     Args:
         query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes: as in ``entmax_attn``,
