@@ -1,7 +1,8 @@
 """α-entmax attention for PyTorch: weights that are exactly zero for most keys, chosen by the data and differentiable.
 
-``adasplash.entmax_attn`` and ``adasplash.entmax_attn_varlen`` are the ops ``torch.ops.adasplash.…`` with documented Python
-signatures, ``adasplash.entmax`` is the activation alone; importing this package is what registers the ops.
+``adasplash.entmax_attn`` is ``torch.ops.adasplash.entmax_attn`` with a documented Python signature, and
+``adasplash.entmax_attn_varlen`` likewise; importing this package is what registers the ops. ``adasplash.entmax`` is the
+activation alone. ``adasplash.compat`` has the names of the authors' package, which are here too.
 """
 
 from adasplash._load import cmake_prefix_path, load_library
@@ -11,7 +12,20 @@ load_library()
 
 # The ops must be registered first.
 from adasplash.activation import entmax, entmax15, sparsemax  # noqa: E402
+from adasplash.compat import (  # noqa: E402
+    adasplash,
+    adasplash2,
+    adasplash_no_block_mask,
+    adasplash_v1,
+    adasplash_v2,
+    triton_entmax,
+    triton_entmax15,
+    triton_entmax_v1,
+    triton_entmax_v2,
+    triton_sparsemax,
+)
 from adasplash.functional import entmax_attn, entmax_attn_varlen  # noqa: E402
+from adasplash.inspect import AttentionStats, attention_stats, attention_weights  # noqa: E402
 from adasplash.losses import (  # noqa: E402
     Entmax15Loss,
     EntmaxLoss,
@@ -20,12 +34,22 @@ from adasplash.losses import (  # noqa: E402
     entmax_loss,
     sparsemax_loss,
 )
+from adasplash.modules import EntmaxAttention  # noqa: E402
 
 __all__ = [
+    "AttentionStats",
     "Entmax15Loss",
+    "EntmaxAttention",
     "EntmaxLoss",
     "SparsemaxLoss",
     "__version__",
+    "adasplash",
+    "adasplash2",
+    "adasplash_no_block_mask",
+    "adasplash_v1",
+    "adasplash_v2",
+    "attention_stats",
+    "attention_weights",
     "cmake_prefix_path",
     "entmax",
     "entmax15",
@@ -35,4 +59,9 @@ __all__ = [
     "entmax_loss",
     "sparsemax",
     "sparsemax_loss",
+    "triton_entmax",
+    "triton_entmax15",
+    "triton_entmax_v1",
+    "triton_entmax_v2",
+    "triton_sparsemax",
 ]

@@ -71,15 +71,9 @@ void check_seqlens(const char* op, const char* name, const OptionalTensor& lengt
   check_size(op, name, "batch size", lengths->sym_size(0), "query's", shape.batch);
 }
 
-void check_alpha(const char* op, const AttentionShape& shape, const at::Tensor& query, const AttentionOptions& options,
-                 bool softmax_elsewhere) {
-  if (!options.head_alpha) {
-    const double alpha = options.alpha;
-    TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= kMinAlpha && alpha <= 2), op, ": alpha must be ",
-                softmax_elsewhere ? "1 or " : "", "from ", kMinAlpha, " to 2, got ", alpha,
-                alpha == 1 ? "; softmax is available in the padded form only, as entmax_attn" : "");
-    return;
-  }
+void check_attention_alpha(const char* op, const AttentionShape& shape, const at::Tensor& query,
+                           const AttentionOptions& options, bool softmax_elsewhere) {
+  if (!options.head_alpha) return check_alpha(op, options.alpha, softmax_elsewhere);
   const at::Tensor& alpha = *options.head_alpha;
   TORCH_CHECK(alpha.defined(), op, ": alpha must be a number or a tensor, got none");
   check_dense(op, "alpha", alpha, alpha.dim() == 0 ? 0 : 1, "(heads,), or none", query);
@@ -114,8 +108,9 @@ void check_like(const char* op, const char* name, const at::Tensor& tensor, at::
 }  // namespace
 
 void check_alpha(const char* op, double alpha, bool softmax_elsewhere) {
-  TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= 1.01 && alpha <= 2), op, ": alpha must be ",
-              softmax_elsewhere ? "1 or " : "", "from 1.01 to 2, got ", alpha);
+  TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= kMinAlpha && alpha <= 2), op, ": alpha must be ",
+              softmax_elsewhere ? "1 or " : "", "from ", kMinAlpha, " to 2, got ", alpha,
+              alpha == 1 ? "; softmax is available in the padded form only, as entmax_attn" : "");
 }
 
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -144,7 +139,7 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
               ": query's number of heads must be a multiple of key's and value's, got ", shape.heads, " and ",
               shape.kv_heads);
 
-  check_alpha(op, shape, query, options, softmax_elsewhere);
+  check_attention_alpha(op, shape, query, options, softmax_elsewhere);
   if (options.scale) {
     const double scale = type == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
     TORCH_CHECK(std::isfinite(scale), op, ": scale must be finite in ", row_state_type(query), ", got ",

@@ -1,0 +1,309 @@
+"""What a call attended to: ``attention_stats`` and ``attention_weights``.
+
+Both run the op's forward, which says of each row what its maximum and threshold are, on the CPU also which keys have
+weight if they are few, and of each 64×64 tile whether it holds weight. Scores of those keys, and for rows without a
+list those of the tiles, are computed again, in float64 and plain torch, a bounded number at a time.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_TILE = 64  # kTile of csrc/attention.h
+_LIST_LENGTH = 64  # support_capacity on the CPU; the CUDA kernels make no lists
+
+# What is computed at a time, at a float64 for each score 4 MiB; the keys of the lists take 32 MiB at the most.
+_TILES_AT_ONCE = 128
+_LISTS_AT_ONCE = 256
+
+
+class AttentionStats(NamedTuple):
+    """Facts about the rows of an attention matrix that was never built; (B, H, M) unless said otherwise.
+
+    ``tau``, ``maximum`` and ``gap`` are the kernel's own, in units of z = (α−1) · score: a key has weight if its z is
+    above tau. They are float32, and float64 for float64 queries. The kernel works with ``maximum`` and ``gap``; where
+    scores are large and close to each other, one float32 for ``tau`` says less than the two.
+    """
+
+    #: The threshold, maximum + gap. ∞ for a row that sees no key, NaN for a NaN row.
+    tau: Tensor
+    #: The row's largest z. 0 for a row that sees no key, NaN for a NaN row.
+    maximum: Tensor
+    #: tau − maximum, from −1 to 0. ∞ for a row that sees no key, NaN for a NaN row.
+    gap: Tensor
+    #: How many keys have weight, int64. 0 for a row that sees no key and for a NaN row.
+    support_size: Tensor
+    #: The largest weight, in tau's type. 0 for a row that sees no key, NaN for a NaN row.
+    largest_weight: Tensor
+    #: (B, H), float64: the share of tiles without any weight among the 64×64 tiles in which some query sees some key.
+    #: 0 where no tile is visible. What a NaN row sees counts as having weight.
+    empty_tiles: Tensor
+
+
+@torch.no_grad()
+def attention_stats(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_seqlens: Tensor | None = None,
+    kv_seqlens: Tensor | None = None,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+) -> AttentionStats:
+    """Threshold, support size and largest weight of every row of ``entmax_attn(query, key, value, ...)``.
+
+    The M×N matrix is not built: beyond the result it takes some numbers a row (of int32, 64 on the CPU), one byte a
+    64×64 tile and a constant. Nothing is differentiable. It waits for the device.
+
+    Args:
+        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes: as in ``entmax_attn``,
+            except that alpha = 1 is refused: softmax gives weight to every key.
+
+    Returns:
+        :class:`AttentionStats`.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it.
+    """
+    call = _Call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes)
+    count = torch.zeros(call.rows, dtype=torch.int64, device=query.device)
+    total = torch.zeros(call.rows, dtype=torch.float64, device=query.device)
+    largest = torch.zeros_like(total)
+    for row, _, weight in call.weights():
+        count.index_add_(0, row, torch.ones_like(row))
+        total.index_add_(0, row, weight)
+        largest.scatter_reduce_(0, row, weight, "amax")
+    largest = torch.where(count > 0, largest / total, 0).masked_fill(call.gap.isnan(), torch.nan)
+    maximum, gap = call.row_state.unbind(-1)
+    return AttentionStats(
+        tau=maximum + gap,
+        maximum=maximum.clone(),
+        gap=gap.clone(),
+        support_size=call.by_query(count),
+        largest_weight=call.by_query(largest).to(gap.dtype),
+        empty_tiles=call.empty_tiles(),
+    )
+
+
+@torch.no_grad()
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor = 1.5,
+    is_causal: bool = False,
+    scale: float | None = None,
+    q_seqlens: Tensor | None = None,
+    kv_seqlens: Tensor | None = None,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """The attention matrix of ``entmax_attn(query, key, value, ...)``, as one sparse tensor.
+
+    The dense matrix is not built: beyond the result it takes about 100 bytes a weight, some numbers a row, one byte a
+    64×64 tile and a constant. Nothing is differentiable. It waits for the device.
+
+    Weights are computed from float64 scores, the kernel's threshold and the row's own maximum, and divided by their
+    sum. They differ from those that the kernel used by its rounding of the scores.
+
+    Args:
+        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes: as in ``entmax_attn``,
+            except that alpha = 1 is refused: softmax gives weight to every key.
+
+    Returns:
+        Sparse CSR tensor (B·H·M, N) with int64 indices and ascending columns. Row (b·H + h)·M + i belongs to query i of
+        head h of batch entry b. Values are float32, and float64 for float64 queries: torch multiplies sparse matrices
+        in these types everywhere. A row that sees no key has no entries. A NaN row has one, NaN, at the first key that
+        it sees, so that it stays NaN in sums and products.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it.
+    """
+    call = _Call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes)
+    nan_row = call.gap.isnan().nonzero().squeeze(1)
+    nan_entries = nan_row, call.begin[nan_row], torch.full_like(nan_row, torch.nan, dtype=torch.float64)
+    row, column, weight = _joined(itertools.chain([nan_entries], call.weights()))
+    row, order = row.sort(stable=True)
+    column, weight = column[order], weight[order]
+    total = torch.zeros(call.rows, dtype=torch.float64, device=query.device).index_add_(0, row, weight)
+    count = call.by_query(torch.bincount(row, minlength=call.rows)).flatten()
+    return torch.sparse_csr_tensor(
+        torch.cat([count.new_zeros(1), count.cumsum(0)]),
+        column,
+        (weight / total[row]).to(call.row_state.dtype),
+        size=(count.numel(), key.shape[2]),
+    )
+
+
+class _Call:
+    """One call's arguments, what decides its rows, and which of its tiles hold weight.
+
+    Rows here are those of all heads and batch entries, counted with M rounded up to whole tiles.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        alpha: float | Tensor,
+        is_causal: bool,
+        scale: float | None,
+        q_seqlens: Tensor | None,
+        kv_seqlens: Tensor | None,
+        window: tuple[int, int],
+        alibi_slopes: Tensor | None,
+    ):
+        number, tensor = (1.5, alpha) if isinstance(alpha, Tensor) else (alpha, None)
+        _, self.row_state, self.support, tiles = torch.ops.adasplash._entmax_attn_forward(
+            query, key, value, tensor, number, is_causal, scale, q_seqlens, kv_seqlens,
+            None, None, 0, 0, window, alibi_slopes, _LIST_LENGTH if query.device.type == "cpu" else 0,
+        )  # fmt: skip
+        device = query.device
+        self.query, self.key = query, key
+        self.batch, self.heads, self.queries, head_dim = query.shape
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.alpha = torch.as_tensor(alpha, dtype=torch.float64, device=device).expand(self.heads)
+        self.slopes = None
+        if alibi_slopes is not None:
+            self.slopes = alibi_slopes.double().expand(self.batch, self.heads)
+
+        tile_rows, tile_columns = _ceil_div(self.queries, _TILE), _ceil_div(key.shape[2], _TILE)
+        bit = torch.arange(32, dtype=torch.int32, device=device)
+        bits = (tiles[:, :, :tile_rows, :, None] >> bit & 1).bool()
+        self.tile_has_weight = bits.flatten(3)[..., :tile_columns]  # (B, H, tile rows, tile columns)
+
+        self.padded = tile_rows * _TILE
+        self.rows = self.batch * self.heads * self.padded
+        self.look_around(is_causal, q_seqlens, kv_seqlens, window)
+        gap = self.row_state.new_full((self.batch, self.heads, self.padded), torch.inf, dtype=torch.float64)
+        gap[:, :, : self.queries] = self.row_state[..., 1]
+        self.gap = gap.flatten()
+
+    def look_around(
+        self, is_causal: bool, q_seqlens: Tensor | None, kv_seqlens: Tensor | None, window: tuple[int, int]
+    ) -> None:
+        """Which keys each row sees, as docs/contract.md says: `begin` to `end`, and `place`, the key beside it."""
+
+        def lengths(given: Tensor | None, whole: int) -> Tensor:
+            if given is None:
+                return torch.full((self.batch, 1), whole, device=self.query.device)
+            return given.long().clamp(0, whole)[:, None]
+
+        queries, keys = lengths(q_seqlens, self.queries), lengths(kv_seqlens, self.key.shape[2])
+        row = torch.arange(self.padded, device=self.query.device)
+        place = row + keys - queries
+        left, right = window[0], 0 if is_causal else window[1]
+        begin = (place - left).clamp(min=0) if left >= 0 else torch.zeros_like(place)
+        end = torch.minimum(place + right + 1, keys) if right >= 0 else keys.expand_as(place)
+        sees = (row < queries) & (begin < end)
+        of_all_heads = (self.batch, self.heads, self.padded)
+        self.place, self.begin, self.end = (
+            x[:, None].expand(of_all_heads).flatten() for x in (place, begin * sees, end * sees)
+        )
+
+    def by_query(self, of_rows: Tensor) -> Tensor:
+        """A number for each row, in the shape (B, H, M)."""
+        return of_rows.reshape(self.batch, self.heads, self.padded)[:, :, : self.queries]
+
+    def empty_tiles(self) -> Tensor:
+        """(B, H): the share of visible tiles that hold no weight."""
+        tiles = (self.batch, self.heads, self.padded // _TILE, _TILE)
+        begin, end = self.begin.reshape(tiles), self.end.reshape(tiles)
+        # The rows of a tile stand side by side, so what they see together has no holes.
+        sees = begin < end
+        first = torch.where(sees, begin, self.key.shape[2]).amin(-1) // _TILE
+        last = torch.where(sees, end - 1, -1).amax(-1).div(_TILE, rounding_mode="floor")
+        visible = (last - first + 1).clamp(min=0).sum(-1).double()
+        return torch.where(visible > 0, 1 - self.tile_has_weight.sum((2, 3)) / visible, 0)
+
+    def scores(self, row: Tensor, key: Tensor) -> Tensor:
+        """z (T, I, J) of rows (T, I) and keys (T, J), each of T within one head; −∞ where a row does not see a key."""
+        b, h = row[:, :1] // self.padded // self.heads, row[:, :1] // self.padded % self.heads
+        kv_head = h // (self.heads // self.key.shape[1])
+        queries = self.query[b, h, (row % self.padded).clamp(max=self.queries - 1)].double()
+        keys = self.key[b, kv_head, key.clamp(0, self.key.shape[2] - 1)].double()
+        z = (queries * ((self.alpha[h] - 1) * self.scale)[..., None]) @ keys.transpose(1, 2)
+        if self.slopes is not None:
+            slope = (self.alpha[h] - 1) * self.slopes[b, h]
+            z -= slope[..., None] * (self.place[row][..., None] - key[:, None]).abs()
+        z.masked_fill_(key[:, None] < self.begin[row][..., None], -torch.inf)
+        return z.masked_fill_(key[:, None] >= self.end[row][..., None], -torch.inf)
+
+    def weights(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Row, key and weight of all that have any, not yet divided by the row's sum, in pieces; none of NaN rows.
+
+        Keys of a row come in ascending order.
+        """
+        # The kernel rounds scores in its own way. Measured from the maximum of these ones, the threshold is never above
+        # all of a row, however flat that is.
+        listed = torch.zeros(self.rows, dtype=torch.bool, device=self.query.device)
+        for row, key in self.lists():
+            listed[row] = True
+            z = self.scores(row, key)
+            yield self.above(row, key, z, z.amax(-1) + self.gap[row])
+
+        maximum = torch.full_like(self.gap, -torch.inf)
+        for row, key in self.tiles(~listed):
+            maximum.scatter_reduce_(0, row.flatten(), self.scores(row, key).amax(-1).flatten(), "amax")
+        tau = (maximum + self.gap).masked_fill(listed, torch.inf)  # NaN for rows without a weight
+        for row, key in self.tiles(~listed):
+            yield self.above(row, key, self.scores(row, key), tau[row])
+
+    def lists(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows (T, 1) and their keys (T, J), −1 after the last, of rows that the kernel listed, T at a time."""
+        if self.support.shape[3] == 0:
+            return
+        for chosen in _pieces((self.support[..., 0] >= 0).nonzero(), _LISTS_AT_ONCE):
+            b, h, i = chosen.unbind(1)
+            key = self.support[b, h, i].long()
+            longest = int((key >= 0).sum(-1).amax())
+            yield ((b * self.heads + h) * self.padded + i)[:, None], key[:, :longest]
+
+    def tiles(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows (T, 64) and keys (T, 64) of tiles that hold weight and one of these rows (a mask), T at a time."""
+        wanted = rows.reshape(*self.tile_has_weight.shape[:3], _TILE).any(-1)
+        within = torch.arange(_TILE, device=rows.device)
+        for chosen in _pieces((self.tile_has_weight & wanted[..., None]).nonzero(), _TILES_AT_ONCE):
+            b, h, i, j = (x[:, None] for x in chosen.unbind(1))
+            yield (b * self.heads + h) * self.padded + i * _TILE + within, j * _TILE + within
+
+    def above(self, row: Tensor, key: Tensor, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, key and weight of what is above its row's tau (T, I) and can be held in the result's type."""
+        t, i, j = (z > tau[..., None]).nonzero(as_tuple=True)
+        row, key = row[t, i], key[t, j]
+        head = row // self.padded % self.heads
+        weight = (z[t, i, j] - tau[t, i]).pow(1 / (self.alpha[head] - 1))
+        held = weight >= torch.finfo(self.row_state.dtype).tiny
+        return row[held], key[held], weight[held]
+
+
+def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """At least one part, each behind the other. A list for torch.cat would leave small tensors all over the heap."""
+    joined, count = (), 0
+    for part in parts:
+        end = count + len(part[0])
+        if not joined or end > len(joined[0]):
+            larger = tuple(x.new_empty(2 * end) for x in part)
+            for new, old in zip(larger, joined, strict=False):
+                new[:count] = old[:count]
+            joined = larger
+        for whole, x in zip(joined, part, strict=True):
+            whole[count:end] = x
+        count = end
+    return tuple(x[:count] for x in joined)
+
+
+def _pieces(index: Tensor, length: int) -> tuple[Tensor, ...]:
+    """Split into lengths of at most `length`, none of zero."""
+    return index.split(length) if len(index) > 0 else ()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
