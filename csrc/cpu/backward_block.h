@@ -26,7 +26,7 @@ struct BackwardBuffers {
         weighted_k(arena.take<A>(kQueryBlock * head_dim)),
         plain_k(arena.take<A>(kQueryBlock * head_dim)),
         sums(arena.take<RowSums>(kQueryBlock)),
-        is_dense(arena.take<bool>(kQueryBlock)),
+        dense(arena.take<int64_t>(kQueryBlock)),
         dk{arena.take<A>(kKeyBlock * head_dim), head_dim},
         dv{arena.take<A>(kKeyBlock * value_dim), value_dim} {}
 
@@ -41,7 +41,7 @@ struct BackwardBuffers {
   A *list_z, *list_u, *list_dp;  // of one row's support
   A *weighted_k, *plain_k;       // A and b of dq / scale = A - delta b
   RowSums* sums;
-  bool* is_dense;
+  int64_t* dense;  // the queries without a list, whose rows stand behind each other in what is above
   Rows<A> dk, dv;
 };
 
@@ -78,29 +78,30 @@ class BackwardBlock {
         weights_(weights),
         buffers_(buffers),
         tiles_(head, first) {
-    for (int64_t r = 0; r < rows_; ++r) {
-      buffers_.is_dense[r] = head.row_terms[first + r].count == RowTerms<A>::kDense;
-      any_dense_ |= buffers_.is_dense[r];
+    for (int64_t i = first_; i < first_ + rows_; ++i) {
+      if (is_dense(i)) buffers_.dense[dense_count_++] = i;
     }
   }
 
   // delta and dq of the block's rows.
   void query_pass() {
-    for (int64_t r = 0; r < rows_; ++r) {
-      if (!buffers_.is_dense[r]) list_query_pass(first_ + r);
+    for (int64_t i = first_; i < first_ + rows_; ++i) {
+      if (!is_dense(i)) list_query_pass(i);
     }
-    if (any_dense_) dense_query_pass();
+    if (dense_count_ > 0) dense_query_pass();
   }
 
   // Adds the block's share to dk and dv of the given keys.
   void key_pass(Interval keys) {
-    for (int64_t r = 0; r < rows_; ++r) {
-      if (!buffers_.is_dense[r]) list_key_pass(first_ + r, keys);
+    for (int64_t i = first_; i < first_ + rows_; ++i) {
+      if (!is_dense(i)) list_key_pass(i, keys);
     }
-    if (any_dense_) dense_key_pass(keys);
+    if (dense_count_ > 0) dense_key_pass(keys);
   }
 
  private:
+  bool is_dense(int64_t i) const { return head_.row_terms[i].count == RowTerms<A>::kDense; }
+
   // Rows with a list. -------------------------------------------------------------------------------------------------
 
   const A* query_row(int64_t i) { return in_type<A>(head_.query[i], head_.head_dim, buffers_.query); }
@@ -187,18 +188,11 @@ class BackwardBlock {
 
   // Rows without. -----------------------------------------------------------------------------------------------------
 
-  // Copies, with the other rows zero, so that these add nothing to the products.
   void pack_dense_rows() {
-    for (int64_t r = 0; r < rows_; ++r) {
-      A* query = buffers_.query + r * head_.head_dim;
-      A* grad_out = buffers_.grad_out + r * head_.value_dim;
-      if (buffers_.is_dense[r]) {
-        convert(head_.query[first_ + r], head_.head_dim, query);
-        convert(head_.grad_out[first_ + r], head_.value_dim, grad_out);
-      } else {
-        std::fill_n(query, head_.head_dim, A(0));
-        std::fill_n(grad_out, head_.value_dim, A(0));
-      }
+    for (int64_t d = 0; d < dense_count_; ++d) {
+      const int64_t i = buffers_.dense[d];
+      convert(head_.query[i], head_.head_dim, buffers_.query + d * head_.head_dim);
+      convert(head_.grad_out[i], head_.value_dim, buffers_.grad_out + d * head_.value_dim);
     }
   }
 
@@ -207,34 +201,36 @@ class BackwardBlock {
   void for_dense_blocks(Interval within, const F& f) {
     for_key_blocks(head_, first_, rows_, [&](Interval keys) {
       if (keys.begin >= within.end || keys.end <= within.begin || !tiles_.any(keys)) return;
-      multiply_scores(head_, Rows<const A>{buffers_.query, head_.head_dim}, first_, rows_, keys, buffers_.columns,
-                      buffers_.scores);
-      multiply(Rows<const A>{buffers_.grad_out, head_.value_dim}, rows_, A(1), head_.value, keys, head_.value_dim,
-               buffers_.columns, buffers_.grads);
+      multiply_scores(
+          head_, Rows<const A>{buffers_.query, head_.head_dim}, dense_count_,
+          [&](int64_t d) { return buffers_.dense[d]; }, keys, buffers_.columns, buffers_.scores);
+      multiply(Rows<const A>{buffers_.grad_out, head_.value_dim}, dense_count_, A(1), head_.value, keys,
+               head_.value_dim, buffers_.columns, buffers_.grads);
       f(keys);
     });
   }
 
-  // Calls f(row, its visible keys, z and dP there) for every dense row, and zeroes both blocks wherever a row is not
-  // dense or does not see.
+  // Calls f(d, query, number of its visible keys, z and dP there) for every dense row, and zeroes both blocks where it
+  // does not see.
   template <typename F>
   void for_dense_rows(Interval keys, const F& f) {
-    for (int64_t r = 0; r < rows_; ++r) {
-      A* z = buffers_.scores + r * kBlockStride<A>;
-      A* dp = buffers_.grads + r * kBlockStride<A>;
-      Interval visible = head_.visible(first_ + r).clip(keys.begin, keys.end);
-      if (!buffers_.is_dense[r] || visible.empty()) visible = {keys.end, keys.end};
+    for (int64_t d = 0; d < dense_count_; ++d) {
+      const int64_t i = buffers_.dense[d];
+      A* z = buffers_.scores + d * kBlockStride<A>;
+      A* dp = buffers_.grads + d * kBlockStride<A>;
+      Interval visible = head_.visible(i).clip(keys.begin, keys.end);
+      if (visible.empty()) visible = {keys.end, keys.end};
       const int64_t before = visible.begin - keys.begin;
       for (A* row : {z, dp}) {
         std::fill_n(row, before, A(0));
         std::fill(row + before + visible.size(), row + keys.size(), A(0));
       }
-      if (!visible.empty()) f(r, visible.size(), z + before, dp + before);
+      if (!visible.empty()) f(d, i, visible.size(), z + before, dp + before);
     }
   }
 
-  Vec<A> dense_excess(int64_t r, const Vec<A>& z) const {
-    const A max = head_.row_state[2 * (first_ + r)], tau = head_.row_state[2 * (first_ + r) + 1];
+  Vec<A> dense_excess(int64_t i, const Vec<A>& z) const {
+    const A max = head_.row_state[2 * i], tau = head_.row_state[2 * i + 1];
     return std::isnan(max) ? Vec<A>(kNaN<A>) : excess(z, max, tau);
   }
   Vec<A> dense_u(const Vec<A>& t) const { return weights_.u(t) + (t - t); }  // NaN stays NaN
@@ -244,17 +240,17 @@ class BackwardBlock {
   void dense_query_pass() {
     pack_dense_rows();
     const int64_t dim = head_.head_dim;
-    std::fill_n(buffers_.weighted_k, rows_ * dim, A(0));
-    std::fill_n(buffers_.plain_k, rows_ * dim, A(0));
-    std::fill_n(buffers_.sums, rows_, typename BackwardBuffers<A>::RowSums{});
+    std::fill_n(buffers_.weighted_k, dense_count_ * dim, A(0));
+    std::fill_n(buffers_.plain_k, dense_count_ * dim, A(0));
+    std::fill_n(buffers_.sums, dense_count_, typename BackwardBuffers<A>::RowSums{});
     for_dense_blocks({0, head_.keys}, [&](Interval keys) {
-      for_dense_rows(keys, [&](int64_t r, int64_t n, A* z, A* dp) {
-        auto& sums = buffers_.sums[r];
-        const AlphaFactor<A> factor(head_.row_state[2 * (first_ + r)], head_.row_state[2 * (first_ + r) + 1]);
+      for_dense_rows(keys, [&](int64_t d, int64_t query, int64_t n, A* z, A* dp) {
+        auto& sums = buffers_.sums[d];
+        const AlphaFactor<A> factor(head_.row_state[2 * query], head_.row_state[2 * query + 1]);
         double p = 0, u = 0, u_dp = 0, psi = 0, psi_dp = 0;
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
           // Lanes beyond the row are no keys: their t must not count.
-          Vec<A> t = dense_excess(r, load<A>(z + i, lanes));
+          Vec<A> t = dense_excess(query, load<A>(z + i, lanes));
           if (lanes < kLanes<A>) t = Vec<A>::set(Vec<A>(0), t, lanes);
           const Vec<A> weights = dense_u(t);
           p += sum_lanes(t * weights);
@@ -274,7 +270,7 @@ class BackwardBlock {
         }
         const A step = static_cast<A>((sums.u_dp + u_dp) / (sums.u + u));
         sums.c += step;
-        add_scaled(-step, buffers_.plain_k + r * dim, dim, buffers_.weighted_k + r * dim);
+        add_scaled(-step, buffers_.plain_k + d * dim, dim, buffers_.weighted_k + d * dim);
         sums.u_dp -= step * sums.u;
         sums.psi += psi;
         sums.psi_dp += psi_dp - step * sums.psi;
@@ -287,41 +283,41 @@ class BackwardBlock {
         sums.u += u;
       });
       const Rows<const A> k = in_type<A>(head_.key, keys.begin, keys.size(), dim, buffers_.columns);
-      Gemm<A>::nn(rows_, dim, keys.size(), A(1), buffers_.grads, kBlockStride<A>, k.data, k.stride, A(1),
+      Gemm<A>::nn(dense_count_, dim, keys.size(), A(1), buffers_.grads, kBlockStride<A>, k.data, k.stride, A(1),
                   buffers_.weighted_k, dim);
-      Gemm<A>::nn(rows_, dim, keys.size(), A(1), buffers_.scores, kBlockStride<A>, k.data, k.stride, A(1),
+      Gemm<A>::nn(dense_count_, dim, keys.size(), A(1), buffers_.scores, kBlockStride<A>, k.data, k.stride, A(1),
                   buffers_.plain_k, dim);
     });
-    for (int64_t r = 0; r < rows_; ++r) {
-      if (!buffers_.is_dense[r]) continue;
-      const auto& sums = buffers_.sums[r];
+    for (int64_t d = 0; d < dense_count_; ++d) {
+      const int64_t query = buffers_.dense[d];
+      const auto& sums = buffers_.sums[d];
       const A rest = static_cast<A>(sums.u_dp / sums.u);
-      head_.row_terms[first_ + r].delta = sums.c + rest;
-      head_.row_terms[first_ + r].normalizer = static_cast<A>(1 / sums.p);
-      if (head_.alpha_terms != nullptr) save_alpha_term(first_ + r, sums.psi_dp - rest * sums.psi);
-      A* dq = buffers_.weighted_k + r * dim;
-      add_scaled(-rest, buffers_.plain_k + r * dim, dim, dq);
-      for (int64_t d = 0; d < dim; ++d) dq[d] *= static_cast<A>(head_.scale);
-      convert_back(dq, dim, head_.dq[first_ + r]);
+      head_.row_terms[query].delta = sums.c + rest;
+      head_.row_terms[query].normalizer = static_cast<A>(1 / sums.p);
+      if (head_.alpha_terms != nullptr) save_alpha_term(query, sums.psi_dp - rest * sums.psi);
+      A* dq = buffers_.weighted_k + d * dim;
+      add_scaled(-rest, buffers_.plain_k + d * dim, dim, dq);
+      for (int64_t i = 0; i < dim; ++i) dq[i] *= static_cast<A>(head_.scale);
+      convert_back(dq, dim, head_.dq[query]);
     }
   }
 
   void dense_key_pass(Interval keys) {
     pack_dense_rows();
     for_dense_blocks(keys, [&](Interval seen) {
-      for_dense_rows(seen, [&](int64_t r, int64_t n, A* z, A* dp) {
-        const RowTerms<A>& terms = head_.row_terms[first_ + r];
+      for_dense_rows(seen, [&](int64_t, int64_t query, int64_t n, A* z, A* dp) {
+        const RowTerms<A>& terms = head_.row_terms[query];
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
-          const Vec<A> t = dense_excess(r, load<A>(z + i, lanes));
+          const Vec<A> t = dense_excess(query, load<A>(z + i, lanes));
           const Vec<A> u = dense_u(t);
           store(t * u * Vec<A>(terms.normalizer), z + i, lanes);
           store(u * (load<A>(dp + i, lanes) - Vec<A>(terms.delta)), dp + i, lanes);
         });
       });
       const int64_t offset = seen.begin - keys.begin;
-      Gemm<A>::tn(seen.size(), head_.head_dim, rows_, static_cast<A>(head_.scale), buffers_.grads, kBlockStride<A>,
-                  buffers_.query, head_.head_dim, A(1), buffers_.dk[offset], buffers_.dk.stride);
-      Gemm<A>::tn(seen.size(), head_.value_dim, rows_, A(1), buffers_.scores, kBlockStride<A>, buffers_.grad_out,
+      Gemm<A>::tn(seen.size(), head_.head_dim, dense_count_, static_cast<A>(head_.scale), buffers_.grads,
+                  kBlockStride<A>, buffers_.query, head_.head_dim, A(1), buffers_.dk[offset], buffers_.dk.stride);
+      Gemm<A>::tn(seen.size(), head_.value_dim, dense_count_, A(1), buffers_.scores, kBlockStride<A>, buffers_.grad_out,
                   head_.value_dim, A(1), buffers_.dv[offset], buffers_.dv.stride);
     });
   }
@@ -331,7 +327,7 @@ class BackwardBlock {
   const Weights& weights_;
   BackwardBuffers<A>& buffers_;
   TileBits tiles_;
-  bool any_dense_ = false;
+  int64_t dense_count_ = 0;
 };
 
 }  // namespace CPU_CAPABILITY

@@ -48,13 +48,13 @@ inline void subtract_alibi(const Head<T, A>& head, int64_t query, const int32_t*
   for (int64_t e = 0; e < count; ++e) z[e] -= slope * std::abs(static_cast<A>(keys[e] - head.place(query)));
 }
 
-// The z of the queries [first, first + rows), given in type A, with a block of keys.
-template <typename T, typename A>
-inline void multiply_scores(const Head<T, A>& head, Rows<const A> query, int64_t first, int64_t rows, Interval keys,
+// The z of rows of query, given in type A, with a block of keys; query_of(r) says which query row r is.
+template <typename T, typename A, typename F>
+inline void multiply_scores(const Head<T, A>& head, Rows<const A> query, int64_t rows, const F& query_of, Interval keys,
                             A* converted, A* block) {
   multiply(query, rows, head.z_scale(), head.key, keys, head.head_dim, converted, block);
   if (head.slope == 0) return;
-  for (int64_t r = 0; r < rows; ++r) subtract_alibi(head, first + r, keys, block + r * kBlockStride<A>);
+  for (int64_t r = 0; r < rows; ++r) subtract_alibi(head, query_of(r), keys, block + r * kBlockStride<A>);
 }
 
 // The tile bits of one row of 64 x 64 tiles; none are kept in inference.

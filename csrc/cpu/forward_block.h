@@ -72,7 +72,8 @@ class ForwardBlock {
 
  private:
   void compute_scores(Interval keys) {
-    multiply_scores(head_, query_, first_, rows_, keys, buffers_.columns, buffers_.block);
+    multiply_scores(
+        head_, query_, rows_, [&](int64_t r) { return first_ + r; }, keys, buffers_.columns, buffers_.block);
   }
   A* scores(int64_t r, Interval keys, Interval visible) {
     return buffers_.block + r * kBlockStride<A> + (visible.begin - keys.begin);

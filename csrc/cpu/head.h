@@ -89,7 +89,8 @@ struct BackwardHead : Head<T, A> {
   double* alpha_terms = nullptr;     // (queries,): each row's share of dalpha; null where nobody asks for it
 };
 
-// Block shapes. They never depend on data, threads or neighbours, because BLAS bits depend on the block's shape.
+// Block shapes. They never depend on threads or on other heads and sequences, as BLAS bits depend on the block's shape;
+// in the forward not on data either, so that a NaN changes no bit of other rows.
 constexpr int64_t kQueryBlock = 64;  // rows of one task, a multiple of the tile edge
 constexpr int64_t kKeyBlock = 512;   // keys of one matrix product
 

@@ -1,4 +1,5 @@
-// call_op ALPHA INPUTS OUTPUTS: the op from C++, causal with scale 0.3, and its gradients for a gradient of ones.
+// call_op ALPHA INPUTS OUTPUTS: the op from C++, causal with scale 0.3, and its gradients for a gradient of ones; then
+// the same packed, with alpha as a tensor.
 #include <ATen/ATen.h>
 #include <adasplash/adasplash.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -20,8 +21,16 @@ int main(int, char** argv) {
   try {
     auto out = adasplash::entmax_attn(inputs[0], inputs[1], inputs[2], std::stod(argv[1]), true, 0.3);
     out.backward(at::ones_like(out));
-    const auto saved = torch::jit::pickle_save(
-        c10::ivalue::Tuple::create(out.detach(), inputs[0].grad(), inputs[1].grad(), inputs[2].grad()));
+    const auto pack = [](const at::Tensor& x) { return x.detach().transpose(1, 2).flatten(0, 1); };
+    const auto ends = [](const at::Tensor& x) {
+      return at::arange(0, x.size(0) * x.size(2) + 1, x.size(2), at::TensorOptions(at::kInt));
+    };
+    const at::Tensor &query = inputs[0], &key = inputs[1], &value = inputs[2];
+    const auto packed =
+        adasplash::entmax_attn_varlen(pack(query), pack(key), pack(value), ends(query), ends(key), query.size(2),
+                                      key.size(2), at::full({query.size(1)}, std::stod(argv[1])), true, 0.3);
+    const auto saved = torch::jit::pickle_save(c10::ivalue::Tuple::create(
+        std::vector<c10::IValue>{out.detach(), query.grad(), key.grad(), value.grad(), packed}));
     std::ofstream(argv[3], std::ios::binary).write(saved.data(), static_cast<std::streamsize>(saved.size()));
   } catch (const c10::Error& error) {
     std::cerr << error.what_without_backtrace() << "\n";
