@@ -69,3 +69,13 @@ def test_inputs_are_left_alone(make_inputs):
     before = Inputs(*(x.clone() for x in inputs))
     gradients(inputs, normal_like(inputs.query), entmax_attn, is_causal=True)
     assert_same_bits(inputs, before)
+
+
+@pytest.mark.parametrize("alpha", (1.3, 1.5, 2.0))
+def test_scores_so_large_that_one_is_lost_in_rounding(backend, alpha):
+    """Above 2^24 a maximum less one is the maximum itself, in fp32; the keys that reach it share the weight."""
+    query = torch.tensor([[1e5, 0], [0, 1e5]], device=backend.device)
+    key = torch.tensor([[1e5, 0], [0, 1e5], [3e4, 3e4], [1e5, 0]], device=backend.device)
+    value = torch.arange(8.0, device=backend.device).view(4, 2)
+    out = entmax_attn(*(x[None, None] for x in (query, key, value)), alpha, scale=1.0)
+    assert out[0, 0].tolist() == [[3, 4], [2, 3]]

@@ -212,9 +212,7 @@ def activate_grad(
 ):  # fmt: skip
     """Gradients of scores, and of alpha where there is one for each row. Programs as for `activate`."""
     if LONG:
-        grad_of_long_row(
-            grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha, BLOCK_N
-        )
+        grad_of_long_row(grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha, BLOCK_N)
     else:
         grad_of_short_rows(
             grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha, BLOCK_M, BLOCK_N
