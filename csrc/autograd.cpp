@@ -18,7 +18,7 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 // Support entries kept for each row. The CPU's backward walks the lists; the CUDA kernels walk tile bits.
-int64_t support_capacity(const at::Tensor& query) { return cuda::serves(query.device()) ? 0 : 64; }
+int64_t support_capacity(const at::Tensor& query) { return cuda::serves(query.device()) ? 0 : 128; }
 
 // The options that are tensors, in the order in which they are saved.
 constexpr OptionalTensor AttentionOptions::* kTensorOptions[] = {

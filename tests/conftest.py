@@ -34,7 +34,7 @@ class Backend:
 
 COMPILED = pytest.StashKey[str]()
 BACKENDS = {
-    "cpu": Backend("cpu", "cpu", 1 << 20, (DOUBLE, SINGLE, *HALF), support_capacity=64, examples=300),
+    "cpu": Backend("cpu", "cpu", 1 << 20, (DOUBLE, SINGLE, *HALF), support_capacity=128, examples=300),
     "emulated": Backend("emulated", "cpu", 140, (SINGLE, *HALF), support_capacity=0, examples=20),
     "cuda": Backend("cuda", "cuda", 1 << 20, (SINGLE, *HALF), support_capacity=0, examples=300),
 }

@@ -82,7 +82,7 @@ def test_every_head_alone(make_inputs, dtype):
 
 @pytest.mark.backends("cpu")
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
-@pytest.mark.parametrize("shape", (dict(m=4, n=6, size=3), dict(m=2, n=70, size=2, sigma=0.1), dict(m=5, n=3, size=2)))
+@pytest.mark.parametrize("shape", (dict(m=4, n=6, size=3), dict(m=2, n=140, size=2, sigma=0.1), dict(m=5, n=3, size=2)))
 def test_finite_differences(shape, is_causal):
     inputs = make_cpu_inputs(batch=2, heads=2, kv_heads=1, **shape, dtype=torch.float64, requires_grad=True)
     for alpha in (torch.tensor([1.2, 1.7]), torch.tensor([1.5, 1.95]), torch.tensor(1.35), torch.tensor([1.05, 1.5])):
