@@ -113,7 +113,10 @@ def grad_query(
         first_j = tl.load(listed) * TILE
         v = load_rows(value, first_j, length_k, value_row, width_v, TILE, PAD, True).to(tl.float32)
         v = tl.sum(tl.where(tl.abs(v) < float("inf"), v, 0.0), 0) / TILE
-        c = tl.sum(do.to(tl.float32) * v[None, :], 1)
+        rows = do
+        if STEP != PAD:
+            rows = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, True)
+        c = tl.sum(rows.to(tl.float32) * v[None, :], 1)
     part_u = tl.zeros([BLOCK_M, 8], tl.float32)
     part_d = tl.zeros([BLOCK_M, 8], tl.float32)  # sum u (dP - c)
     part_ua = tl.zeros([BLOCK_M, 8], tl.float32)  # the same two sums for the gradient of alpha

@@ -1,28 +1,47 @@
 // _entmax_attn_backward on the GPU.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 
 #include "checks.h"
 #include "cuda/call.h"
 #include "cuda/ops.h"
 
 namespace adasplash::cuda {
+namespace {
+
+// The gradient of alpha from what each row adds to it.
+void sum_to_alpha(const at::Tensor& rows, const at::Tensor& query, const at::Tensor& dalpha) {
+  if (rows.numel() == 0) {
+    dalpha.zero_();
+  } else if (dalpha.dim() == 0) {
+    dalpha.copy_(rows.sum());
+  } else if (query.dim() == 3) {
+    dalpha.copy_(rows.view({query.size(1), -1}).sum(1));
+  } else {
+    dalpha.copy_(rows.view({query.size(0), query.size(1), -1}).sum({0, 2}));
+  }
+}
+
+}  // namespace
 
 BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, const at::Tensor& key,
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
   constexpr const char* name = "_entmax_attn_backward";
   check_backward(given_grad, query, key, value, saved, options);
-  check_available(name, options);
   const Call call(name, query, key, value, options);
   auto result = allocate_backward(query, key, value, options);
   auto& [dq, dk, dv, dalpha] = result;
   const at::Tensor grad_out = with_dense_rows(given_grad), state = saved.row_state.contiguous(),
                    tiles = saved.tiles.contiguous();
-  const int64_t plane = call.heads * query.size(2);  // a number for each query
-  const at::Tensor terms = at::empty({3 * plane}, state.options());
-  const at::Tensor lists = call.empty_per_tile(at::kInt);
+  const int64_t plane = call.queries;  // a number for each query
+  const at::Tensor terms = at::empty({options.head_alpha ? 4 : 3, plane}, state.options());
+  if (options.packed()) {  // tokens that no sequence has, where lengths contradict the tensors
+    for (const at::Tensor& t : {dq, dk, dv, terms}) t.zero_();
+  }
 
   if (dq.numel() > 0) {
-    const Variant& variant = call.variant(Kernel::kGradQuery, {grad_out, dq});
+    const Variant& variant = call.variant(Kernel::kGradQuery, {grad_out, dq}, /*gradient=*/true);
+    const at::Tensor lists = call.empty_by_query_tile(at::kInt);
     grad_query(variant, call.place, call.query_programs(variant),
                {
                    .query = rows_of(call.query),
@@ -34,8 +53,11 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                    .row_state = state.const_data_ptr<float>(),
                    .tiles = tiles.const_data_ptr<int32_t>(),
                    .lists = lists.mutable_data_ptr<int32_t>(),
-                   .lengths_q = Call::kNoLengths,
-                   .lengths_k = Call::kNoLengths,
+                   .lengths_q = call.lengths_q,
+                   .lengths_k = call.lengths_k,
+                   .alphas = call.alphas,
+                   .slopes = call.slopes,
+                   .slopes_batch = call.slopes_batch,
                    .state_batch = call.state_batch,
                    .plane = plane,
                    .shape = call.shape,
@@ -46,6 +68,7 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
     dv.zero_();
   } else if (dk.numel() > 0) {
     const Variant& variant = call.variant(Kernel::kGradKeyValue, {grad_out, dk, dv});
+    const at::Tensor lists = call.empty_by_key_tile(at::kInt);
     grad_key_value(variant, call.place, call.key_programs(variant),
                    {
                        .query = rows_of(call.query),
@@ -57,13 +80,17 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                        .terms = terms.const_data_ptr<float>(),
                        .tiles = tiles.const_data_ptr<int32_t>(),
                        .lists = lists.mutable_data_ptr<int32_t>(),
-                       .lengths_q = Call::kNoLengths,
-                       .lengths_k = Call::kNoLengths,
+                       .lengths_q = call.lengths_q,
+                       .lengths_k = call.lengths_k,
+                       .alphas = call.alphas,
+                       .slopes = call.slopes,
+                       .slopes_batch = call.slopes_batch,
                        .state_batch = call.state_batch,
                        .plane = plane,
                        .shape = call.shape,
                    });
   }
+  if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? terms[3] : terms[3].zero_(), query, dalpha);
   return result;
 }
 

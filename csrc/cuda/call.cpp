@@ -4,108 +4,158 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace adasplash::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 16;     // bytes, of the rows that `aligned` variants touch
-constexpr int64_t kLongestRow = 1 << 24;  // elements from one row to the next: offsets inside a block of rows are 32 bits
-constexpr int64_t kLongest = 1 << 30;  // positions are 32 bits wide, with room for a window bound
+constexpr int64_t kAlignment = 16;        // bytes, of the rows that `aligned` variants touch
+constexpr int64_t kLongestRow = 1 << 24;  // elements from a row to the next: offsets inside a block of rows are 32 bits
+constexpr int64_t kLongest = 1 << 30;     // positions are 32 bits wide, with room for a window bound
 
-// Where a dimension has one entry its stride does not matter; 0 keeps odd ones from looking unaligned.
-int64_t stride_of(const at::Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; }
+// The dimensions of a tensor (B, H, M, D), or packed (M, H, D), by their meaning.
+struct Dims {
+  explicit Dims(const at::Tensor& t) : batch(t.dim() == 4 ? 0 : -1), head(1), row(t.dim() == 4 ? 2 : 0) {}
+  int64_t batch, head, row;
+};
+
+// Where a dimension has one entry, or is not there, its stride does not matter; 0 keeps odd ones from looking
+// unaligned.
+int64_t stride_of(const at::Tensor& t, int64_t dim) { return dim >= 0 && t.size(dim) > 1 ? t.stride(dim) : 0; }
 
 bool is_aligned(const at::Tensor& t) {
-  const int64_t elements = stride_of(t, 0) | stride_of(t, 1) | stride_of(t, 2) | t.size(3);
+  const Dims dims(t);
+  const int64_t elements =
+      stride_of(t, dims.batch) | stride_of(t, dims.head) | stride_of(t, dims.row) | t.sizes().back();
   return (reinterpret_cast<uintptr_t>(t.const_data_ptr()) | elements * t.element_size()) % kAlignment == 0;
 }
 
 int64_t count_tiles(int64_t rows) { return (rows + kTile - 1) / kTile; }
 
+// Rows for the tiles of a batch, the same for queries and keys as saved_sizes has them for queries.
+int64_t count_tile_rows(int64_t rows, int64_t batch, bool packed) {
+  return (((packed ? rows / kTile + batch : count_tiles(rows)) + 1) / 2) * 2;
+}
+
+// Lengths as the kernels take them. Values out of the range of int32 must not wrap into it.
+at::Tensor as_lengths(const OptionalTensor& padded, const OptionalTensor& packed) {
+  const OptionalTensor& given = packed ? packed : padded;
+  return given ? given->clamp(0, std::numeric_limits<int32_t>::max()).to(at::kInt).contiguous() : at::Tensor();
+}
+
+at::Tensor as_floats(const OptionalTensor& given) { return given ? given->to(at::kFloat).contiguous() : at::Tensor(); }
+
+template <typename T>
+const T* pointer(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+
 Shape shape_of(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                const AttentionOptions& options) {
   TORCH_CHECK(query.scalar_type() != at::kDouble, op,
               ": float64 runs on the CPU only; the GPU takes float32, float16 and bfloat16");
-  TORCH_CHECK(options.alpha > 1, op, ": alpha must be from 1.01 to 2, got ", options.alpha);
-  const auto narrow = [op](const char* what, int64_t size) {
+  const auto narrow = [op](const char* what, const c10::SymInt& given) {
+    const int64_t size = given.expect_int();
     TORCH_CHECK(size <= kLongest, op, ": ", what, " must be at most ", kLongest, " on the GPU, got ", size);
     return static_cast<int32_t>(size);
   };
   const auto bound = [](int64_t given) {
     return given < 0 ? kUnlimited : static_cast<int32_t>(std::min<int64_t>(given, kUnlimited));
   };
-  const int32_t queries = narrow("the number of queries", query.size(2)),
-                keys = narrow("the number of keys", key.size(2));
+  const auto shape = AttentionShape::of(query, key, value, options);
+  const bool packed = options.packed();
+  const int32_t queries = narrow("the number of queries", shape.queries),
+                keys = narrow("the number of keys", shape.keys), heads = narrow("query's number of heads", shape.heads);
+  const int64_t batch = shape.batch.expect_int();
   const SavedSizes sizes = saved_sizes(query, key, options, 0);
-  const int64_t group = query.size(1) / std::max<int64_t>(key.size(1), 1);
-  const auto no_lengths = static_cast<int32_t>(Lengths::kNone);
+  const auto kind = [packed](const OptionalTensor& padded) {
+    return static_cast<int32_t>(packed ? Lengths::kPacked : padded ? Lengths::kPadded : Lengths::kNone);
+  };
+  const AlphaFrom alpha = !options.head_alpha             ? AlphaFrom::kNumber
+                          : options.head_alpha->dim() > 0 ? AlphaFrom::kPerHead
+                                                          : AlphaFrom::kShared;
+  const int64_t head_dim = shape.head_dim.expect_int();
   return {
-      .heads = narrow("query's number of heads", query.size(1)),
-      .group = narrow("the number of queries' heads for one of key", group),
+      .heads = heads,
+      .group = static_cast<int32_t>(heads / std::max<int64_t>(shape.kv_heads.expect_int(), 1)),
       .rows_q = queries,
       .rows_k = keys,
-      .limit_q = queries,
-      .limit_k = keys,
-      .tile_rows = static_cast<int32_t>(sizes.tiles[2].expect_int()),
-      .tile_words = static_cast<int32_t>(sizes.tiles[3].expect_int()),
-      .width = static_cast<int32_t>(query.size(3)),
-      .width_v = static_cast<int32_t>(value.size(3)),
-      .kind_q = no_lengths,
-      .kind_k = no_lengths,
+      .limit_q = packed ? std::min(narrow("max_seqlen_q", options.max_seqlen_q), queries) : queries,
+      .limit_k = packed ? std::min(narrow("max_seqlen_k", options.max_seqlen_k), keys) : keys,
+      .tile_rows = static_cast<int32_t>(sizes.tiles.rbegin()[1].expect_int()),
+      .key_tile_rows = static_cast<int32_t>(count_tile_rows(keys, batch, packed)),
+      .tile_words = static_cast<int32_t>(sizes.tiles.back().expect_int()),
+      .width = static_cast<int32_t>(head_dim),
+      .width_v = static_cast<int32_t>(shape.value_dim.expect_int()),
+      .kind_q = kind(options.q_seqlens),
+      .kind_k = kind(options.kv_seqlens),
+      .kind_alpha = static_cast<int32_t>(alpha),
+      .has_slopes = static_cast<int32_t>(options.alibi_slopes.has_value()),
       .window_left = bound(options.window[0]),
       .window_right = options.is_causal ? 0 : bound(options.window[1]),
-      .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(query.size(3))))),
+      .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)))),
       .alpha = static_cast<float>(options.alpha),
   };
 }
 
 }  // namespace
 
-Rows rows_of(const at::Tensor& t) { return {t.const_data_ptr(), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)}; }
+Rows rows_of(const at::Tensor& t) {
+  const Dims dims(t);
+  return {t.const_data_ptr(), stride_of(t, dims.batch), stride_of(t, dims.head), stride_of(t, dims.row)};
+}
 
 MutableRows mutable_rows_of(const at::Tensor& t) {
-  return {t.mutable_data_ptr(), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)};
+  const Dims dims(t);
+  return {t.mutable_data_ptr(), stride_of(t, dims.batch), stride_of(t, dims.head), stride_of(t, dims.row)};
 }
 
 at::Tensor with_dense_rows(const at::Tensor& t) {
-  const bool dense = t.size(3) <= 1 || t.stride(3) == 1;
-  return dense && stride_of(t, 2) <= kLongestRow ? t : t.contiguous();
+  const bool dense = t.sizes().back() <= 1 || t.strides().back() == 1;
+  return dense && stride_of(t, Dims(t).row) <= kLongestRow ? t : t.contiguous();
 }
 
-void check_available(const char* op, const AttentionOptions& options) {
-  const auto refuse_if = [op](bool given, const char* name) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!given, op, ": ", name, " is not available on the GPU yet; leave it at its default");
-  };
-  refuse_if(options.head_alpha.has_value(), "alpha as a tensor");
-  refuse_if(options.q_seqlens.has_value(), "q_seqlens");
-  refuse_if(options.kv_seqlens.has_value(), "kv_seqlens");
-  refuse_if(options.packed(), "cu_seqlens_q and cu_seqlens_k");
-  refuse_if(options.window[0] != -1 || options.window[1] != -1, "window");
-  refuse_if(options.alibi_slopes.has_value(), "alibi_slopes");
-}
-
-Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-           const AttentionOptions& options)
+Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& o)
     : guard_(q.device()),
+      lengths_q_(as_lengths(o.q_seqlens, o.cu_seqlens_q)),
+      lengths_k_(as_lengths(o.kv_seqlens, o.cu_seqlens_k)),
+      alphas_(as_floats(o.head_alpha)),
+      slopes_(as_floats(o.alibi_slopes)),
+      packed_(o.packed()),
+      general_(o.head_alpha || o.alibi_slopes),
       query(with_dense_rows(q)),
       key(with_dense_rows(k)),
       value(with_dense_rows(v)),
       place(place_of(q.device())),
-      heads(q.size(0) * q.size(1)),
-      kv_heads(k.size(0) * k.size(1)),
-      state_batch(q.size(1) * q.size(2)),
-      shape(shape_of(op, q, k, v, options)) {}
+      heads(AttentionShape::of(q, k, v, o).batch.expect_int() * q.size(1)),
+      kv_heads(AttentionShape::of(q, k, v, o).batch.expect_int() * k.size(1)),
+      queries(packed_ ? q.size(0) * q.size(1) : heads * q.size(2)),
+      lengths_q(pointer<int32_t>(lengths_q_)),
+      lengths_k(pointer<int32_t>(lengths_k_)),
+      alphas(pointer<float>(alphas_)),
+      slopes(pointer<float>(slopes_)),
+      slopes_batch(slopes_.defined() && slopes_.dim() == 2 ? slopes_.size(1) : int64_t{0}),
+      state_batch(packed_ ? int64_t{0} : q.size(1) * q.size(2)),
+      shape(shape_of(op, q, k, v, o)) {}
 
-const Variant& Call::variant(Kernel kernel, std::initializer_list<at::Tensor> more) const {
+const Variant& Call::variant(Kernel kernel, std::initializer_list<at::Tensor> more, bool gradient) const {
   const bool aligned =
       is_aligned(query) && is_aligned(key) && is_aligned(value) && std::all_of(more.begin(), more.end(), is_aligned);
-  return find_variant(kernel, query.scalar_type(), std::max(query.size(3), value.size(3)), shape.alpha.value, aligned,
+  const Alpha alpha = gradient && alphas_.defined() ? Alpha::kLearned
+                      : general_                    ? Alpha::kAny
+                                                    : alpha_kind(shape.alpha.value);
+  return find_variant(kernel, query.scalar_type(), std::max(shape.width.value, shape.width_v.value), alpha, aligned,
                       place.device);
 }
 
-at::Tensor Call::empty_per_tile(at::ScalarType type) const {
-  return at::empty({query.size(0), query.size(1), count_tiles(query.size(2)), count_tiles(key.size(2))},
-                   query.options().dtype(type));
+at::Tensor Call::empty_by_query_tile(at::ScalarType type) const {
+  const int64_t rows = (packed_ ? shape.heads.value : heads) * int64_t{shape.tile_rows.value};
+  return at::empty({rows, count_tiles(shape.limit_k.value)}, query.options().dtype(type));
+}
+
+at::Tensor Call::empty_by_key_tile(at::ScalarType type) const {
+  const int64_t rows = (packed_ ? key.size(1) : kv_heads) * int64_t{shape.key_tile_rows.value};
+  return at::empty({rows, count_tiles(shape.limit_q.value)}, query.options().dtype(type));
 }
 
 }  // namespace adasplash::cuda

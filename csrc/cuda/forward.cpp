@@ -11,7 +11,6 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
                       const AttentionOptions& options, const c10::SymInt& support_capacity) {
   constexpr const char* name = "_entmax_attn_forward";
   check_attention(name, query, key, value, options);
-  check_available(name, options);
   const Call call(name, query, key, value, options);
   auto result = allocate_forward(query, key, value, options, support_capacity);
   auto& [out, saved_state, support, saved_tiles] = result;
@@ -22,24 +21,31 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   const bool training = support_capacity >= 0;
   const at::Tensor state = training ? saved_state : at::empty_symint(sizes.row_state, saved_state.options());
   const at::Tensor tiles = training ? saved_tiles : at::empty_symint(sizes.tiles, saved_tiles.options());
-  tiles.zero_();                    // some rows only round the shape up
+  tiles.zero_();           // some rows only round the shape up
+  if (options.packed()) {  // tokens that no sequence has, where lengths contradict the tensors
+    out.zero_();
+    state.zero_();
+  }
   support.fill_(kSupportOverflow);  // its rows are never listed here; the backward walks tiles
-  const at::Tensor numbers = call.empty_per_tile(at::kLong),  // four of 16 bits
-                   lists = call.empty_per_tile(at::kInt);
+  const at::Tensor numbers = call.empty_by_query_tile(at::kLong);  // four of 16 bits
+  const at::Tensor lists = call.empty_by_query_tile(at::kInt);
 
-  const Variant &max = call.variant(Kernel::kScan, {out}), &rest = call.variant(Kernel::kAttend, {out});
-  TORCH_INTERNAL_ASSERT(max.block_m % rest.block_m == 0, "attend would read tiles that scan did not visit");
-  scan(max, call.place, call.query_programs(max),
-          {
-              .query = rows_of(call.query),
-              .key = rows_of(call.key),
-              .row_state = state.mutable_data_ptr<float>(),
-              .numbers = static_cast<int16_t*>(numbers.mutable_data_ptr()),
-              .lengths_q = Call::kNoLengths,
-              .lengths_k = Call::kNoLengths,
-              .state_batch = call.state_batch,
-              .shape = call.shape,
-          });
+  const Variant &first = call.variant(Kernel::kScan, {out}), &rest = call.variant(Kernel::kAttend, {out});
+  TORCH_INTERNAL_ASSERT(first.block_m % rest.block_m == 0, "attend would read tiles that scan did not visit");
+  scan(first, call.place, call.query_programs(first),
+       {
+           .query = rows_of(call.query),
+           .key = rows_of(call.key),
+           .row_state = state.mutable_data_ptr<float>(),
+           .numbers = static_cast<int16_t*>(numbers.mutable_data_ptr()),
+           .lengths_q = call.lengths_q,
+           .lengths_k = call.lengths_k,
+           .alphas = call.alphas,
+           .slopes = call.slopes,
+           .slopes_batch = call.slopes_batch,
+           .state_batch = call.state_batch,
+           .shape = call.shape,
+       });
   attend(rest, call.place, call.query_programs(rest),
          {
              .query = rows_of(call.query),
@@ -50,8 +56,11 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
              .tiles = tiles.mutable_data_ptr<int32_t>(),
              .numbers = static_cast<int16_t*>(numbers.mutable_data_ptr()),
              .lists = lists.mutable_data_ptr<int32_t>(),
-             .lengths_q = Call::kNoLengths,
-             .lengths_k = Call::kNoLengths,
+             .lengths_q = call.lengths_q,
+             .lengths_k = call.lengths_k,
+             .alphas = call.alphas,
+             .slopes = call.slopes,
+             .slopes_batch = call.slopes_batch,
              .state_batch = call.state_batch,
              .shape = call.shape,
          });

@@ -12,10 +12,13 @@ namespace adasplash::cuda {
 
 // The names and their order are those of triton_src/variants.py, by way of the generated launchers.
 enum class Kernel { kScan, kAttend, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
-enum class Alpha { kAny, k15, k2 };
+enum class Alpha { kAny, k15, k2, kLearned };  // kLearned: any, with its gradient
 
 // How kernels take sequence lengths.
 enum class Lengths : int32_t { kNone = 0, kPadded = 1, kPacked = 2 };
+
+// Where kernels find alpha.
+enum class AlphaFrom : int32_t { kNumber = 0, kShared = 1, kPerHead = 2 };
 
 constexpr int32_t kUnlimited = 1 << 30;  // a window bound that never binds
 
@@ -59,8 +62,11 @@ void replace_place_of(PlaceOf replacement);
 
 // The best variant for a call on this device: the smallest head size that fits, then aligned, then made for this alpha.
 // Throws if the device's architecture was not built for.
-const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, double alpha, bool aligned,
+const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, bool aligned,
                             int device);
+
+// The code that is best for alpha as a number.
+inline Alpha alpha_kind(double alpha) { return alpha == 1.5 ? Alpha::k15 : alpha == 2 ? Alpha::k2 : Alpha::kAny; }
 
 // Launches `programs` programs with packed arguments. Use the typed functions of launchers.h.
 void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t programs, const void* arguments,

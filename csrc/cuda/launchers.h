@@ -29,11 +29,14 @@ struct Shape {
   Exactly<int32_t> limit_q;
   Exactly<int32_t> limit_k;
   Exactly<int32_t> tile_rows;
+  Exactly<int32_t> key_tile_rows;
   Exactly<int32_t> tile_words;
   Exactly<int32_t> width;
   Exactly<int32_t> width_v;
   Exactly<int32_t> kind_q;
   Exactly<int32_t> kind_k;
+  Exactly<int32_t> kind_alpha;
+  Exactly<int32_t> has_slopes;
   Exactly<int32_t> window_left;
   Exactly<int32_t> window_right;
   Exactly<float> scale;
@@ -47,12 +50,15 @@ struct ScanArguments {
   Exactly<int16_t*> numbers;
   Exactly<const int32_t*> lengths_q;
   Exactly<const int32_t*> lengths_k;
+  Exactly<const float*> alphas;
+  Exactly<const float*> slopes;
+  Exactly<int64_t> slopes_batch;
   Exactly<int64_t> state_batch;
   Shape shape;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScanArguments) == 184);
+static_assert(sizeof(ScanArguments) == 224);
 inline void scan(const Variant& variant, const Place& place, int64_t programs,
                  const ScanArguments& arguments) {
   launch(Kernel::kScan, variant, place, programs, &arguments, sizeof arguments);
@@ -69,12 +75,15 @@ struct AttendArguments {
   Exactly<int32_t*> lists;
   Exactly<const int32_t*> lengths_q;
   Exactly<const int32_t*> lengths_k;
+  Exactly<const float*> alphas;
+  Exactly<const float*> slopes;
+  Exactly<int64_t> slopes_batch;
   Exactly<int64_t> state_batch;
   Shape shape;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 264);
+static_assert(sizeof(AttendArguments) == 304);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -92,13 +101,16 @@ struct GradQueryArguments {
   Exactly<int32_t*> lists;
   Exactly<const int32_t*> lengths_q;
   Exactly<const int32_t*> lengths_k;
+  Exactly<const float*> alphas;
+  Exactly<const float*> slopes;
+  Exactly<int64_t> slopes_batch;
   Exactly<int64_t> state_batch;
   Exactly<int64_t> plane;
   Shape shape;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 304);
+static_assert(sizeof(GradQueryArguments) == 344);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -116,13 +128,16 @@ struct GradKeyValueArguments {
   Exactly<int32_t*> lists;
   Exactly<const int32_t*> lengths_q;
   Exactly<const int32_t*> lengths_k;
+  Exactly<const float*> alphas;
+  Exactly<const float*> slopes;
+  Exactly<int64_t> slopes_batch;
   Exactly<int64_t> state_batch;
   Exactly<int64_t> plane;
   Shape shape;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 328);
+static_assert(sizeof(GradKeyValueArguments) == 368);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
