@@ -207,8 +207,8 @@ def grad_key_value(
 ):  # fmt: skip
     """dk and dv: a block of keys against the query tiles, of all heads that share it, where it holds weight.
 
-    Programs: ceil(limit_k / BLOCK_N) * heads / group * batch; BLOCK_N is TILE. Blocks are transposed: keys down, queries
-    across."""
+    Programs: ceil(limit_k / BLOCK_N) * heads / group * batch; BLOCK_N is TILE. Blocks are transposed: keys down,
+    queries across."""
     block, head_kv, batch = program(tl.cdiv(limit_k, BLOCK_N), heads // group)
     offset_q, length_q, _extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
     offset_k, length_k, extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)

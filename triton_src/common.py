@@ -204,14 +204,14 @@ def hide(s, first, end, row_axis: tl.constexpr, key):
 
 @triton.jit
 def alpha_or_nan(alpha):
-    """alpha, NaN where it is out of its range, which only the GPU can see if it is a tensor; so is all that comes of it."""
+    """alpha, NaN where it is out of its range, which only the GPU can see of a tensor; so is all that comes of it."""
     return tl.where((alpha >= 1.01) & (alpha <= 2.0), alpha, float("nan"))
 
 
 @triton.jit
 def alpha_of(alphas, kind, head, alpha, ALPHA: tl.constexpr):
     """A head's alpha. Code for one alpha does not look."""
-    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
         return alpha
     else:
         place = tl.where(kind == ALPHA_PER_HEAD, head, 0)
@@ -221,7 +221,7 @@ def alpha_of(alphas, kind, head, alpha, ALPHA: tl.constexpr):
 @triton.jit
 def slope_of(slopes, given, slopes_batch, batch, head, factor, alpha, ALPHA: tl.constexpr):
     """A head's ALiBi slope, in units of q.k. Code for one alpha has none: its time is short."""
-    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
         return 0.0
     else:
         slope = tl.load(slopes + batch * slopes_batch + head, mask=given != 0, other=0.0)
@@ -231,7 +231,7 @@ def slope_of(slopes, given, slopes_batch, batch, head, factor, alpha, ALPHA: tl.
 @triton.jit
 def far_away(s, slope, diagonal, key, row_axis: tl.constexpr, ALPHA: tl.constexpr):
     """ALiBi: scores of keys lowered by slope * |diagonal - key|, where `diagonal` is a row's own place among keys."""
-    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
         return s
     else:
         other: tl.constexpr = 1 - row_axis
@@ -277,8 +277,8 @@ def weights(x, alpha, ALPHA: tl.constexpr):
 
 @triton.jit
 def alpha_term(p, log, alpha):
-    """(e^L (1 - L) - 1) / (alpha - 1)^2 with L = (alpha - 1) ln p; near L = 0 by its series, which starts at -L^2/2. With
-    log = log2 p. Times dS_j, the gradient of a score, it is what that key adds to the gradient of alpha."""
+    """(e^L (1 - L) - 1) / (alpha - 1)^2 with L = (alpha - 1) ln p; near L = 0 by its series, which starts at -L^2/2.
+    With log = log2 p. Times dS_j, the gradient of a score, it is what that key adds to the gradient of alpha."""
     rate = alpha - 1.0
     x = rate * LN_2 * tl.where(p == 0.0, 0.0, log)
     series = 1 / 2 + x * (1 / 3 + x * (1 / 8 + x * (1 / 30 + x * (1 / 144 + x * (1 / 840 + x * (1 / 5760))))))
@@ -294,8 +294,8 @@ def is_positive(x):
 
 @triton.jit
 def column_sums(x):
-    """Sums over the columns of (rows, columns) that are equal modulo 8: in the matrix units' layout a thread holds these
-    itself. A row's sum, which threads share, is then taken once, after a loop."""
+    """Sums over the columns of (rows, columns) that are equal modulo 8: in the matrix units' layout a thread holds
+    these itself. A row's sum, which threads share, is then taken once, after a loop."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
 
 

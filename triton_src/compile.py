@@ -5,7 +5,8 @@ Writes to DIR
     manifest.json   what each is: symbol, arguments and their types, constants, warps, shared memory, place in the file
     variants.cpp    the same as a table in C++
     resources.txt   registers, spills, stack, shared memory and size of each
-and says which variants break triton_src/limits.json (with --strict it fails then). Results are cached by content (sources, compiler, variant), so a
+and says which variants break triton_src/limits.json; with --strict it fails then. Results are cached by content
+(sources, compiler, variant), so a
 second run takes seconds.
 """
 

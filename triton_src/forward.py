@@ -205,8 +205,8 @@ def attend(
 ):  # fmt: skip
     """Completes row_state with t = tau - m, writes the output and one bit for each tile that holds weight.
 
-    Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE. `numbers` comes from scan and is used up, `lists`
-    is scratch."""
+    Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE. `numbers` comes from scan and is used up,
+    `lists` is scratch."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
     offset_q, length_q, extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
     offset_k, length_k, _extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)

@@ -1,7 +1,7 @@
 """Finds tile shapes, warps and stages on the GPU of this machine: python -m triton_src.tune
 
-Compiles every candidate of every kernel exactly as it would be shipped, runs it on sparse and dense inputs, compares what
-it writes with what the present table's kernel writes, and prints the times. With --write the fastest of each goes into
+Compiles every candidate of every kernel exactly as it would be shipped, runs it on sparse and dense inputs, compares
+what it writes with what the present table's kernel writes, and prints the times. With --write the fastest of each goes into
 the table of variants.py.
 """
 
@@ -36,6 +36,7 @@ TABLES = {
     120: "HALF_SMALL",
 }
 INPUTS = ("structured:0.5", "structured:0.85", "gaussian:1.5")
+SHAPE = ("block_m", "block_n", "step", "warps", "stages", "registers")
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 WRITTEN = {
     "scan": ("row_state", "numbers"),
@@ -96,18 +97,23 @@ class Problem:
         like = dict(device="cuda")
         self.tensors = {
             "query": query, "key": key, "value": value, "grad_out": make_grad(case), "out": torch.empty_like(query),
-            "grad_query": torch.empty_like(query), "grad_key": torch.empty_like(key), "grad_value": torch.empty_like(value),
-            "row_state": torch.empty(batch, heads, length, 2, **like), "terms": torch.empty(3, batch, heads, length, **like),
+            "grad_query": torch.empty_like(query), "grad_key": torch.empty_like(key),
+            "grad_value": torch.empty_like(value),
+            "row_state": torch.empty(batch, heads, length, 2, **like),
+            "terms": torch.empty(3, batch, heads, length, **like),
             "numbers": torch.empty(batch, heads, 4 * tiles, tiles, dtype=torch.int16, **like),
             "lists": torch.empty(batch, heads, tiles, tiles, dtype=torch.int32, **like),
-            "tiles": torch.zeros(batch, heads, 2 * -(-length // 128), 2 * -(-length // 4096), dtype=torch.int32, **like),
+            "tiles": torch.zeros(
+                batch, heads, 2 * -(-length // 128), 2 * -(-length // 4096), dtype=torch.int32, **like
+            ),
         }  # fmt: skip
         self.values = {name: x.data_ptr() for name, x in self.tensors.items()}
         for name in ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"):
             strides = self.tensors[name].stride()
             self.values |= {f"{name}_batch": strides[0], f"{name}_head": strides[1], f"{name}_row": strides[2]}
         self.values |= {
-            "state_batch": heads * length, "plane": batch * heads * length, "heads": heads, "group": 1, "rows_q": length, "rows_k": length,
+            "state_batch": heads * length, "plane": batch * heads * length, "heads": heads, "group": 1,
+            "rows_q": length, "rows_k": length, "key_tile_rows": self.tensors["tiles"].shape[2],
             "limit_q": length, "limit_k": length, "tile_rows": self.tensors["tiles"].shape[2],
             "tile_words": self.tensors["tiles"].shape[3], "width": head_dim, "width_v": head_dim,
             "window_left": UNLIMITED, "window_right": 0 if case.causal else UNLIMITED, "scale": head_dim**-0.5,
@@ -199,7 +205,7 @@ def main():
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor() as pool:
         tried = {
             place: list(dict.fromkeys([v, *(
-                replace(v, **dict(zip(("block_m", "block_n", "step", "warps", "stages", "registers"), shape, strict=True)), hot=False)
+                replace(v, **dict(zip(SHAPE, shape, strict=True)), hot=False)
                 for shape in (candidates(*place) if place[0] in args.kernels else ())
             )]))
             for place, v in base.items()

@@ -18,7 +18,7 @@ void sum_to_alpha(const at::Tensor& rows, const at::Tensor& query, const at::Ten
   } else if (query.dim() == 3) {
     dalpha.copy_(rows.view({query.size(1), -1}).sum(1));
   } else {
-    dalpha.copy_(rows.view({query.size(0), query.size(1), -1}).sum({0, 2}));
+    dalpha.copy_(rows.view({query.size(0), query.size(1), -1}).sum(at::IntArrayRef({0, 2})));
   }
 }
 

@@ -19,7 +19,6 @@ from emulated.interpreter import patched_once
 sys.path.append(str(ROOT))
 from triton_src import common, variants
 
-
 TILE = common.TILE.value
 
 
