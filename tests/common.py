@@ -19,7 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 # Error allowed beside that of the dense composition, as a share of the largest exact number. Where that is less than
 # LEAST, it is what rounding of numbers of order one leaves: a row with one key in its support has no gradient, exactly.
-LEAST = 1e-2
+LEAST = 0.2
 FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 

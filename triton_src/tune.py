@@ -1,8 +1,8 @@
 """Finds tile shapes, warps and stages on the GPU of this machine: python -m triton_src.tune
 
 Compiles every candidate of every kernel exactly as it would be shipped, runs it on sparse and dense inputs, compares
-what it writes with what the present table's kernel writes, and prints the times. With --write the fastest of each goes into
-the table of variants.py.
+what it writes with what the present table's kernel writes, and prints the times. With --write the fastest of each goes
+into the table of variants.py.
 """
 
 import argparse

@@ -3,8 +3,8 @@ from which C++ picks a variant at run time is generated from it.
 
 A variant is (kernel, element type, padded head size, kind of alpha, aligned). `aligned` ones assume what flash-attn
 does, rows that start at 16-byte boundaries; the others serve every stride and head size. Everything else is a run-time
-value: causal, window, lengths, grouped queries, scale, M and N, head sizes below the padded one; and, in the code for any
-alpha, alpha itself and ALiBi, which the code for one alpha leaves out to stay short.
+value: causal, window, lengths, grouped queries, scale, M and N, head sizes below the padded one; and, in the code for
+any alpha, alpha itself and ALiBi, which the code for one alpha leaves out to stay short.
 """
 
 from dataclasses import dataclass
@@ -206,7 +206,7 @@ def variants(arch):
     for dtype, pad, alpha, aligned in specialisations():
         kinds = [(kernel, alpha) for kernel in ATTENTION] + [("grad_query", "learned")] * (alpha == "any")
         for kernel, alpha in kinds:
-            hot = arch in DEFAULT_ARCHS and aligned and pad <= 128 and alpha != "any"
+            hot = arch in DEFAULT_ARCHS and aligned and pad <= 128 and alpha in ("1_5", "2")
             variant = Variant(kernel, dtype, pad, alpha, aligned, *tile(arch, kernel, dtype, pad), hot=hot)
             found[variant.name] = variant
     return [*found.values(), *activations()]

@@ -40,9 +40,10 @@ def compiled(tmp_path_factory, outside):
 
 @pytest.mark.slow
 def test_every_default_variant_compiles_within_the_limits(compiled):
-    """The compiler fails where a limit is broken; this reads its table once more."""
+    """The compiler only says which limits are broken, so that they stop nobody's build; here they count."""
     from triton_src.variants import DEFAULT_ARCHS, SHARED_KIB, variants
 
+    limits = json.loads((ROOT / "triton_src" / "limits.json").read_text())
     manifest = json.loads((compiled / "manifest.json").read_text())
     found = {(one["name"], one["arch"]): one for one in manifest["variants"]}
     assert set(found) == {(variant.name, arch) for arch in DEFAULT_ARCHS for variant in variants(arch)}
@@ -50,8 +51,8 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
     assert (compiled / "cubins.bin").stat().st_size < 80e6
     for one in found.values():
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
-        assert not (one["hot"] and one["spilled"]), one["name"]
-    assert sum(one["hot"] for one in found.values()) == 56
+        assert not one["hot"] or one["spilled"] <= limits["spilled_bytes"]["hot"], one["name"]
+    assert sum(one["hot"] for one in found.values()) == 64
 
 
 @pytest.mark.slow
@@ -70,8 +71,8 @@ def test_other_architectures_compile(tmp_path, outside, arch):
     code = f"""
 import sys
 from triton_src import compile, variants
-largest = [v for v in variants.variants({arch}) if v.name.endswith(("bf16_d256_aany", "scan_bf16_d256"))]
-assert len(largest) == 4
+largest = [v for v in variants.variants({arch}) if v.name.endswith("bf16_d256_aany")]
+assert len(largest) == 4, [v.name for v in largest]
 for variant in largest:
     one, _ = compile.compile_variant(variant, {arch}, sys.argv[1])
     assert one["shared"] <= variants.SHARED_KIB[{arch}] * 1024, one["name"]
@@ -92,7 +93,7 @@ def test_tables_are_consistent():
             assert variant.pad % variant.step == 0
             if variant.kernel == "attend":
                 kind = "" if variant.aligned else "_unaligned"
-                first = table[f"scan_{variant.dtype}_d{variant.pad}{kind}"]
+                first = table[f"scan_{variant.dtype}_d{variant.pad}_a{variant.alpha}{kind}"]
                 assert first.block_m % variant.block_m == 0, "attend would read tiles that scan did not visit"
 
 
