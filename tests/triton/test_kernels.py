@@ -31,7 +31,8 @@ def check(inputs, *arguments, tiles=SMALL, kind=None, **options):
     composed = gradients(inputs, grad, dense, dtype=inputs.query.dtype)
     named = zip(("out", "dq", "dk", "dv"), (actual.out, *actual[3:]), exact, composed, strict=True)
     for what, mine, true, plain in named:
-        assert_accurate(what, mine, true, plain)
+        # delta and the dO.v that it is taken off come from two kernels, which sum in different orders.
+        assert_accurate(what, mine, true, plain, least=0.5)
     return actual
 
 
