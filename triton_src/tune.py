@@ -94,6 +94,7 @@ class Problem:
         query, key, value = make_inputs(case)
         batch, heads, length, head_dim = query.shape
         tiles = -(-length // TILE.value)
+        tile_rows = 2 * -(-tiles // 2)  # as saved_sizes (csrc/attention.cpp) has them
         like = dict(device="cuda")
         self.tensors = {
             "query": query, "key": key, "value": value, "grad_out": make_grad(case), "out": torch.empty_like(query),
@@ -101,10 +102,10 @@ class Problem:
             "grad_value": torch.empty_like(value),
             "row_state": torch.empty(batch, heads, length, 2, **like),
             "terms": torch.empty(3, batch, heads, length, **like),
-            "numbers": torch.empty(batch, heads, 4 * tiles, tiles, dtype=torch.int16, **like),
-            "lists": torch.empty(batch, heads, tiles, tiles, dtype=torch.int32, **like),
+            "numbers": torch.empty(batch, heads, 4 * tile_rows, tiles, dtype=torch.int16, **like),
+            "lists": torch.empty(batch, heads, tile_rows, tiles, dtype=torch.int32, **like),
             "tiles": torch.zeros(
-                batch, heads, 2 * -(-length // 128), 2 * -(-length // 4096), dtype=torch.int32, **like
+                batch, heads, tile_rows, 2 * -(-length // 4096), dtype=torch.int32, **like
             ),
         }  # fmt: skip
         self.values = {name: x.data_ptr() for name, x in self.tensors.items()}
@@ -113,8 +114,8 @@ class Problem:
             self.values |= {f"{name}_batch": strides[0], f"{name}_head": strides[1], f"{name}_row": strides[2]}
         self.values |= {
             "state_batch": heads * length, "plane": batch * heads * length, "heads": heads, "group": 1,
-            "rows_q": length, "rows_k": length, "key_tile_rows": self.tensors["tiles"].shape[2],
-            "limit_q": length, "limit_k": length, "tile_rows": self.tensors["tiles"].shape[2],
+            "rows_q": length, "rows_k": length, "key_tile_rows": tile_rows,
+            "limit_q": length, "limit_k": length, "tile_rows": tile_rows,
             "tile_words": self.tensors["tiles"].shape[3], "width": head_dim, "width_v": head_dim,
             "window_left": UNLIMITED, "window_right": 0 if case.causal else UNLIMITED, "scale": head_dim**-0.5,
             "alpha": case.alpha,
