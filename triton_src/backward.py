@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from .common import (
-    ALPHA_LEARNED,
+    ALPHA_ANY,
+    ALPHA_NUMBER,
     TILE,
     WORD,
     alpha_of,
@@ -52,7 +53,8 @@ def grad_query(
     value, value_batch, value_head, value_row,
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_query, grad_query_batch, grad_query_head, grad_query_row,
-    terms, row_state, tiles, lists, lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch, plane,
+    terms, row_state, tiles, lists, plane,
+    lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
@@ -152,10 +154,11 @@ def grad_query(
             if EDGE:
                 ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
             part_d += column_sums(ds)
-            if ALPHA == ALPHA_LEARNED:
-                term = alpha_term(p, tl.log2(p), alpha)
-                part_ua += column_sums(u * term)
-                part_da += column_sums(ds * term)
+            if ALPHA == ALPHA_ANY:  # noqa: SIM102
+                if kind_alpha != ALPHA_NUMBER:
+                    term = alpha_term(p, tl.log2(p), alpha)
+                    part_ua += column_sums(u * term)
+                    part_da += column_sums(ds * term)
             sum_dk = dot(cast(ds, k.dtype), k, sum_dk)
             sum_uk = dot(cast(u, k.dtype), k, sum_uk)
 
@@ -169,9 +172,10 @@ def grad_query(
     tl.store(terms + row, high, mask=row < extent_q)
     tl.store(terms + plane + row, low, mask=row < extent_q)
     tl.store(terms + 2 * plane + row, tl.where(sees, mean + c, 0.0), mask=row < extent_q)
-    if ALPHA == ALPHA_LEARNED:
+    if ALPHA == ALPHA_ANY:
         of_alpha = tl.sum(part_da, 1) - mean * tl.sum(part_ua, 1)
-        tl.store(terms + 3 * plane + row, tl.where(sees, of_alpha, 0.0), mask=row < extent_q)
+        asked = (row < extent_q) & (kind_alpha != ALPHA_NUMBER)
+        tl.store(terms + 3 * plane + row, tl.where(sees, of_alpha, 0.0), mask=asked)
     store_rows(
         grad_query, cast(dq, grad_query.dtype.element_ty), first_row, extent_q, grad_query_row, width, BLOCK_M, PAD
     )
@@ -200,7 +204,8 @@ def grad_key_value(
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_key, grad_key_batch, grad_key_head, grad_key_row,
     grad_value, grad_value_batch, grad_value_head, grad_value_row,
-    terms, tiles, lists, lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch, plane,
+    terms, tiles, lists, plane,
+    lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,

@@ -21,7 +21,6 @@ LENGTHS_PACKED = tl.constexpr(2)  # (B + 1,) offsets into a packed batch
 ALPHA_ANY = tl.constexpr(0)
 ALPHA_1_5 = tl.constexpr(1)
 ALPHA_2 = tl.constexpr(2)
-ALPHA_LEARNED = tl.constexpr(3)  # any, with its gradient
 
 # Where alpha is (`AlphaFrom` in csrc/cuda/kernels.h says the same).
 ALPHA_NUMBER = tl.constexpr(0)

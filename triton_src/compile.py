@@ -114,7 +114,6 @@ def compile_variant(variant, arch, cache):
         "dtype": variant.dtype,
         "pad": variant.pad,
         "alpha": variant.alpha,
-        "aligned": variant.aligned,
         "hot": variant.hot,
         "warps": metadata.num_warps,
         "shared": metadata.shared,

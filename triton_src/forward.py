@@ -62,7 +62,8 @@ ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 def scan(
     query, query_batch, query_head, query_row,
     key, key_batch, key_head, key_row,
-    row_state, numbers, lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
+    row_state, numbers,
+    lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
@@ -131,7 +132,7 @@ def scan(
     m *= factor
     t = tl.full([BLOCK_M], -1.0, tl.float32)
     largest = tl.reshape(largest, [BLOCK_M, CLASSES])
-    for _ in tl.static_range(BOUND_STEPS):
+    for _ in range(BOUND_STEPS):  # not unrolled: it is rarely much of the time, and would be most of the code
         p, u = weights(excess(largest, factor, (m + t)[:, None], t[:, None], False), alpha, ALPHA)
         t += tl.maximum(newton_step(tl.sum(p, 1), tl.sum(u, 1), alpha, ALPHA), 0.0)
     t -= (1.0 + tl.abs(m)) * ROUNDING
@@ -198,7 +199,8 @@ def attend(
     key, key_batch, key_head, key_row,
     value, value_batch, value_head, value_row,
     out, out_batch, out_head, out_row,
-    row_state, tiles, numbers, lists, lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
+    row_state, tiles, numbers, lists,
+    lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,

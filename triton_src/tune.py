@@ -200,9 +200,7 @@ def main():
     args = parser.parse_args()
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     alpha = {1.5: "1_5", 2.0: "2"}.get(args.alpha, "any")
-    base = {
-        (v.kernel, v.pad): v for v in variants.variants(arch) if v.dtype == "bf16" and v.alpha == alpha and v.aligned
-    }
+    base = {(v.kernel, v.pad): v for v in variants.variants(arch) if v.dtype == "bf16" and v.alpha == alpha}
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor() as pool:
         tried = {
             place: list(dict.fromkeys([v, *(

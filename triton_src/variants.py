@@ -1,16 +1,16 @@
 """Which specialisations exist. The one place that says so: tile shapes, warps and stages are data here, and the table
 from which C++ picks a variant at run time is generated from it.
 
-A variant is (kernel, element type, padded head size, kind of alpha, aligned). `aligned` ones assume what flash-attn
-does, rows that start at 16-byte boundaries; the others serve every stride and head size. Everything else is a run-time
-value: causal, window, lengths, grouped queries, scale, M and N, head sizes below the padded one; and, in the code for
-any alpha, alpha itself and ALiBi, which the code for one alpha leaves out to stay short.
+A variant is (kernel, element type, padded head size, kind of alpha). Everything else is a run-time value: causal,
+window, lengths, grouped queries, scale, M and N, head sizes below the padded one; and, in the code for any alpha, alpha
+itself, its gradient and ALiBi, which the code for one alpha leaves out to stay short. All take rows that start at
+multiples of ALIGNMENT, which the host sees to.
 """
 
 from dataclasses import dataclass
 
 from . import activation, backward, forward
-from .common import ALPHA_1_5, ALPHA_2, ALPHA_ANY, ALPHA_LEARNED
+from .common import ALPHA_1_5, ALPHA_2, ALPHA_ANY
 
 DEFAULT_ARCHS = (80, 90)
 
@@ -21,8 +21,10 @@ ARCHS = tuple(SHARED_KIB)
 # Triton's name for an element type: (its size, the C++ enumerator of torch's type).
 TYPES = {"bf16": (2, "at::kBFloat16"), "fp16": (2, "at::kHalf"), "fp32": (4, "at::kFloat")}
 
-# "learned" is any alpha with its gradient; only grad_query differs.
-ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value, "learned": ALPHA_LEARNED.value}
+ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
+
+# Bytes that the rows of tensors start at multiples of (kAlignment in csrc/cuda/call.cpp): one load of a thread.
+ALIGNMENT = 16
 
 ATTENTION = {
     "scan": forward.scan,
@@ -35,10 +37,11 @@ KERNELS = ATTENTION | {
     "activate_grad": activation.activate_grad,
 }
 
+TENSORS = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
 # What the names of kernel arguments mean, with `T` for the variant's element type. Names not listed here are found by
 # their ending (strides) or are 32-bit integers.
 ARGUMENT_TYPES = {
-    **dict.fromkeys(("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"), "*T"),
+    **dict.fromkeys(TENSORS, "*T"),
     **dict.fromkeys(("input", "output", "grad_input"), "*T"),
     **dict.fromkeys(("row_state", "terms", "alphas", "slopes", "row_alpha", "grad_alpha"), "*fp32"),
     **dict.fromkeys(("rows", "own_alphas"), "i64"),
@@ -67,7 +70,6 @@ class Variant:
     dtype: str
     pad: int  # head size that registers and shared memory are laid out for
     alpha: str  # a key of ALPHAS
-    aligned: bool
     block_m: int
     block_n: int
     step: int  # columns at a time in q.k, see common.products
@@ -78,7 +80,7 @@ class Variant:
 
     @property
     def name(self):
-        return f"{self.kernel}_{self.dtype}_d{self.pad}_a{self.alpha}{'' if self.aligned else '_unaligned'}"
+        return f"{self.kernel}_{self.dtype}_d{self.pad}_a{self.alpha}"
 
     @property
     def constants(self):
@@ -95,16 +97,14 @@ class Variant:
         return found
 
     def divisibility(self):
-        """{name: divisor} of what an aligned variant takes as multiples of 16 bytes: addresses, strides and widths of
-        the tensors that matrix products read."""
-        if not self.aligned:
-            return {}
+        """{name: divisor} of what is a multiple of ALIGNMENT: addresses, strides and widths of the tensors that matrix
+        products read or make."""
         divisors = {}
-        for name, kind in self.arguments():
-            if kind == "*" + self.dtype and kind != "*fp32":
-                divisors[name] = 16  # bytes
+        for name, _kind in self.arguments():
+            if name in TENSORS:
+                divisors[name] = ALIGNMENT  # bytes
             elif name in ("width", "width_v") or (name.endswith(STRIDE_ENDINGS) and name not in ARGUMENT_TYPES):
-                divisors[name] = 16 // TYPES[self.dtype][0]  # elements
+                divisors[name] = ALIGNMENT // TYPES[self.dtype][0]  # elements
         return divisors
 
 
@@ -156,17 +156,12 @@ def tile(arch, kernel, dtype, pad):
 
 
 def specialisations():
-    """Yields (dtype, pad, alpha, aligned). Fast code for alpha = 1.5 and 2 exists where it pays: aligned half types up
-    to head size 128. Above, and for fp32, matrix products weigh more than the powers."""
-    for dtype in ("bf16", "fp16"):
-        for pad in (64, 128):
-            for alpha in ("any", "1_5", "2"):
-                yield dtype, pad, alpha, True
-        yield dtype, 256, "any", True
-        for pad in (128, 256):
-            yield dtype, pad, "any", False
-    for pad in (64, 128, 256):
-        yield "fp32", pad, "any", False
+    """Yields (dtype, pad, alpha). Fast code for alpha = 1.5 and 2 exists where it pays: half types up to head size 128.
+    Above, and for fp32, matrix products weigh more than the powers."""
+    for dtype in TYPES:
+        for pad in (64, 128, 256):
+            for alpha in ALPHAS if dtype != "fp32" and pad < 256 else ("any",):
+                yield dtype, pad, alpha
 
 
 @dataclass(frozen=True)
@@ -183,6 +178,9 @@ class ActivationVariant(Variant):
         constants = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, LONG=self.pad == LONGEST_ROW)
         return {**constants, "ALPHA": ALPHAS[self.alpha]} if self.kernel == "activate" else constants
 
+    def divisibility(self):
+        return {}  # rows of any length, one behind the other
+
 
 LONGEST_ROW = 1 << 30  # places in a row are 32 bits wide, with room for a block
 # Longest row: (rows of a program, numbers of a row at a time, warps).
@@ -196,17 +194,16 @@ def activations():
             for kernel, alphas in (("activate", ("any", "1_5", "2")), ("activate_grad", ("any",))):
                 for alpha in alphas:
                     yield ActivationVariant(
-                        kernel, dtype, longest, alpha, False, rows, block, block, warps, 1, None, hot=False
+                        kernel, dtype, longest, alpha, rows, block, block, warps, 1, None, hot=False
                     )
 
 
 def variants(arch):
     """All variants of an architecture, without repetition, in a fixed order."""
     found = {}
-    for dtype, pad, alpha, aligned in specialisations():
-        kinds = [(kernel, alpha) for kernel in ATTENTION] + [("grad_query", "learned")] * (alpha == "any")
-        for kernel, alpha in kinds:
-            hot = arch in DEFAULT_ARCHS and aligned and pad <= 128 and alpha in ("1_5", "2")
-            variant = Variant(kernel, dtype, pad, alpha, aligned, *tile(arch, kernel, dtype, pad), hot=hot)
+    for dtype, pad, alpha in specialisations():
+        hot = arch in DEFAULT_ARCHS and pad <= 128 and alpha in ("1_5", "2")
+        for kernel in ATTENTION:
+            variant = Variant(kernel, dtype, pad, alpha, *tile(arch, kernel, dtype, pad), hot=hot)
             found[variant.name] = variant
     return [*found.values(), *activations()]

@@ -23,7 +23,7 @@ class ActivationCall {
         row_alpha(given.per_row ? given.per_row->contiguous() : at::Tensor()),
         // Code of its own has alpha where it is a number only.
         variant(find_variant(kernel, tensor.scalar_type(), length, given.per_row ? Alpha::kAny : alpha_kind(alpha),
-                             /*aligned=*/false, place.device)) {}
+                             place.device)) {}
 
   int64_t programs() const { return (rows + variant.block_m - 1) / variant.block_m; }
   int64_t own_alphas() const { return row_alpha.defined() ? rows : 0; }

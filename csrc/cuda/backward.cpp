@@ -31,16 +31,17 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
   const Call call(name, query, key, value, options);
   auto result = allocate_backward(query, key, value, options);
   auto& [dq, dk, dv, dalpha] = result;
-  const at::Tensor grad_out = with_dense_rows(given_grad), state = saved.row_state.contiguous(),
+  const Result of_query(dq), of_key(dk), of_value(dv);
+  const at::Tensor grad_out = with_aligned_rows(given_grad), state = saved.row_state.contiguous(),
                    tiles = saved.tiles.contiguous();
   const int64_t plane = call.queries;  // a number for each query
   const at::Tensor terms = at::empty({options.head_alpha ? 4 : 3, plane}, state.options());
   if (options.packed()) {  // tokens that no sequence has, where lengths contradict the tensors
-    for (const at::Tensor& t : {dq, dk, dv, terms}) t.zero_();
+    for (const at::Tensor& t : {of_query.rows, of_key.rows, of_value.rows, terms}) t.zero_();
   }
 
   if (dq.numel() > 0) {
-    const Variant& variant = call.variant(Kernel::kGradQuery, {grad_out, dq}, /*gradient=*/true);
+    const Variant& variant = call.variant(Kernel::kGradQuery);
     const at::Tensor lists = call.empty_by_query_tile(at::kInt);
     grad_query(variant, call.place, call.query_programs(variant),
                {
@@ -48,26 +49,20 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                    .key = rows_of(call.key),
                    .value = rows_of(call.value),
                    .grad_out = rows_of(grad_out),
-                   .grad_query = mutable_rows_of(dq),
+                   .grad_query = mutable_rows_of(of_query.rows),
                    .terms = terms.mutable_data_ptr<float>(),
                    .row_state = state.const_data_ptr<float>(),
                    .tiles = tiles.const_data_ptr<int32_t>(),
                    .lists = lists.mutable_data_ptr<int32_t>(),
-                   .lengths_q = call.lengths_q,
-                   .lengths_k = call.lengths_k,
-                   .alphas = call.alphas,
-                   .slopes = call.slopes,
-                   .slopes_batch = call.slopes_batch,
-                   .state_batch = call.state_batch,
                    .plane = plane,
-                   .shape = call.shape,
+                   .call = call.arguments,
                });
   }
   if (call.heads == 0) {  // keys that no head asks for
-    dk.zero_();
-    dv.zero_();
+    of_key.rows.zero_();
+    of_value.rows.zero_();
   } else if (dk.numel() > 0) {
-    const Variant& variant = call.variant(Kernel::kGradKeyValue, {grad_out, dk, dv});
+    const Variant& variant = call.variant(Kernel::kGradKeyValue);
     const at::Tensor lists = call.empty_by_key_tile(at::kInt);
     grad_key_value(variant, call.place, call.key_programs(variant),
                    {
@@ -75,21 +70,16 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                        .key = rows_of(call.key),
                        .value = rows_of(call.value),
                        .grad_out = rows_of(grad_out),
-                       .grad_key = mutable_rows_of(dk),
-                       .grad_value = mutable_rows_of(dv),
+                       .grad_key = mutable_rows_of(of_key.rows),
+                       .grad_value = mutable_rows_of(of_value.rows),
                        .terms = terms.const_data_ptr<float>(),
                        .tiles = tiles.const_data_ptr<int32_t>(),
                        .lists = lists.mutable_data_ptr<int32_t>(),
-                       .lengths_q = call.lengths_q,
-                       .lengths_k = call.lengths_k,
-                       .alphas = call.alphas,
-                       .slopes = call.slopes,
-                       .slopes_batch = call.slopes_batch,
-                       .state_batch = call.state_batch,
                        .plane = plane,
-                       .shape = call.shape,
+                       .call = call.arguments,
                    });
   }
+  for (const Result* gradient : {&of_query, &of_key, &of_value}) gradient->finish();
   if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? terms[3] : terms[3].zero_(), query, dalpha);
   return result;
 }

@@ -1,5 +1,6 @@
 #include "cuda/call.h"
 
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 namespace adasplash::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 16;        // bytes, of the rows that `aligned` variants touch
+constexpr int64_t kAlignment = 16;        // bytes that rows start at multiples of
 constexpr int64_t kLongestRow = 1 << 24;  // elements from a row to the next: offsets inside a block of rows are 32 bits
 constexpr int64_t kLongest = 1 << 30;     // positions are 32 bits wide, with room for a window bound
 
@@ -22,6 +23,12 @@ struct Dims {
 // Where a dimension has one entry, or is not there, its stride does not matter; 0 keeps odd ones from looking
 // unaligned.
 int64_t stride_of(const at::Tensor& t, int64_t dim) { return dim >= 0 && t.size(dim) > 1 ? t.stride(dim) : 0; }
+
+// Elements that a row of this many takes, rounded up to the alignment.
+int64_t aligned_width(const at::Tensor& t) {
+  const int64_t unit = kAlignment / t.element_size();
+  return (t.sizes().back() + unit - 1) / unit * unit;
+}
 
 bool is_aligned(const at::Tensor& t) {
   const Dims dims(t);
@@ -43,6 +50,12 @@ at::Tensor as_lengths(const OptionalTensor& padded, const OptionalTensor& packed
   return given ? given->clamp(0, std::numeric_limits<int32_t>::max()).to(at::kInt).contiguous() : at::Tensor();
 }
 
+at::DimVector padded_sizes(const at::Tensor& t) {
+  at::DimVector sizes(t.sizes());
+  sizes.back() = aligned_width(t);
+  return sizes;
+}
+
 at::Tensor as_floats(const OptionalTensor& given) { return given ? given->to(at::kFloat).contiguous() : at::Tensor(); }
 
 template <typename T>
@@ -50,8 +63,10 @@ const T* pointer(const at::Tensor& t) {
   return t.defined() ? t.const_data_ptr<T>() : nullptr;
 }
 
-Shape shape_of(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-               const AttentionOptions& options) {
+// `lengths_q` to `slopes`: what the options hold of these, as the kernels take it.
+CallArguments arguments_of(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           const AttentionOptions& options, const at::Tensor& lengths_q, const at::Tensor& lengths_k,
+                           const at::Tensor& alphas, const at::Tensor& slopes) {
   TORCH_CHECK(query.scalar_type() != at::kDouble, op,
               ": float64 runs on the CPU only; the GPU takes float32, float16 and bfloat16");
   const auto narrow = [op](const char* what, const c10::SymInt& given) {
@@ -76,6 +91,12 @@ Shape shape_of(const char* op, const at::Tensor& query, const at::Tensor& key, c
                                                           : AlphaFrom::kShared;
   const int64_t head_dim = shape.head_dim.expect_int();
   return {
+      .lengths_q = pointer<int32_t>(lengths_q),
+      .lengths_k = pointer<int32_t>(lengths_k),
+      .alphas = pointer<float>(alphas),
+      .slopes = pointer<float>(slopes),
+      .slopes_batch = slopes.defined() && slopes.dim() == 2 ? slopes.size(1) : int64_t{0},
+      .state_batch = packed ? int64_t{0} : int64_t{heads} * queries,
       .heads = heads,
       .group = static_cast<int32_t>(heads / std::max<int64_t>(shape.kv_heads.expect_int(), 1)),
       .rows_q = queries,
@@ -85,8 +106,8 @@ Shape shape_of(const char* op, const at::Tensor& query, const at::Tensor& key, c
       .tile_rows = static_cast<int32_t>(sizes.tiles.rbegin()[1].expect_int()),
       .key_tile_rows = static_cast<int32_t>(count_tile_rows(keys, batch, packed)),
       .tile_words = static_cast<int32_t>(sizes.tiles.back().expect_int()),
-      .width = static_cast<int32_t>(head_dim),
-      .width_v = static_cast<int32_t>(shape.value_dim.expect_int()),
+      .width = static_cast<int32_t>(aligned_width(query)),
+      .width_v = static_cast<int32_t>(aligned_width(value)),
       .kind_q = kind(options.q_seqlens),
       .kind_k = kind(options.kv_seqlens),
       .kind_alpha = static_cast<int32_t>(alpha),
@@ -110,9 +131,18 @@ MutableRows mutable_rows_of(const at::Tensor& t) {
   return {t.mutable_data_ptr(), stride_of(t, dims.batch), stride_of(t, dims.head), stride_of(t, dims.row)};
 }
 
-at::Tensor with_dense_rows(const at::Tensor& t) {
+at::Tensor with_aligned_rows(const at::Tensor& t) {
   const bool dense = t.sizes().back() <= 1 || t.strides().back() == 1;
-  return dense && stride_of(t, Dims(t).row) <= kLongestRow ? t : t.contiguous();
+  if (dense && is_aligned(t) && stride_of(t, Dims(t).row) <= kLongestRow) return t;
+  const int64_t missing = aligned_width(t) - t.sizes().back();
+  return missing ? at::constant_pad_nd(t, {0, missing}) : t.clone(at::MemoryFormat::Contiguous);
+}
+
+Result::Result(const at::Tensor& result)
+    : rows(is_aligned(result) ? result : at::empty(padded_sizes(result), result.options())), result_(result) {}
+
+void Result::finish() const {
+  if (!rows.is_same(result_)) result_.copy_(rows.narrow(-1, 0, result_.sizes().back()));
 }
 
 Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& o)
@@ -122,40 +152,30 @@ Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::T
       alphas_(as_floats(o.head_alpha)),
       slopes_(as_floats(o.alibi_slopes)),
       packed_(o.packed()),
-      general_(o.head_alpha || o.alibi_slopes),
-      query(with_dense_rows(q)),
-      key(with_dense_rows(k)),
-      value(with_dense_rows(v)),
+      query(with_aligned_rows(q)),
+      key(with_aligned_rows(k)),
+      value(with_aligned_rows(v)),
       place(place_of(q.device())),
       heads(AttentionShape::of(q, k, v, o).batch.expect_int() * q.size(1)),
       kv_heads(AttentionShape::of(q, k, v, o).batch.expect_int() * k.size(1)),
       queries(packed_ ? q.size(0) * q.size(1) : heads * q.size(2)),
-      lengths_q(pointer<int32_t>(lengths_q_)),
-      lengths_k(pointer<int32_t>(lengths_k_)),
-      alphas(pointer<float>(alphas_)),
-      slopes(pointer<float>(slopes_)),
-      slopes_batch(slopes_.defined() && slopes_.dim() == 2 ? slopes_.size(1) : int64_t{0}),
-      state_batch(packed_ ? int64_t{0} : q.size(1) * q.size(2)),
-      shape(shape_of(op, q, k, v, o)) {}
+      arguments(arguments_of(op, q, k, v, o, lengths_q_, lengths_k_, alphas_, slopes_)) {}
 
-const Variant& Call::variant(Kernel kernel, std::initializer_list<at::Tensor> more, bool gradient) const {
-  const bool aligned =
-      is_aligned(query) && is_aligned(key) && is_aligned(value) && std::all_of(more.begin(), more.end(), is_aligned);
-  const Alpha alpha = gradient && alphas_.defined() ? Alpha::kLearned
-                      : general_                    ? Alpha::kAny
-                                                    : alpha_kind(shape.alpha.value);
-  return find_variant(kernel, query.scalar_type(), std::max(shape.width.value, shape.width_v.value), alpha, aligned,
-                      place.device);
+const Variant& Call::variant(Kernel kernel) const {
+  // The code for any alpha is also that for the other options.
+  const bool general = alphas_.defined() || slopes_.defined();
+  return find_variant(kernel, query.scalar_type(), std::max(arguments.width.value, arguments.width_v.value),
+                      general ? Alpha::kAny : alpha_kind(arguments.alpha.value), place.device);
 }
 
 at::Tensor Call::empty_by_query_tile(at::ScalarType type) const {
-  const int64_t rows = (packed_ ? shape.heads.value : heads) * int64_t{shape.tile_rows.value};
-  return at::empty({rows, count_tiles(shape.limit_k.value)}, query.options().dtype(type));
+  const int64_t rows = (packed_ ? arguments.heads.value : heads) * int64_t{arguments.tile_rows.value};
+  return at::empty({rows, count_tiles(arguments.limit_k.value)}, query.options().dtype(type));
 }
 
 at::Tensor Call::empty_by_key_tile(at::ScalarType type) const {
-  const int64_t rows = (packed_ ? key.size(1) : kv_heads) * int64_t{shape.key_tile_rows.value};
-  return at::empty({rows, count_tiles(shape.limit_q.value)}, query.options().dtype(type));
+  const int64_t rows = (packed_ ? key.size(1) : kv_heads) * int64_t{arguments.key_tile_rows.value};
+  return at::empty({rows, count_tiles(arguments.limit_q.value)}, query.options().dtype(type));
 }
 
 }  // namespace adasplash::cuda

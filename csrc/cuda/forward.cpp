@@ -21,16 +21,17 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   const bool training = support_capacity >= 0;
   const at::Tensor state = training ? saved_state : at::empty_symint(sizes.row_state, saved_state.options());
   const at::Tensor tiles = training ? saved_tiles : at::empty_symint(sizes.tiles, saved_tiles.options());
-  tiles.zero_();           // some rows only round the shape up
+  tiles.zero_();  // some rows only round the shape up
+  const Result weighted(out);
   if (options.packed()) {  // tokens that no sequence has, where lengths contradict the tensors
-    out.zero_();
+    weighted.rows.zero_();
     state.zero_();
   }
   support.fill_(kSupportOverflow);  // its rows are never listed here; the backward walks tiles
   const at::Tensor numbers = call.empty_by_query_tile(at::kLong);  // four of 16 bits
   const at::Tensor lists = call.empty_by_query_tile(at::kInt);
 
-  const Variant &first = call.variant(Kernel::kScan, {out}), &rest = call.variant(Kernel::kAttend, {out});
+  const Variant &first = call.variant(Kernel::kScan), &rest = call.variant(Kernel::kAttend);
   TORCH_INTERNAL_ASSERT(first.block_m % rest.block_m == 0, "attend would read tiles that scan did not visit");
   scan(first, call.place, call.query_programs(first),
        {
@@ -38,32 +39,21 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
            .key = rows_of(call.key),
            .row_state = state.mutable_data_ptr<float>(),
            .numbers = static_cast<int16_t*>(numbers.mutable_data_ptr()),
-           .lengths_q = call.lengths_q,
-           .lengths_k = call.lengths_k,
-           .alphas = call.alphas,
-           .slopes = call.slopes,
-           .slopes_batch = call.slopes_batch,
-           .state_batch = call.state_batch,
-           .shape = call.shape,
+           .call = call.arguments,
        });
   attend(rest, call.place, call.query_programs(rest),
          {
              .query = rows_of(call.query),
              .key = rows_of(call.key),
              .value = rows_of(call.value),
-             .out = mutable_rows_of(out),
+             .out = mutable_rows_of(weighted.rows),
              .row_state = state.mutable_data_ptr<float>(),
              .tiles = tiles.mutable_data_ptr<int32_t>(),
              .numbers = static_cast<int16_t*>(numbers.mutable_data_ptr()),
              .lists = lists.mutable_data_ptr<int32_t>(),
-             .lengths_q = call.lengths_q,
-             .lengths_k = call.lengths_k,
-             .alphas = call.alphas,
-             .slopes = call.slopes,
-             .slopes_batch = call.slopes_batch,
-             .state_batch = call.state_batch,
-             .shape = call.shape,
+             .call = call.arguments,
          });
+  weighted.finish();
   return result;
 }
 

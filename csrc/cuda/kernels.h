@@ -12,7 +12,7 @@ namespace adasplash::cuda {
 
 // The names and their order are those of triton_src/variants.py, by way of the generated launchers.
 enum class Kernel { kScan, kAttend, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
-enum class Alpha { kAny, k15, k2, kLearned };  // kLearned: any, with its gradient
+enum class Alpha { kAny, k15, k2 };
 
 // How kernels take sequence lengths.
 enum class Lengths : int32_t { kNone = 0, kPadded = 1, kPacked = 2 };
@@ -28,7 +28,6 @@ struct Variant {
   at::ScalarType dtype;
   int pad;  // largest head size, or longest row of an activation
   Alpha alpha;
-  bool aligned;  // takes rows that start at multiples of 16 bytes only
   int arch;
   int block_m, block_n;  // rows of query (or of an activation), and keys, that a program works on
   int warps, shared_bytes;
@@ -60,10 +59,9 @@ using PlaceOf = void (*)(int device, Place* place);
 Place place_of(c10::Device device);
 void replace_place_of(PlaceOf replacement);
 
-// The best variant for a call on this device: the smallest head size that fits, then aligned, then made for this alpha.
+// The best variant for a call on this device: the smallest head size that fits, then made for this alpha.
 // Throws if the device's architecture was not built for.
-const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, bool aligned,
-                            int device);
+const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, int device);
 
 // The code that is best for alpha as a number.
 inline Alpha alpha_kind(double alpha) { return alpha == 1.5 ? Alpha::k15 : alpha == 2 ? Alpha::k2 : Alpha::kAny; }

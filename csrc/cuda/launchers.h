@@ -21,7 +21,14 @@ struct MutableRows {
   Exactly<int64_t> row;
 };
 
-struct Shape {
+// The shape and options of a call.
+struct CallArguments {
+  Exactly<const int32_t*> lengths_q;
+  Exactly<const int32_t*> lengths_k;
+  Exactly<const float*> alphas;
+  Exactly<const float*> slopes;
+  Exactly<int64_t> slopes_batch;
+  Exactly<int64_t> state_batch;
   Exactly<int32_t> heads;
   Exactly<int32_t> group;
   Exactly<int32_t> rows_q;
@@ -48,13 +55,7 @@ struct ScanArguments {
   Rows key;
   Exactly<float*> row_state;
   Exactly<int16_t*> numbers;
-  Exactly<const int32_t*> lengths_q;
-  Exactly<const int32_t*> lengths_k;
-  Exactly<const float*> alphas;
-  Exactly<const float*> slopes;
-  Exactly<int64_t> slopes_batch;
-  Exactly<int64_t> state_batch;
-  Shape shape;
+  CallArguments call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
@@ -73,13 +74,7 @@ struct AttendArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> numbers;
   Exactly<int32_t*> lists;
-  Exactly<const int32_t*> lengths_q;
-  Exactly<const int32_t*> lengths_k;
-  Exactly<const float*> alphas;
-  Exactly<const float*> slopes;
-  Exactly<int64_t> slopes_batch;
-  Exactly<int64_t> state_batch;
-  Shape shape;
+  CallArguments call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
@@ -99,14 +94,8 @@ struct GradQueryArguments {
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> lists;
-  Exactly<const int32_t*> lengths_q;
-  Exactly<const int32_t*> lengths_k;
-  Exactly<const float*> alphas;
-  Exactly<const float*> slopes;
-  Exactly<int64_t> slopes_batch;
-  Exactly<int64_t> state_batch;
   Exactly<int64_t> plane;
-  Shape shape;
+  CallArguments call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
@@ -126,14 +115,8 @@ struct GradKeyValueArguments {
   Exactly<const float*> terms;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> lists;
-  Exactly<const int32_t*> lengths_q;
-  Exactly<const int32_t*> lengths_k;
-  Exactly<const float*> alphas;
-  Exactly<const float*> slopes;
-  Exactly<int64_t> slopes_batch;
-  Exactly<int64_t> state_batch;
   Exactly<int64_t> plane;
-  Shape shape;
+  CallArguments call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };

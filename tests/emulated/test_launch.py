@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from common import make_inputs, run_python
+from common import Inputs, assert_same_bits, gradients, make_inputs, run_python
 
 pytestmark = pytest.mark.backends("emulated")
 FORWARD, BACKWARD = ["scan", "attend"], ["grad_query", "grad_key_value"]
@@ -99,11 +99,11 @@ def test_an_architecture_that_was_not_built(driver):
         (8, torch.bfloat16, 2.0, "attend_bf16_d64_a2"),
         (72, torch.float16, 1.25, "attend_fp16_d128_aany"),
         (72, torch.float16, 1.5, "attend_fp16_d128_a1_5"),
-        (9, torch.float16, 1.5, "attend_fp16_d128_aany_unaligned"),
+        (9, torch.float16, 1.5, "attend_fp16_d64_a1_5"),
         (136, torch.bfloat16, 1.5, "attend_bf16_d256_aany"),
-        (255, torch.bfloat16, 2.0, "attend_bf16_d256_aany_unaligned"),
-        (64, torch.float32, 1.5, "attend_fp32_d64_aany_unaligned"),
-        (256, torch.float32, 2.0, "attend_fp32_d256_aany_unaligned"),
+        (255, torch.bfloat16, 2.0, "attend_bf16_d256_aany"),
+        (64, torch.float32, 1.5, "attend_fp32_d64_aany"),
+        (256, torch.float32, 2.0, "attend_fp32_d256_aany"),
     ),
 )
 def test_the_variant_that_a_call_runs(driver, size, dtype, alpha, name):
@@ -134,15 +134,17 @@ def test_the_variants_of_an_activation(driver, length, dtype, alpha, name):
     assert forward.arguments["own_alphas"] == (9 if isinstance(alpha, torch.Tensor) else 0)
 
 
-def test_rows_off_16_bytes_take_the_unaligned_variant(driver):
-    inputs = make_inputs(1, 2, 20, 30, size=16, dtype=torch.bfloat16)
-    wide = torch.randn(1, 2, 30, 17).bfloat16()
-    shifted = wide[..., 1:]
-    out = attend(inputs._replace(value=shifted))
-    assert all(launch.variant["aligned"] is False for launch in driver.launches)
-    assert torch.equal(out, attend(inputs._replace(value=shifted.contiguous()), 1.5)) or torch.allclose(
-        out, attend(inputs._replace(value=shifted.contiguous())), atol=2e-2
-    )
+@pytest.mark.parametrize("size, value_size", ((17, 24), (16, 3), (1, 1)))
+def test_rows_off_16_bytes_are_copied(driver, size, value_size):
+    """The stand-in refuses addresses, strides and sizes that are not multiples of 16 bytes."""
+    grad = torch.randn(1, 2, 20, value_size).bfloat16()
+    inputs = make_inputs(1, 2, 20, 30, size=size, value_size=value_size, dtype=torch.bfloat16)
+    expected = gradients(inputs, grad, torch.ops.adasplash.entmax_attn)
+    shifted = [torch.cat((x[..., :1], x), -1)[..., 1:] for x in inputs]
+    assert not any(x.data_ptr() % 16 == 0 and x.stride(-2) % 8 == 0 for x in shifted)
+    assert_same_bits(expected, gradients(Inputs(*shifted), grad, torch.ops.adasplash.entmax_attn))
+    for x, computed in zip((inputs.value, *inputs), expected, strict=True):
+        assert computed.shape[-1] == x.shape[-1] and computed.is_contiguous()
 
 
 def test_many_threads_load_each_kernel_once(driver):

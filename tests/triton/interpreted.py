@@ -97,7 +97,7 @@ def attention(
         programs = math.ceil(rows / programs) * (kv_heads if name == "grad_key_value" else heads) * batch
         constants = (block_m, block_n, pad, step, variants.ALPHAS[kind])
         with patched_once():
-            variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *planes, *shape, *constants)
+            variants.KERNELS[name][(programs,)](*arguments, *planes, *given, state_batch, *shape, *constants)
 
     # Filled with what must not stay: everything is to be written.
     garbage = 12345.0
