@@ -24,7 +24,7 @@ $(BIN)/python:
 
 # torch first and alone: the packages after it then find one that serves and fetch no other.
 $(VENV)/.requirements: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "setuptools>=70" wheel
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; \
 	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \

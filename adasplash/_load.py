@@ -4,7 +4,13 @@ import os
 
 import torch
 
-from adasplash import _C
+try:
+    from adasplash import _C
+except ImportError as error:
+    raise ImportError(
+        "torch-adasplash is not built here: run pip install --no-build-isolation --no-deps --editable . in its source "
+        f"folder ({error})"
+    ) from error
 
 version: str = _C.version
 _FOLDER = os.path.dirname(os.path.abspath(__file__))

@@ -1,6 +1,7 @@
 // entmax_attn and entmax_attn_varlen above their two private ops: the Autograd kernel, which saves what the backward
 // needs, and the kernel for where no autograd key is set (inference mode), which saves nothing.
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -111,6 +112,13 @@ at::Tensor softmax_attn(const at::Tensor& query, const at::Tensor& key, const at
               "entmax_attn: alpha = 1 (softmax) needs value's head_dim to be "
               "query's, got ",
               shape.value_dim, " and ", shape.head_dim);
+  // Its CUDA kernels fail where there is nothing to do (2.11 divides by the number of heads).
+  if (query.sym_numel() == 0 || key.sym_numel() == 0) {
+    return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, {}, /*dropout_p=*/0.0, o.is_causal,
+                                                              /*dropout_mask=*/{}, o.scale,
+                                                              /*enable_gqa=*/shape.heads != shape.kv_heads))
+        .contiguous();
+  }
   // Its fused kernels want dense rows; without them it would build the M x N matrix.
   const auto dense = [](const at::Tensor& t) { return t.sym_stride(3) == 1 ? t : t.contiguous(); };
   return at::scaled_dot_product_attention(dense(query), dense(key), dense(value), {}, /*dropout_p=*/0.0, o.is_causal,

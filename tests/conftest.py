@@ -5,6 +5,7 @@ import importlib
 import os
 import shutil
 import tempfile
+import zlib
 from dataclasses import dataclass
 
 import pytest
@@ -42,6 +43,7 @@ BACKENDS = {
 
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=BACKENDS, default="cpu", help="who runs the op tests")
+    parser.addoption("--cases", type=int, metavar="K", help="at most K cases of each test, spread over them")
 
 
 def pytest_configure(config):
@@ -64,10 +66,32 @@ def pytest_unconfigure(config):
 
 def pytest_collection_modifyitems(config, items):
     chosen = config.getoption("--backend")
+    kept = []
     for item in items:
         marker = item.get_closest_marker("backends")
-        if marker and chosen not in marker.args:
-            item.add_marker(pytest.mark.skip(reason=f"not about the {chosen} backend"))
+        # What does not ask for a backend says nothing about another one than the usual.
+        if chosen in marker.args if marker else chosen == "cpu" or "backend" in item.fixturenames:
+            kept.append(item)
+    if config.getoption("--cases"):
+        kept = spread(kept, config.getoption("--cases"), chosen)
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
+
+
+def spread(items, most: int, chosen: str) -> list:
+    """At most so many cases of each test function, and all of those about a backend of their own. Where they lie among
+    its cases is another place for each function, so that together they meet all values of what many functions share."""
+    kept, functions = [], {}
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.get_closest_marker("backends"):
+            kept.append(item)
+        elif params.get("dtype", SINGLE) in BACKENDS[chosen].dtypes:
+            functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, cases in functions.items():
+        first, count = zlib.crc32(name.encode()) % len(cases), min(most, len(cases))
+        kept += [cases[(first + index * len(cases) // count) % len(cases)] for index in range(count)]
+    return kept
 
 
 def pytest_report_header(config):

@@ -93,7 +93,7 @@ def test_in_a_value(make_inputs, is_causal, bad, alpha, dtype):
     key = int((weights[0, 2:] > 0.01).sum((0, 1)).argmax())
     inputs.value[0, 1, key, 4] = bad
     dirty = entmax_attn(*inputs, alpha, is_causal)
-    head = torch.zeros(2, 4, 70, dtype=torch.bool)
+    head = torch.zeros(2, 4, 70, dtype=torch.bool, device=dirty.device)
     head[0, 2:] = True
     same_bits_elsewhere(clean, dirty, head)
     weighty = head & (weights[..., key] > 0.01)
@@ -110,7 +110,7 @@ def test_gradients_of_other_heads_and_batch_entries(make_inputs, where, bad, alp
     getattr(inputs, where)[1, 0, 40] = bad
     dirty = gradients(inputs, grad, entmax_attn, alpha)
     for one, other in zip(clean, dirty, strict=True):
-        of_head = torch.zeros(one.shape[:3], dtype=torch.bool)
+        of_head = torch.zeros(one.shape[:3], dtype=torch.bool, device=one.device)
         of_head[1, : one.shape[1] // 2] = True
         same_bits_elsewhere(one, other, of_head)
 

@@ -11,7 +11,7 @@ where nothing cancels as alpha goes to 1.
 import triton
 import triton.language as tl
 
-from .common import alpha_or_nan, alpha_term, cast, max_or_nan, newton_step, weights
+from .common import alpha_or_nan, alpha_term, cast, log2, max_or_nan, newton_step, weights
 
 TOLERANCE = tl.constexpr(4e-6)  # of a row's sum of weights: one more step is then taken unseen
 
@@ -37,6 +37,7 @@ def short_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of up to BLOCK_N scores, in registers."""
+    EXACT: tl.constexpr = input.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     inside = row < rows
@@ -50,12 +51,12 @@ def short_rows(
     t = tl.full([BLOCK_M], -1.0, tl.float32)
     refined = inside
     while tl.max(refined.to(tl.int32), 0) > 0:
-        p, u = weights(tl.maximum(y - t[:, None], 0.0), a[:, None], ALPHA)
+        p, u = weights(tl.maximum(y - t[:, None], 0.0), a[:, None], ALPHA, EXACT)
         total = tl.sum(p, 1)
         risen = tl.where(refined, t + newton_step(total, tl.sum(u, 1), a, ALPHA), t)
         refined = (total > 1.0 + TOLERANCE) & (risen > t)
         t = tl.where(risen > t, risen, t)
-    p, u = weights(tl.maximum(y - t[:, None], 0.0), a[:, None], ALPHA)
+    p, u = weights(tl.maximum(y - t[:, None], 0.0), a[:, None], ALPHA, EXACT)
     tl.store(out + place, cast(finish(p, tl.sum(p, 1), m, a), out.dtype.element_ty), mask=mask)
 
 
@@ -70,6 +71,7 @@ def chunk(base, start, length, other, BLOCK_N: tl.constexpr):
 def long_row(input, out, row_alpha, own_alphas, rows, length, alpha, BLOCK_N: tl.constexpr, ALPHA: tl.constexpr):
     """One row of any length. The two largest scores of each of BLOCK_N columns are kept in registers while the maximum
     is found: the threshold of that subset is never above the row's own, and mostly close."""
+    EXACT: tl.constexpr = input.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     first = tl.program_id(0).to(tl.int64) * length
     input += first
@@ -91,8 +93,8 @@ def long_row(input, out, row_alpha, own_alphas, rows, length, alpha, BLOCK_N: tl
     t = tl.full([1], -1.0, tl.float32)
     refined = row < rows
     while tl.max(refined.to(tl.int32), 0) > 0:
-        p, u = weights(tl.maximum(largest - t[:, None], 0.0), a[:, None], ALPHA)
-        p2, u2 = weights(tl.maximum(second - t[:, None], 0.0), a[:, None], ALPHA)
+        p, u = weights(tl.maximum(largest - t[:, None], 0.0), a[:, None], ALPHA, EXACT)
+        p2, u2 = weights(tl.maximum(second - t[:, None], 0.0), a[:, None], ALPHA, EXACT)
         total = tl.sum(p + p2, 1)
         risen = t + newton_step(total, tl.sum(u + u2, 1), a, ALPHA)
         refined = (total > 1.0 + TOLERANCE) & (risen > t)
@@ -105,7 +107,7 @@ def long_row(input, out, row_alpha, own_alphas, rows, length, alpha, BLOCK_N: tl
         sum_u = tl.zeros([1], tl.float32)
         for start in range(0, length, BLOCK_N):
             y = (chunk(input, start, length, float("-inf"), BLOCK_N) - shift) * rate
-            p, u = weights(tl.maximum(y - t[:, None], 0.0), a[:, None], ALPHA)
+            p, u = weights(tl.maximum(y - t[:, None], 0.0), a[:, None], ALPHA, EXACT)
             total += tl.sum(p, 1)
             sum_u += tl.sum(u, 1)
         risen = t + newton_step(total, sum_u, a, ALPHA)
@@ -116,7 +118,7 @@ def long_row(input, out, row_alpha, own_alphas, rows, length, alpha, BLOCK_N: tl
     for start in range(0, length, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         y = (chunk(input, start, length, float("-inf"), BLOCK_N) - shift) * rate
-        p, u = weights(tl.maximum(y - t[:, None], 0.0), a[:, None], ALPHA)
+        p, u = weights(tl.maximum(y - t[:, None], 0.0), a[:, None], ALPHA, EXACT)
         p = finish(p, total, m, a)
         tl.store(out + column[None, :], cast(p, out.dtype.element_ty), mask=(column < length)[None, :])
 
@@ -155,6 +157,7 @@ def grad_of_short_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M rows of up to BLOCK_N weights."""
+    EXACT: tl.constexpr = output.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     inside = row < rows
@@ -164,7 +167,7 @@ def grad_of_short_rows(
     g = tl.load(grad_out + place, mask=mask, other=0.0).to(tl.float32)
     a = alphas_of(row_alpha, own_alphas, row, alpha)[:, None]
     g = tl.where(p == 0.0, 0.0, g)
-    log = tl.log2(p)
+    log = log2(p, EXACT)
     u = u_of(p, log, a)
     change = u * (g - mean_of(tl.sum(u * g, 1), tl.sum(u, 1))[:, None])
     tl.store(grad_input + place, cast(change, grad_input.dtype.element_ty), mask=mask)
@@ -177,6 +180,7 @@ def grad_of_long_row(
     grad_out, output, grad_input, row_alpha, grad_alpha, own_alphas, rows, length, alpha, BLOCK_N: tl.constexpr
 ):
     """The same for one row of any length, in two passes."""
+    EXACT: tl.constexpr = output.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     first = tl.program_id(0).to(tl.int64) * length
     grad_out += first
@@ -187,7 +191,7 @@ def grad_of_long_row(
     total = tl.zeros([1, BLOCK_N], tl.float32)
     for start in range(0, length, BLOCK_N):
         p = chunk(output, start, length, 0.0, BLOCK_N)
-        u = u_of(p, tl.log2(p), a)
+        u = u_of(p, log2(p, EXACT), a)
         ug += tl.where(p == 0.0, 0.0, u * chunk(grad_out, start, length, 0.0, BLOCK_N))
         total += u
     delta = mean_of(tl.sum(ug, 1), tl.sum(total, 1))[:, None]
@@ -196,7 +200,7 @@ def grad_of_long_row(
         column = start + tl.arange(0, BLOCK_N)
         p = chunk(output, start, length, 0.0, BLOCK_N)
         g = chunk(grad_out, start, length, 0.0, BLOCK_N)
-        log = tl.log2(p)
+        log = log2(p, EXACT)
         change = tl.where(p == 0.0, 0.0, u_of(p, log, a) * (g - delta))
         tl.store(
             grad_input + column[None, :], cast(change, grad_input.dtype.element_ty), mask=(column < length)[None, :]

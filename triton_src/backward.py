@@ -3,8 +3,8 @@
 With u_j = p_j^(2-alpha) on the support, dP_j = dO.v_j and delta = sum u dP / sum u,
     dS_j = u_j (dP_j - delta),   dq = scale sum_j dS_j k_j,   dk_j = scale sum_rows dS_j q,   dv_j = sum_rows p_j dO.
 grad_query finds delta and dq in one pass, since dq / scale = sum u dP k - delta sum u k. So that this difference does
-not cancel, a number c of the row near delta is taken off dP first: what values have in common, and in fp32 delta of the
-keys seen so far.
+not cancel, a number c of the row near delta is taken off dP first: delta of the keys of the first tile where the row
+has weight, and in fp32 of all keys seen so far.
 """
 
 import triton
@@ -27,11 +27,13 @@ from .common import (
     hide,
     load_rows,
     load_signed,
+    log2,
     ordered_tile,
     part_of,
     products,
     program,
     score_scale,
+    seen_by_some,
     sequence,
     sign_of,
     slope_of,
@@ -109,23 +111,23 @@ def grad_query(
         count = append(listed, count, tile, wanted)
         inner_count += tl.sum((wanted & (index < inner)).to(tl.int32), 0)
     tl.debug_barrier()
+    if EXACT:  # one code for all tiles, as in `attend`
+        inner_count = 0
 
     c = tl.zeros([BLOCK_M], tl.float32)
-    if not EXACT and count > 0:  # dO.v of the mean of one tile's values: what all values have in common
-        first_j = tl.load(listed) * TILE
-        v = load_rows(value, first_j, length_k, value_row, width_v, TILE, PAD, True).to(tl.float32)
-        v = tl.sum(tl.where(tl.abs(v) < float("inf"), v, 0.0), 0) / TILE
-        rows = do
-        if STEP != PAD:
-            rows = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, True)
-        c = tl.sum(rows.to(tl.float32) * v[None, :], 1)
+    without = t < float("inf")  # rows that have no c yet
+    pending = 1
+    if ALPHA == ALPHA_ANY:
+        # The term of a row's largest weight, (-t)^(1/(alpha-1)), is taken off all: as sum dS = 0 only rounding changes,
+        # and where weights are nearly equal so are the terms.
+        largest_term = alpha_term(-t, log2(-t, EXACT) / (alpha - 1.0), alpha)
     part_u = tl.zeros([BLOCK_M, 8], tl.float32)
     part_d = tl.zeros([BLOCK_M, 8], tl.float32)  # sum u (dP - c)
     part_ua = tl.zeros([BLOCK_M, 8], tl.float32)  # the same two sums for the gradient of alpha
     part_da = tl.zeros([BLOCK_M, 8], tl.float32)
     sum_dk = tl.zeros([BLOCK_M, PAD], tl.float32)  # sum u (dP - c) k
     sum_uk = tl.zeros([BLOCK_M, PAD], tl.float32)
-    for EDGE in tl.static_range(2):
+    for EDGE in tl.static_range(1 if EXACT else 0, 2):
         for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
             first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
             k = load_rows(key, first_j, length_k, key_row, width, BLOCK_N, PAD, EDGE)
@@ -136,11 +138,17 @@ def grad_query(
             s = far_away(s, slope, diagonal, first_j + tl.arange(0, BLOCK_N), 0, ALPHA)
             if EDGE:
                 s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
-            p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA)
+            p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA, EXACT)
             dp = products(
                 do, grad_out, first_row, length_q, grad_out_row, value, first_j, length_k, value_row, width_v, 1.0,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
+            if EDGE:
+                seen = seen_by_some(
+                    first_j + tl.arange(0, BLOCK_N), first_row, BLOCK_M, length_q, length_k, window_left, window_right
+                )
+                k = tl.where(seen[:, None], k, 0.0)
+                dp = tl.where(u == 0.0, 0.0, dp)  # 0 * NaN
             part_u += column_sums(u)
             if EXACT:  # c follows delta of the keys seen so far, and sums of u (dP - c) follow c
                 sum_u = tl.sum(part_u, 1)
@@ -150,13 +158,17 @@ def grad_query(
                 part_da -= shift[:, None] * part_ua
                 sum_dk -= shift[:, None] * sum_uk
                 c += shift
+            elif pending > 0:
+                sum_u = tl.sum(u, 1)
+                found = without & (sum_u > 0.0)
+                c = tl.where(found, tl.sum(u * dp, 1) / sum_u, c)
+                without = without & (sum_u == 0.0)
+                pending = tl.max(without.to(tl.int32), 0)
             ds = u * (dp - c[:, None])
-            if EDGE:
-                ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
             part_d += column_sums(ds)
             if ALPHA == ALPHA_ANY:  # noqa: SIM102
                 if kind_alpha != ALPHA_NUMBER:
-                    term = alpha_term(p, tl.log2(p), alpha)
+                    term = alpha_term(p, log2(p, EXACT), alpha) - largest_term[:, None]
                     part_ua += column_sums(u * term)
                     part_da += column_sums(ds * term)
             sum_dk = dot(cast(ds, k.dtype), k, sum_dk)
@@ -172,10 +184,10 @@ def grad_query(
     tl.store(terms + row, high, mask=row < extent_q)
     tl.store(terms + plane + row, low, mask=row < extent_q)
     tl.store(terms + 2 * plane + row, tl.where(sees, mean + c, 0.0), mask=row < extent_q)
-    if ALPHA == ALPHA_ANY:
-        of_alpha = tl.sum(part_da, 1) - mean * tl.sum(part_ua, 1)
-        asked = (row < extent_q) & (kind_alpha != ALPHA_NUMBER)
-        tl.store(terms + 3 * plane + row, tl.where(sees, of_alpha, 0.0), mask=asked)
+    if ALPHA == ALPHA_ANY:  # noqa: SIM102
+        if kind_alpha != ALPHA_NUMBER:
+            of_alpha = tl.sum(part_da, 1) - mean * tl.sum(part_ua, 1)
+            tl.store(terms + 3 * plane + row, tl.where(sees, of_alpha, 0.0), mask=row < extent_q)
     store_rows(
         grad_query, cast(dq, grad_query.dtype.element_ty), first_row, extent_q, grad_query_row, width, BLOCK_M, PAD
     )
@@ -259,11 +271,13 @@ def grad_key_value(
             _first, end_key = visible_keys(first_row, length_q, length_k, window_left, window_right)
             first_key, _end = visible_keys(last_row, length_q, length_k, window_left, window_right)
             whole = (first_key <= first) & (first + BLOCK_N <= end_key) & (first_row + TILE <= length_q)
+            if EXACT:  # one code for all tiles, as in `attend`
+                whole = first_row < 0
             wanted = ((tl.load(tiles + tile * tile_words, mask=first_row < length_q, other=0) >> bit) & 1) != 0
             inner_count = append(listed, inner_count, tile, wanted & whole)
             edge_count = append(listed + tiles_q - 1, edge_count, tile, wanted & ~whole, -1)
         tl.debug_barrier()
-        for EDGE in tl.static_range(2):
+        for EDGE in tl.static_range(1 if EXACT else 0, 2):
             begin, end = (tiles_q - edge_count, tiles_q) if EDGE else (0, inner_count)
             for index in range(begin * SPLIT, end * SPLIT):
                 first_row = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_M
@@ -283,7 +297,7 @@ def grad_key_value(
                 s = far_away(s, slope, row + length_k - length_q, key_index, 1, ALPHA)
                 if EDGE:
                     s = hide(s, first_key, end_key, 1, key_index)
-                p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), own_alpha, ALPHA)
+                p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), own_alpha, ALPHA, EXACT)
                 p += tl.where(delta == delta, 0.0, float("nan"))[None, :]  # a NaN row makes NaN of all it sees
                 if EDGE:
                     p = tl.where(s == float("-inf"), 0.0, p)

@@ -7,6 +7,7 @@ to that, p a weight and u = p^(2 - alpha). Key tiles are TILE = 64 keys wide, as
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.extra import libdevice
 
 TILE = tl.constexpr(64)  # side of the tiles that the op's tile bits speak of
 WORD = tl.constexpr(32)  # tile bits in a word
@@ -191,6 +192,14 @@ def ordered_tile(index, first, inner_first, inner):
 
 
 @triton.jit
+def seen_by_some(key, row, rows, length_q, length_k, window_left, window_right):
+    """Whether a key is seen by any row of a block. What others hold, NaN too, must not get into sums over the block."""
+    first, _end = visible_keys(row, length_q, length_k, window_left, window_right)
+    _first, end = visible_keys(tl.minimum(row + rows, length_q) - 1, length_q, length_k, window_left, window_right)
+    return (key >= first) & (key < end)
+
+
+@triton.jit
 def hide(s, first, end, row_axis: tl.constexpr, key):
     """-inf for the scores of keys that their row does not see. `first`, `end` belong to the rows along `row_axis`."""
     other: tl.constexpr = 1 - row_axis
@@ -262,7 +271,16 @@ def excess(s, factor, m, t, EXACT: tl.constexpr):
 
 
 @triton.jit
-def weights(x, alpha, ALPHA: tl.constexpr):
+def log2(x, EXACT: tl.constexpr):
+    """log2 x, x >= 0; if not EXACT by the one instruction that is right to 22 bits, where the other takes fifteen."""
+    if EXACT or INTERPRETED:
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
+
+
+@triton.jit
+def weights(x, alpha, ALPHA: tl.constexpr, EXACT: tl.constexpr):
     """(p, u) of an excess x: p = x^(1/(alpha-1)) and u = p^(2-alpha)."""
     if ALPHA == ALPHA_1_5:
         return x * x, x
@@ -270,7 +288,7 @@ def weights(x, alpha, ALPHA: tl.constexpr):
         return x, is_positive(x)
     else:
         exponent = 1.0 / (alpha - 1.0)  # on its own, so that the one division leaves the loop
-        log = tl.log2(x) * exponent
+        log = log2(x, EXACT) * exponent
         return tl.exp2(log), tl.where(x > 0.0, tl.exp2((2.0 - alpha) * log), 0.0)
 
 
@@ -279,7 +297,7 @@ def alpha_term(p, log, alpha):
     """(e^L (1 - L) - 1) / (alpha - 1)^2 with L = (alpha - 1) ln p; near L = 0 by its series, which starts at -L^2/2.
     With log = log2 p. Times dS_j, the gradient of a score, it is what that key adds to the gradient of alpha."""
     rate = alpha - 1.0
-    x = rate * LN_2 * tl.where(p == 0.0, 0.0, log)
+    x = rate * LN_2 * tl.where(p == 0.0, 0.0, tl.maximum(log, -150.0))  # the log of a denormal number may be -inf
     series = 1 / 2 + x * (1 / 3 + x * (1 / 8 + x * (1 / 30 + x * (1 / 144 + x * (1 / 840 + x * (1 / 5760))))))
     closed = tl.exp2(x / LN_2) * (1.0 - x) - 1.0
     return tl.where(tl.abs(x) < 0.5, -x * x * series, closed) / (rate * rate)

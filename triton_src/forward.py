@@ -38,6 +38,7 @@ from .common import (
     products,
     program,
     score_scale,
+    seen_by_some,
     sequence,
     sign_of,
     slope_of,
@@ -133,7 +134,7 @@ def scan(
     t = tl.full([BLOCK_M], -1.0, tl.float32)
     largest = tl.reshape(largest, [BLOCK_M, CLASSES])
     for _ in range(BOUND_STEPS):  # not unrolled: it is rarely much of the time, and would be most of the code
-        p, u = weights(excess(largest, factor, (m + t)[:, None], t[:, None], False), alpha, ALPHA)
+        p, u = weights(excess(largest, factor, (m + t)[:, None], t[:, None], False), alpha, ALPHA, False)
         t += tl.maximum(newton_step(tl.sum(p, 1), tl.sum(u, 1), alpha, ALPHA), 0.0)
     t -= (1.0 + tl.abs(m)) * ROUNDING
     row_state += 2 * (batch * state_batch + head * rows_q + offset_q)
@@ -248,6 +249,8 @@ def attend(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
     inner_count, count = list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge)
+    if EXACT:  # one code for all tiles: fp32 products are large, and take far longer than to hide keys
+        inner_count = 0
 
     acc = tl.zeros([BLOCK_M, PAD], tl.float32)
     sum_p = tl.zeros([BLOCK_M], tl.float32)
@@ -262,7 +265,7 @@ def attend(
             part_p = tl.zeros([BLOCK_M, 8], tl.float32)
             part_u = tl.zeros([BLOCK_M, 8], tl.float32)
             part_n = tl.zeros([BLOCK_M, 8], tl.float32)
-            for EDGE in tl.static_range(2):
+            for EDGE in tl.static_range(1 if EXACT else 0, 2):
                 for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
                     first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
                     s = products(
@@ -273,7 +276,7 @@ def attend(
                     if EDGE:
                         s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
                     x = excess(s, factor, high[:, None], low[:, None], EXACT)
-                    p, u = weights(x, alpha, ALPHA)
+                    p, u = weights(x, alpha, ALPHA, EXACT)
                     part_p += column_sums(p)
                     part_u += column_sums(u)
                     if ALPHA == ALPHA_1_5:
@@ -291,7 +294,7 @@ def attend(
         part_p = tl.zeros([BLOCK_M, 8], tl.float32)
         part_u = tl.zeros([BLOCK_M, 8], tl.float32)
         weight = tl.zeros([TILE // GROUP], tl.float32)
-        for EDGE in tl.static_range(2):
+        for EDGE in tl.static_range(1 if EXACT else 0, 2):
             for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
                 tile = tl.load(listed + index // SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
@@ -303,8 +306,14 @@ def attend(
                 if EDGE:
                     s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
                 x = excess(s, factor, high[:, None], low[:, None], EXACT)
-                p, u = weights(x, alpha, ALPHA)
+                p, u = weights(x, alpha, ALPHA, EXACT)
                 v = load_rows(value, first_j, length_k, value_row, width_v, BLOCK_N, PAD, EDGE)
+                if EDGE:
+                    seen = seen_by_some(
+                        first_j + tl.arange(0, BLOCK_N), first_row, BLOCK_M, length_q, length_k, window_left,
+                        window_right,
+                    )  # fmt: skip
+                    v = tl.where(seen[:, None], v, 0.0)
                 acc = dot(cast(p, v.dtype), v, acc)
                 here = column_sums(u)
                 part_p += column_sums(p)

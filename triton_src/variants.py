@@ -130,8 +130,9 @@ HALF_80 = {  # sm_80: operands of matrix products are registers
     ("scan", 64): (128, 64, 64, 4, 3, None),
     ("scan", 128): (128, 64, 128, 8, 2, None),
     ("attend", 64): (64, 64, 64, 4, 2, None),
-    ("grad_query", 128): (64, 32, 128, 4, 2, None),
-    ("grad_key_value", 128): (32, 64, 128, 4, 2, None),
+    ("attend", 128): (64, 32, 128, 8, 2, None),
+    ("grad_query", 128): (64, 64, 128, 8, 2, None),
+    ("grad_key_value", 128): (32, 64, 128, 8, 2, None),
 }
 HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
     **HALF_80,
@@ -139,20 +140,31 @@ HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
     ("attend", 256): (64, 32, 128, 8, 1, None),
 }
 HALF = dict.fromkeys((90, 100, 103), HALF_90) | {80: HALF_80} | dict.fromkeys((86, 89, 120), HALF_SMALL)
+ANY_ALPHA = {  # half types: powers want registers
+    "scan": (64, 64, 4, 2, None),
+    "attend": (64, 32, 4, 2, None),
+    "grad_query": (64, 32, 4, 2, None),
+    "grad_key_value": (32, 64, 4, 2, None),
+}
 FP32 = {  # three tf32 products for one: large code and many registers, so small blocks
     (kernel, pad): {
         "scan": (64, 64, 32, 8, 1, None),
-        "attend": (64, 32 if pad < 256 else 16, 32, 8, 1, None),
-        "grad_query": (64, 32 if pad < 256 else 16, 32, 8, 1, None),
-        "grad_key_value": (32 if pad < 256 else 16, 64, 32, 8, 1, None),
+        "attend": (64, 32, 32, 8, 1, None),
+        "grad_query": (64, 32, 32, 8, 1, None),
+        "grad_key_value": (32, 64, 32, 8, 1, None),
     }[kernel]
     for kernel in ATTENTION
     for pad in (64, 128, 256)
 }
 
 
-def tile(arch, kernel, dtype, pad):
-    return FP32[kernel, pad] if dtype == "fp32" else HALF[arch][kernel, pad]
+def tile(arch, kernel, dtype, pad, alpha):
+    if dtype == "fp32":
+        return FP32[kernel, pad]
+    if alpha == "any" and pad <= 128:
+        block_m, block_n, *rest = ANY_ALPHA[kernel]
+        return block_m, block_n, pad, *rest
+    return HALF[arch][kernel, pad]
 
 
 def specialisations():
@@ -204,6 +216,6 @@ def variants(arch):
     for dtype, pad, alpha in specialisations():
         hot = arch in DEFAULT_ARCHS and pad <= 128 and alpha in ("1_5", "2")
         for kernel in ATTENTION:
-            variant = Variant(kernel, dtype, pad, alpha, *tile(arch, kernel, dtype, pad), hot=hot)
+            variant = Variant(kernel, dtype, pad, alpha, *tile(arch, kernel, dtype, pad, alpha), hot=hot)
             found[variant.name] = variant
     return [*found.values(), *activations()]

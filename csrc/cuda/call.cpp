@@ -74,6 +74,9 @@ CallArguments arguments_of(const char* op, const at::Tensor& query, const at::Te
     TORCH_CHECK(size <= kLongest, op, ": ", what, " must be at most ", kLongest, " on the GPU, got ", size);
     return static_cast<int32_t>(size);
   };
+  const auto longest = [&options](const c10::SymInt& given, int32_t rows) {
+    return options.packed() ? static_cast<int32_t>(std::min<int64_t>(given.expect_int(), rows)) : rows;
+  };
   const auto bound = [](int64_t given) {
     return given < 0 ? kUnlimited : static_cast<int32_t>(std::min<int64_t>(given, kUnlimited));
   };
@@ -101,8 +104,8 @@ CallArguments arguments_of(const char* op, const at::Tensor& query, const at::Te
       .group = static_cast<int32_t>(heads / std::max<int64_t>(shape.kv_heads.expect_int(), 1)),
       .rows_q = queries,
       .rows_k = keys,
-      .limit_q = packed ? std::min(narrow("max_seqlen_q", options.max_seqlen_q), queries) : queries,
-      .limit_k = packed ? std::min(narrow("max_seqlen_k", options.max_seqlen_k), keys) : keys,
+      .limit_q = longest(options.max_seqlen_q, queries),
+      .limit_k = longest(options.max_seqlen_k, keys),
       .tile_rows = static_cast<int32_t>(sizes.tiles.rbegin()[1].expect_int()),
       .key_tile_rows = static_cast<int32_t>(count_tile_rows(keys, batch, packed)),
       .tile_words = static_cast<int32_t>(sizes.tiles.back().expect_int()),
