@@ -204,7 +204,7 @@ def line_of(row: Row) -> str:
 
 def _entries(options: argparse.Namespace) -> list[Entry]:
     if options.preset:
-        return entries_of(options.preset)
+        return [_narrowed(entry, options) for entry in entries_of(options.preset)]
     cases = grid(
         device=[options.device],
         input=options.inputs,
@@ -222,9 +222,16 @@ def _entries(options: argparse.Namespace) -> list[Entry]:
         kind, _, path = case.input.partition(":")
         if kind == "captured":  # the file knows its own sizes
             cases[i] = replace(case, **captured_sizes(path))
-    peers = tuple(peer for peer in options.peers if peer != OURS)
-    effort = Effort(options.seconds, options.fewest, options.most)
+    peers = tuple(peer for peer in options.peers or ["sdpa"] if peer != OURS)
+    effort = Effort(10 if options.seconds is None else options.seconds, options.fewest, options.most)
     return [Entry(case, peers, effort=effort, memory=options.memory) for case in dict.fromkeys(cases)]
+
+
+def _narrowed(entry: Entry, options: argparse.Namespace) -> Entry:
+    """A preset's entry with fewer peers or seconds, where the user asks for that."""
+    peers = entry.peers if options.peers is None else tuple(peer for peer in entry.peers if peer in options.peers)
+    effort = entry.effort if options.seconds is None else replace(entry.effort, seconds=options.seconds)
+    return replace(entry, peers=peers, effort=effort, memory=entry.memory and not options.no_memory)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -236,11 +243,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="the same as --preset quick; writes no file unless --out")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/DATE-DEVICE-PRESET.jsonl)")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}; of a preset's only these"
+    )
+    parser.add_argument("--seconds", type=float, help="of rounds a case (default: the preset's, else 10)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out a preset's peak memory")
     own = parser.add_argument_group("a sweep of one's own: every combination of what is listed")
     own.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    own.add_argument(
-        "--peers", nargs="+", choices=PEERS, default=["sdpa"], metavar="PEER", help=f"of {', '.join(PEERS)}"
-    )
     own.add_argument("--inputs", nargs="+", metavar="KIND:VALUE", help="gaussian:σ, structured:share, captured:file")
     own.add_argument("--lengths", nargs="+", type=int, metavar="N", help="queries, and keys")
     own.add_argument("--head-dims", nargs="+", type=int, default=[64], metavar="D")
@@ -252,7 +261,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     own.add_argument("--causal", nargs="+", choices=("yes", "no"), default=["yes"])
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--memory", action="store_true", help="peak memory too, in processes of their own")
-    own.add_argument("--seconds", type=float, default=10, help="of rounds a case (default: %(default)s)")
     own.add_argument("--fewest", type=int, default=5, help="rounds a case (default: %(default)s)")
     own.add_argument("--most", type=int, default=51, help="rounds a case (default: %(default)s)")
     options = parser.parse_args(arguments)

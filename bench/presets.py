@@ -106,7 +106,12 @@ def gpu_targets() -> list[Entry]:
         "gaussian:1.5": (Goal("sdpa-flash", BOTH, 1.5), Goal("sdpa-flash", PEAK_MEMORY, 1.1)),
     }
     return [
-        Entry(replace(GPU_BASE, input=name, head_dim=head_dim), GPU_PEERS, wanted, memory=True)
+        Entry(
+            replace(GPU_BASE, input=name, head_dim=head_dim),
+            GPU_PEERS,
+            wanted,
+            memory=any(goal.what == PEAK_MEMORY for goal in wanted),
+        )
         for name, wanted in goals.items()
         for head_dim in (64, 128)
     ]

@@ -50,10 +50,11 @@ def test_values_with_a_large_mean(make_inputs, sigma, dtype):
 def test_close_to_one(make_inputs, alpha, sigma, dtype):
     """Finite in all types; in float32 dalpha has its digits even here, where its textbook form cancels."""
     inputs = make_inputs(m=40, n=100, sigma=sigma, dtype=dtype)
-    everything = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha=torch.full((2,), alpha).to(inputs[0]))
+    of_head = torch.full((2,), alpha, device=inputs.query.device)
+    everything = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha=of_head)
     assert all(x.isfinite().all() for x in everything)
     if dtype == torch.float32:
-        check_gradients(entmax_attn, inputs, alpha=torch.full((2,), alpha, device=inputs.query.device))
+        check_gradients(entmax_attn, inputs, alpha=of_head)
 
 
 @pytest.mark.backends("cpu")

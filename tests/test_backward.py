@@ -79,13 +79,14 @@ def test_rows_that_overflow_beside_rows_that_do_not(make_inputs, is_causal, dtyp
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_large_scores(make_inputs, alpha):
+def test_large_scores(make_inputs, backend, alpha):
     """One-hot rows: the gradient of query and key is exactly zero, that of value is the gradient of the rows it got."""
     inputs = make_inputs(batch=1, heads=1, m=50, n=60, size=8, sigma=1000)
     _, dq, dk, dv = gradients(inputs, normal_like(inputs.query), entmax_attn, alpha=alpha, scale=1.0)
     best = (inputs.query.double() @ inputs.key.double().transpose(-1, -2)).argmax(-1)
     expected = torch.zeros_like(dv).index_add_(2, best[0, 0], normal_like(inputs.query))
-    assert not dq.any() and not dk.any()
+    rounding = 0 if backend.name == "cpu" else 1e-5 * inputs.key.abs().max().item()  # of dP, times a key
+    assert dq.abs().max() <= rounding and dk.abs().max() <= rounding
     torch.testing.assert_close(dv, expected)
 
 

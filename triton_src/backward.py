@@ -15,6 +15,7 @@ from .common import (
     ALPHA_NUMBER,
     TILE,
     WORD,
+    add_exactly,
     alpha_of,
     alpha_term,
     append,
@@ -61,8 +62,8 @@ def grad_query(
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """dq, and for grad_key_value three planes of `terms`, a number a row each: what `excess` takes, and delta. A
-    fourth is the row's part of the gradient of alpha, where that is asked for.
+    """dq, and for grad_key_value planes of `terms`, a number a row each: what `excess` takes (2), delta, and in fp32
+    what weights are to be multiplied by. A fifth is the row's part of the gradient of alpha, where that is asked for.
 
     Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
@@ -111,7 +112,7 @@ def grad_query(
         count = append(listed, count, tile, wanted)
         inner_count += tl.sum((wanted & (index < inner)).to(tl.int32), 0)
     tl.debug_barrier()
-    if EXACT:  # one code for all tiles, as in `attend`
+    if ALPHA == ALPHA_ANY:  # every tile counts as an edge, as in `attend`
         inner_count = 0
 
     c = tl.zeros([BLOCK_M], tl.float32)
@@ -121,13 +122,15 @@ def grad_query(
         # The term of a row's largest weight, (-t)^(1/(alpha-1)), is taken off all: as sum dS = 0 only rounding changes,
         # and where weights are nearly equal so are the terms.
         largest_term = alpha_term(-t, log2(-t, EXACT) / (alpha - 1.0), alpha)
+    part_p = tl.zeros([BLOCK_M, 8], tl.float32)
+    lost = tl.zeros([BLOCK_M, 8], tl.float32)
     part_u = tl.zeros([BLOCK_M, 8], tl.float32)
     part_d = tl.zeros([BLOCK_M, 8], tl.float32)  # sum u (dP - c)
     part_ua = tl.zeros([BLOCK_M, 8], tl.float32)  # the same two sums for the gradient of alpha
     part_da = tl.zeros([BLOCK_M, 8], tl.float32)
     sum_dk = tl.zeros([BLOCK_M, PAD], tl.float32)  # sum u (dP - c) k
     sum_uk = tl.zeros([BLOCK_M, PAD], tl.float32)
-    for EDGE in tl.static_range(1 if EXACT else 0, 2):
+    for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
         for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
             first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
             k = load_rows(key, first_j, length_k, key_row, width, BLOCK_N, PAD, EDGE)
@@ -151,6 +154,7 @@ def grad_query(
                 dp = tl.where(u == 0.0, 0.0, dp)  # 0 * NaN
             part_u += column_sums(u)
             if EXACT:  # c follows delta of the keys seen so far, and sums of u (dP - c) follow c
+                part_p, lost = add_exactly(part_p, lost, column_sums(p))
                 sum_u = tl.sum(part_u, 1)
                 shift = tl.sum(part_d, 1) + tl.sum(u * (dp - c[:, None]), 1)
                 shift = tl.where(sum_u > 0.0, shift / sum_u, 0.0)
@@ -184,10 +188,13 @@ def grad_query(
     tl.store(terms + row, high, mask=row < extent_q)
     tl.store(terms + plane + row, low, mask=row < extent_q)
     tl.store(terms + 2 * plane + row, tl.where(sees, mean + c, 0.0), mask=row < extent_q)
+    if EXACT:  # no fp32 threshold makes the sum of thousands of weights quite one
+        sum_p = tl.sum(part_p, 1)
+        tl.store(terms + 3 * plane + row, 1.0 / tl.where(sum_p == 0.0, 1.0, sum_p), mask=row < extent_q)
     if ALPHA == ALPHA_ANY:  # noqa: SIM102
         if kind_alpha != ALPHA_NUMBER:
             of_alpha = tl.sum(part_da, 1) - mean * tl.sum(part_ua, 1)
-            tl.store(terms + 3 * plane + row, tl.where(sees, of_alpha, 0.0), mask=row < extent_q)
+            tl.store(terms + 4 * plane + row, tl.where(sees, of_alpha, 0.0), mask=row < extent_q)
     store_rows(
         grad_query, cast(dq, grad_query.dtype.element_ty), first_row, extent_q, grad_query_row, width, BLOCK_M, PAD
     )
@@ -195,17 +202,16 @@ def grad_query(
 
 @triton.jit
 def load_terms(terms, plane, limit, ROWS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr):
-    """(high, low, delta) of rows that begin at `terms`; rows from `limit` on weigh nothing."""
+    """(high, low, delta, share) of rows that begin at `terms`; rows from `limit` on weigh nothing."""
     row = tl.arange(0, ROWS)
-    if MASKED:
-        high = tl.load(terms + row, mask=row < limit, other=float("inf"))
-        delta = tl.load(terms + 2 * plane + row, mask=row < limit, other=0.0)
-        low = tl.load(terms + plane + row, mask=row < limit, other=0.0) if EXACT else high
-    else:
-        high = tl.load(terms + row)
-        delta = tl.load(terms + 2 * plane + row)
-        low = tl.load(terms + plane + row) if EXACT else high
-    return high, low, delta
+    inside = row < limit if MASKED else row >= 0
+    high = tl.load(terms + row, mask=inside, other=float("inf"))
+    delta = tl.load(terms + 2 * plane + row, mask=inside, other=0.0)
+    low, share = high, delta  # which only fp32 needs
+    if EXACT:
+        low = tl.load(terms + plane + row, mask=inside, other=0.0)
+        share = tl.load(terms + 3 * plane + row, mask=inside, other=0.0)
+    return high, low, delta, share
 
 
 @triton.jit
@@ -271,13 +277,13 @@ def grad_key_value(
             _first, end_key = visible_keys(first_row, length_q, length_k, window_left, window_right)
             first_key, _end = visible_keys(last_row, length_q, length_k, window_left, window_right)
             whole = (first_key <= first) & (first + BLOCK_N <= end_key) & (first_row + TILE <= length_q)
-            if EXACT:  # one code for all tiles, as in `attend`
+            if ALPHA == ALPHA_ANY:  # every tile counts as an edge, as in `attend`
                 whole = first_row < 0
             wanted = ((tl.load(tiles + tile * tile_words, mask=first_row < length_q, other=0) >> bit) & 1) != 0
             inner_count = append(listed, inner_count, tile, wanted & whole)
             edge_count = append(listed + tiles_q - 1, edge_count, tile, wanted & ~whole, -1)
         tl.debug_barrier()
-        for EDGE in tl.static_range(1 if EXACT else 0, 2):
+        for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
             begin, end = (tiles_q - edge_count, tiles_q) if EDGE else (0, inner_count)
             for index in range(begin * SPLIT, end * SPLIT):
                 first_row = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_M
@@ -289,7 +295,9 @@ def grad_key_value(
                     sees = (first_key < end_key)[:, None]
                     q = tl.where(sees, q, 0.0)
                     do = tl.where(sees, do, 0.0)
-                high, low, delta = load_terms(terms + first_row, plane, length_q - first_row, BLOCK_M, EXACT, EDGE)
+                high, low, delta, share = load_terms(
+                    terms + first_row, plane, length_q - first_row, BLOCK_M, EXACT, EDGE
+                )
                 s = products(
                     k, key, first, length_k, key_row, query, first_row, length_q, query_row, width, sign,
                     BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
@@ -298,6 +306,8 @@ def grad_key_value(
                 if EDGE:
                     s = hide(s, first_key, end_key, 1, key_index)
                 p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), own_alpha, ALPHA, EXACT)
+                if EXACT:
+                    p *= share[None, :]
                 p += tl.where(delta == delta, 0.0, float("nan"))[None, :]  # a NaN row makes NaN of all it sees
                 if EDGE:
                     p = tl.where(s == float("-inf"), 0.0, p)

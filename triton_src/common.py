@@ -36,11 +36,12 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, acc=None):
-    """a @ b (+ acc) in fp32. For fp32 operands three tf32 products keep what one would round away."""
+    """a @ b (+ acc) in fp32. fp32 operands are split into three bf16 each, whose six largest products keep all digits,
+    and take as long as three tf32 products, which lose two bits."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision="ieee")
     else:
-        return tl.dot(a, b, acc=acc, input_precision="tf32x3" if a.dtype == tl.float32 else "tf32")
+        return tl.dot(a, b, acc=acc, input_precision="bf16x6" if a.dtype == tl.float32 else "tf32")
 
 
 @triton.jit
@@ -314,6 +315,15 @@ def column_sums(x):
     """Sums over the columns of (rows, columns) that are equal modulo 8: in the matrix units' layout a thread holds
     these itself. A row's sum, which threads share, is then taken once, after a loop."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+
+
+@triton.jit
+def add_exactly(total, lost, x):
+    """(total + x, what that rounds away, to be given to the next addition), after Kahan. A plain sum of thousands of
+    equal numbers is off by as many equal roundings."""
+    x -= lost
+    grown = total + x
+    return grown, (grown - total) - x
 
 
 @triton.jit

@@ -17,8 +17,10 @@ import triton.language as tl
 
 from .common import (
     ALPHA_1_5,
+    ALPHA_ANY,
     TILE,
     WORD,
+    add_exactly,
     alpha_of,
     append,
     cast,
@@ -249,7 +251,7 @@ def attend(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
     inner_count, count = list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge)
-    if EXACT:  # one code for all tiles: fp32 products are large, and take far longer than to hide keys
+    if ALPHA == ALPHA_ANY:  # half the code, where hiding keys is little of the time: every tile counts as an edge
         inner_count = 0
 
     acc = tl.zeros([BLOCK_M, PAD], tl.float32)
@@ -265,7 +267,8 @@ def attend(
             part_p = tl.zeros([BLOCK_M, 8], tl.float32)
             part_u = tl.zeros([BLOCK_M, 8], tl.float32)
             part_n = tl.zeros([BLOCK_M, 8], tl.float32)
-            for EDGE in tl.static_range(1 if EXACT else 0, 2):
+            lost = tl.zeros([BLOCK_M, 8], tl.float32)
+            for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
                 for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
                     first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
                     s = products(
@@ -277,7 +280,10 @@ def attend(
                         s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
                     x = excess(s, factor, high[:, None], low[:, None], EXACT)
                     p, u = weights(x, alpha, ALPHA, EXACT)
-                    part_p += column_sums(p)
+                    if EXACT:
+                        part_p, lost = add_exactly(part_p, lost, column_sums(p))
+                    else:
+                        part_p += column_sums(p)
                     part_u += column_sums(u)
                     if ALPHA == ALPHA_1_5:
                         part_n += column_sums(is_positive(x))
@@ -293,8 +299,9 @@ def attend(
         acc = tl.zeros([BLOCK_M, PAD], tl.float32)
         part_p = tl.zeros([BLOCK_M, 8], tl.float32)
         part_u = tl.zeros([BLOCK_M, 8], tl.float32)
+        lost = tl.zeros([BLOCK_M, 8], tl.float32)
         weight = tl.zeros([TILE // GROUP], tl.float32)
-        for EDGE in tl.static_range(1 if EXACT else 0, 2):
+        for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
             for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
                 tile = tl.load(listed + index // SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
@@ -316,7 +323,10 @@ def attend(
                     v = tl.where(seen[:, None], v, 0.0)
                 acc = dot(cast(p, v.dtype), v, acc)
                 here = column_sums(u)
-                part_p += column_sums(p)
+                if EXACT:
+                    part_p, lost = add_exactly(part_p, lost, column_sums(p))
+                else:
+                    part_p += column_sums(p)
                 part_u += here
                 weight = tl.where(part_of(index, SPLIT) > 0, weight, 0.0)
                 weight = tl.maximum(weight, tl.max(tl.reshape(here, [TILE // GROUP, GROUP * 8]), 1))

@@ -35,7 +35,8 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
   const at::Tensor grad_out = with_aligned_rows(given_grad), state = saved.row_state.contiguous(),
                    tiles = saved.tiles.contiguous();
   const int64_t plane = call.queries;  // a number for each query
-  const at::Tensor terms = at::empty({options.head_alpha ? 4 : 3, plane}, state.options());
+  constexpr int64_t kTerms = 4;        // planes that grad_key_value reads, the last for fp32 only
+  const at::Tensor terms = at::empty({kTerms + options.head_alpha.has_value(), plane}, state.options());
   if (options.packed()) {  // tokens that no sequence has, where lengths contradict the tensors
     for (const at::Tensor& t : {of_query.rows, of_key.rows, of_value.rows, terms}) t.zero_();
   }
@@ -80,7 +81,7 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                    });
   }
   for (const Result* gradient : {&of_query, &of_key, &of_value}) gradient->finish();
-  if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? terms[3] : terms[3].zero_(), query, dalpha);
+  if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? terms[kTerms] : terms[kTerms].zero_(), query, dalpha);
   return result;
 }
 

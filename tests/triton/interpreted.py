@@ -117,7 +117,7 @@ def attention(
         return Result(out, row_state, bits)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
-    terms = torch.full((3, *row_state.shape[:-1]), garbage)
+    terms = torch.full((4, *row_state.shape[:-1]), garbage)
     plane = terms[0].numel()
     tensors = (query, key, value, grad)
     lists.fill_(1 << 30)

@@ -32,7 +32,7 @@ def check(inputs, *arguments, tiles=SMALL, kind=None, **options):
     named = zip(("out", "dq", "dk", "dv"), (actual.out, *actual[3:]), exact, composed, strict=True)
     for what, mine, true, plain in named:
         # delta and the dO.v that it is taken off come from two kernels, which sum in different orders.
-        assert_accurate(what, mine, true, plain, least=0.5)
+        assert_accurate(what, mine, true, plain, size=50.0 if mine.dtype == torch.float32 else 1.0)
     return actual
 
 

@@ -1,0 +1,89 @@
+"""What only a real GPU can show: graphs, streams and threads, repeats, and long contexts."""
+
+import threading
+
+import pytest
+import torch
+
+from adasplash import entmax_attn
+from common import Inputs, assert_same_bits, gradients, make_inputs, normal_like
+
+pytestmark = pytest.mark.backends("cuda")
+
+
+def half_inputs(length: int, heads: int = 4, **options) -> Inputs:
+    return make_inputs(1, heads, length, length, size=64, sigma=1.0, dtype=torch.bfloat16, device="cuda", **options)
+
+
+@pytest.mark.parametrize("alpha", (1.3, 1.5, "heads"))
+def test_a_graph_of_forward_and_backward(backend, alpha):
+    """Captured once, replayed over other numbers: nothing is synchronised or allocated on the way."""
+    inputs, grad = half_inputs(700, requires_grad=True), None
+    options = dict(is_causal=True, alpha=torch.linspace(1.2, 1.8, 4, device="cuda") if alpha == "heads" else alpha)
+    grad = normal_like(inputs.query)
+
+    def step():
+        out = entmax_attn(*inputs, **options)
+        return out, *torch.autograd.grad(out, inputs, grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x, other in zip(inputs, half_inputs(700, seed=5), strict=True):
+            x.copy_(other)
+    graph.replay()
+    assert_same_bits(captured, step())
+
+
+def test_streams_and_threads(backend):
+    work = [half_inputs(500 + 10 * i, seed=i) for i in range(8)]
+    expected = [gradients(x, normal_like(x.query), entmax_attn, is_causal=True) for x in work]
+    torch.cuda.synchronize()
+    found, barrier = {}, threading.Barrier(len(work))
+
+    def run(index):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            barrier.wait()
+            for _ in range(20):
+                found[index] = gradients(work[index], normal_like(work[index].query), entmax_attn, is_causal=True)
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, tensors in enumerate(expected):
+        assert_same_bits(tensors, found[index])
+
+
+def test_repeats_are_equal_to_the_bit(backend):
+    inputs = half_inputs(4000)
+    first = gradients(inputs, normal_like(inputs.query), entmax_attn, is_causal=True)
+    for _ in range(5):
+        assert_same_bits(first, gradients(inputs, normal_like(inputs.query), entmax_attn, is_causal=True))
+
+
+@pytest.mark.slow
+def test_a_long_context(backend):
+    """131,072 tokens, forward and backward, in less than twice the memory of inputs, output and gradients."""
+    inputs = half_inputs(131072, heads=8, requires_grad=True)
+    grad = normal_like(inputs.query)
+    tensors = 8 * inputs.query.numel() * 2
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = entmax_attn(*inputs, is_causal=True)
+    gradients_of = torch.autograd.grad(out, inputs, grad)
+    used = torch.cuda.max_memory_allocated() - before
+    assert all(x.isfinite().all() for x in (out, *gradients_of))
+    assert used < 2 * tensors, f"{used / 2**20:.0f} MiB"
+    rows = slice(-100, None)
+    exact = entmax_attn(inputs.query[:, :, rows].float(), inputs.key.float(), inputs.value.float(), is_causal=True)
+    torch.testing.assert_close(out[:, :, rows].float(), exact, atol=0.02, rtol=0.02)
