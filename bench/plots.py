@@ -81,6 +81,7 @@ def against_length(axes: Axes, rows: Sequence[Row], what: str, title: str, unit:
     """Medians against the length, for the setting that was run at most lengths, with the fitted exponents."""
     found = tables.series(rows, what)
     if not found:
+        axes.set_axis_off()
         return
     setting = max(found, key=lambda key: len(found[key]))[0]
     for (of, peer), points in found.items():

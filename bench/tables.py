@@ -58,7 +58,7 @@ def input_name(text: str) -> str:
     kind, _, value = text.partition(":")
     if kind == "gaussian":
         return f"σ = {value}"
-    return f"structured, {float(value):.0%} empty" if kind == "structured" else "captured"
+    return f"structured {float(value):.0%} empty" if kind == "structured" else "captured"
 
 
 def number(value: float) -> str:
