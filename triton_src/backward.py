@@ -3,8 +3,8 @@
 With u_j = p_j^(2-alpha) on the support, dP_j = dO.v_j and delta = sum u dP / sum u,
     dS_j = u_j (dP_j - delta),   dq = scale sum_j dS_j k_j,   dk_j = scale sum_rows dS_j q,   dv_j = sum_rows p_j dO.
 grad_query finds delta and dq in one pass, since dq / scale = sum u dP k - delta sum u k. So that this difference does
-not cancel, a number c of the row near delta is taken off dP first: delta of the keys of the first tile where the row
-has weight, and in fp32 of all keys seen so far.
+not cancel, a number c of the row near delta is taken off dP first: what values have in common, dO.v of the mean of some
+that the row sees, and in fp32 delta of all keys visited so far.
 """
 
 import triton
@@ -34,6 +34,7 @@ from .common import (
     products,
     program,
     score_scale,
+    seen_by_all,
     seen_by_some,
     sequence,
     sign_of,
@@ -116,8 +117,18 @@ def grad_query(
         inner_count = 0
 
     c = tl.zeros([BLOCK_M], tl.float32)
-    without = t < float("inf")  # rows that have no c yet
-    pending = 1
+    if not EXACT and count > 0:  # before the loop: an `if` inside it would cost its pipelining
+        first_j = tl.load(listed) * TILE
+        seen = seen_by_all(
+            first_j + tl.arange(0, TILE), first_row, BLOCK_M, length_q, length_k, window_left, window_right
+        )
+        v = load_rows(value, first_j, length_k, value_row, width_v, TILE, PAD, True).to(tl.float32)
+        v = tl.where(seen[:, None] & (tl.abs(v) < float("inf")), v, 0.0)
+        v = tl.sum(v, 0) / tl.maximum(tl.sum(seen.to(tl.int32), 0), 1)
+        rows = do
+        if STEP != PAD:
+            rows = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, True)
+        c = tl.sum(rows.to(tl.float32) * v[None, :], 1)
     if ALPHA == ALPHA_ANY:
         # The term of a row's largest weight, (-t)^(1/(alpha-1)), is taken off all: as sum dS = 0 only rounding changes,
         # and where weights are nearly equal so are the terms.
@@ -151,7 +162,7 @@ def grad_query(
                     first_j + tl.arange(0, BLOCK_N), first_row, BLOCK_M, length_q, length_k, window_left, window_right
                 )
                 k = tl.where(seen[:, None], k, 0.0)
-                dp = tl.where(u == 0.0, 0.0, dp)  # 0 * NaN
+                dp = tl.where(u == 0.0 if EXACT else s == float("-inf"), 0.0, dp)  # 0 * NaN
             part_u += column_sums(u)
             if EXACT:  # c follows delta of the keys seen so far, and sums of u (dP - c) follow c
                 part_p, lost = add_exactly(part_p, lost, column_sums(p))
@@ -162,13 +173,9 @@ def grad_query(
                 part_da -= shift[:, None] * part_ua
                 sum_dk -= shift[:, None] * sum_uk
                 c += shift
-            elif pending > 0:
-                sum_u = tl.sum(u, 1)
-                found = without & (sum_u > 0.0)
-                c = tl.where(found, tl.sum(u * dp, 1) / sum_u, c)
-                without = without & (sum_u == 0.0)
-                pending = tl.max(without.to(tl.int32), 0)
             ds = u * (dp - c[:, None])
+            if EDGE:
+                ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
             part_d += column_sums(ds)
             if ALPHA == ALPHA_ANY:  # noqa: SIM102
                 if kind_alpha != ALPHA_NUMBER:

@@ -201,6 +201,14 @@ def seen_by_some(key, row, rows, length_q, length_k, window_left, window_right):
 
 
 @triton.jit
+def seen_by_all(key, row, rows, length_q, length_k, window_left, window_right):
+    """Whether a key is seen by every row of a block."""
+    _first, end = visible_keys(row, length_q, length_k, window_left, window_right)
+    first, _end = visible_keys(tl.minimum(row + rows, length_q) - 1, length_q, length_k, window_left, window_right)
+    return (key >= first) & (key < end)
+
+
+@triton.jit
 def hide(s, first, end, row_axis: tl.constexpr, key):
     """-inf for the scores of keys that their row does not see. `first`, `end` belong to the rows along `row_axis`."""
     other: tl.constexpr = 1 - row_axis
