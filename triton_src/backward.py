@@ -26,6 +26,7 @@ from .common import (
     far_away,
     first_tile_row,
     hide,
+    keys_of_block,
     load_rows,
     load_signed,
     log2,
@@ -34,8 +35,6 @@ from .common import (
     products,
     program,
     score_scale,
-    seen_by_all,
-    seen_by_some,
     sequence,
     sign_of,
     slope_of,
@@ -104,6 +103,9 @@ def grad_query(
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
+    seen_first, seen_end, first_of_all, end_of_all = keys_of_block(
+        first_row, BLOCK_M, length_q, length_k, window_left, window_right
+    )
     count = 0
     inner_count = 0
     for start in range(0, inner + edge, CHUNK):
@@ -119,12 +121,9 @@ def grad_query(
     c = tl.zeros([BLOCK_M], tl.float32)
     if not EXACT and count > 0:  # before the loop: an `if` inside it would cost its pipelining
         first_j = tl.load(listed) * TILE
-        seen = seen_by_all(
-            first_j + tl.arange(0, TILE), first_row, BLOCK_M, length_q, length_k, window_left, window_right
-        )
-        v = load_rows(value, first_j, length_k, value_row, width_v, TILE, PAD, True).to(tl.float32)
-        v = tl.where(seen[:, None] & (tl.abs(v) < float("inf")), v, 0.0)
-        v = tl.sum(v, 0) / tl.maximum(tl.sum(seen.to(tl.int32), 0), 1)
+        v = load_rows(value, first_j, end_of_all, value_row, width_v, TILE, PAD, True, first_of_all).to(tl.float32)
+        v = tl.sum(tl.where(tl.abs(v) < float("inf"), v, 0.0), 0)
+        v /= tl.maximum(tl.minimum(first_j + TILE, end_of_all) - tl.maximum(first_j, first_of_all), 1)
         rows = do
         if STEP != PAD:
             rows = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, True)
@@ -144,7 +143,7 @@ def grad_query(
     for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
         for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
             first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
-            k = load_rows(key, first_j, length_k, key_row, width, BLOCK_N, PAD, EDGE)
+            k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
             s = products(
                 q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
@@ -158,10 +157,6 @@ def grad_query(
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
             if EDGE:
-                seen = seen_by_some(
-                    first_j + tl.arange(0, BLOCK_N), first_row, BLOCK_M, length_q, length_k, window_left, window_right
-                )
-                k = tl.where(seen[:, None], k, 0.0)
                 dp = tl.where(u == 0.0 if EXACT else s == float("-inf"), 0.0, dp)  # 0 * NaN
             part_u += column_sums(u)
             if EXACT:  # c follows delta of the keys seen so far, and sums of u (dP - c) follow c

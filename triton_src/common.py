@@ -79,15 +79,19 @@ def program(blocks, heads):
 
 
 @triton.jit
-def load_rows(base, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr):
-    """Rows first, first + 1, ... of a matrix as a (ROWS, PAD) block; zeros right of `width` and, if MASKED, from row
-    `limit` on. The block's own place is 64 bits wide; offsets inside it are 32, which the host sees to (kLongestRow in
-    csrc/cuda/call.cpp)."""
+def load_rows(
+    base, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr, start=None
+):  # fmt: skip
+    """Rows first, first + 1, ... of a matrix as a (ROWS, PAD) block; zeros right of `width` and, if MASKED, before row
+    `start` and from row `limit` on. The block's own place is 64 bits wide; offsets inside it are 32, which the host
+    sees to (kLongestRow in csrc/cuda/call.cpp)."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, PAD)
     mask = (column < width)[None, :]
     if MASKED:
         mask = mask & (first + row < limit)[:, None]
+        if start is not None:
+            mask = mask & (first + row >= start)[:, None]
     offset = row[:, None] * stride.to(tl.int32) + column[None, :]
     return tl.load(base + first.to(tl.int64) * stride + offset, mask=mask, other=0.0)
 
@@ -193,19 +197,13 @@ def ordered_tile(index, first, inner_first, inner):
 
 
 @triton.jit
-def seen_by_some(key, row, rows, length_q, length_k, window_left, window_right):
-    """Whether a key is seen by any row of a block. What others hold, NaN too, must not get into sums over the block."""
-    first, _end = visible_keys(row, length_q, length_k, window_left, window_right)
-    _first, end = visible_keys(tl.minimum(row + rows, length_q) - 1, length_q, length_k, window_left, window_right)
-    return (key >= first) & (key < end)
-
-
-@triton.jit
-def seen_by_all(key, row, rows, length_q, length_k, window_left, window_right):
-    """Whether a key is seen by every row of a block."""
-    _first, end = visible_keys(row, length_q, length_k, window_left, window_right)
-    first, _end = visible_keys(tl.minimum(row + rows, length_q) - 1, length_q, length_k, window_left, window_right)
-    return (key >= first) & (key < end)
+def keys_of_block(row, rows, length_q, length_k, window_left, window_right):
+    """(first, end) of the keys that some row of a block sees, and of those that all of them see. What others hold, NaN
+    too, must not get into sums over the block."""
+    first, end_of_all = visible_keys(row, length_q, length_k, window_left, window_right)
+    last_row = tl.minimum(row + rows, length_q) - 1
+    first_of_all, end = visible_keys(last_row, length_q, length_k, window_left, window_right)
+    return first, end, first_of_all, end_of_all
 
 
 @triton.jit

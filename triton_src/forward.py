@@ -31,6 +31,7 @@ from .common import (
     first_tile_row,
     hide,
     is_positive,
+    keys_of_block,
     load_rows,
     load_signed,
     max_or_nan,
@@ -40,7 +41,6 @@ from .common import (
     products,
     program,
     score_scale,
-    seen_by_some,
     sequence,
     sign_of,
     slope_of,
@@ -250,6 +250,9 @@ def attend(
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
+    seen_first, seen_end, _first, _end = keys_of_block(
+        first_row, BLOCK_M, length_q, length_k, window_left, window_right
+    )
     inner_count, count = list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge)
     if ALPHA == ALPHA_ANY:  # half the code, where hiding keys is little of the time: every tile counts as an edge
         inner_count = 0
@@ -314,13 +317,7 @@ def attend(
                     s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
                 x = excess(s, factor, high[:, None], low[:, None], EXACT)
                 p, u = weights(x, alpha, ALPHA, EXACT)
-                v = load_rows(value, first_j, length_k, value_row, width_v, BLOCK_N, PAD, EDGE)
-                if EDGE:
-                    seen = seen_by_some(
-                        first_j + tl.arange(0, BLOCK_N), first_row, BLOCK_M, length_q, length_k, window_left,
-                        window_right,
-                    )  # fmt: skip
-                    v = tl.where(seen[:, None], v, 0.0)
+                v = load_rows(value, first_j, seen_end, value_row, width_v, BLOCK_N, PAD, EDGE, seen_first)
                 acc = dot(cast(p, v.dtype), v, acc)
                 here = column_sums(u)
                 if EXACT:
