@@ -1,5 +1,6 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
-# make test   the test suite
+# make test   the tests: up to 16 cases of each on the CPU, and a few of the GPU's code, emulated (15 minutes with set-up)
+# make test-all   every case, the library built in all ways, and all of the emulation (an afternoon)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
 
@@ -15,9 +16,9 @@ HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo demo-quick test lint bench clean
+.PHONY: help setup demo demo-quick test test-all lint bench clean
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -54,8 +55,15 @@ demo: $(if $(HAS_GPU),setup,$(VENV)/.installed)
 demo-quick: $(VENV)/.installed
 	$(BIN)/python examples/gpt/demo.py --device "$(DEVICE)" --steps 20 --bytes 40 --out build/demo-quick
 
+# The emulation takes seconds a test: one case of what compares with the reference, and all about the launches.
+EMULATED := shapes or reference or content or combination or emulated
 test: setup
+	$(BIN)/python -m pytest -n 2 --backend emulated --cases 3 -k "$(EMULATED)" tests
+	$(BIN)/python -m pytest -n 2 --cases 16 -m "not builds" tests
+
+test-all: setup
 	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --backend emulated tests
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

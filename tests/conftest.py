@@ -48,6 +48,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "backends(*names): the test is about these backends only")
+    config.addinivalue_line("markers", "builds: builds the library anew, which takes minutes")
     config.addinivalue_line("markers", "slow: builds something or takes more than a few seconds")
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = max(1, torch.get_num_threads() // workers)  # threads that fight for cores spin

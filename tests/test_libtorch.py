@@ -72,7 +72,7 @@ def cmake_installation(tmp_path_factory, torch_with_cuda):
     return build_once(tmp_path_factory, "cmake_installation", build) / "prefix"
 
 
-@pytest.fixture(scope="session", params=("cmake", "python"))
+@pytest.fixture(scope="session", params=(pytest.param("cmake", marks=pytest.mark.builds), "python"))
 def programs(request, tmp_path_factory):
     """The programs of tests/libtorch, built through one installation or the other."""
     if request.param == "cmake":
@@ -167,6 +167,7 @@ def test_torch_itself_would_have_wanted_the_toolkit(torch_with_cuda, tmp_path):
     assert done.returncode and NO_TOOLKIT in done.stderr
 
 
+@pytest.mark.builds
 def test_another_torch_is_refused_while_configuring(cmake_installation, tmp_path):
     link_torch(tmp_path)
     version = tmp_path / "share/cmake/Torch/TorchConfigVersion.cmake"
@@ -178,6 +179,7 @@ def test_another_torch_is_refused_while_configuring(cmake_installation, tmp_path
     assert f"AdaSplash was built against torch {torch.__version__.split('+')[0]}, found 2.1.0" in message
 
 
+@pytest.mark.builds
 def test_the_library_has_no_python_and_no_cuda_in_it(cmake_installation):
     library = next(cmake_installation.rglob("libadasplash.so"))
     needed = [line for line in run("readelf", "-d", library).stdout.splitlines() if "(NEEDED)" in line]

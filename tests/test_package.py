@@ -34,7 +34,7 @@ def installed(tmp_path_factory):
     return build_once(tmp_path_factory, "installed", build) / "site"
 
 
-@pytest.mark.slow
+@pytest.mark.builds
 def test_pip_install_brings_everything(installed, tmp_path):
     program = (
         "import adasplash, torch; x = torch.randn(1, 2, 5, 4); print(adasplash.__file__);"

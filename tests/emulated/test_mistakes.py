@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import itertools
+import struct
 import subprocess
 
 import pytest
@@ -144,6 +145,8 @@ def test_a_stale_manifest(driver, monkeypatch):
 
     def reorder(variant):
         names = [name for name, _ in variant["arguments"]]
+        if "rows_q" not in names:  # an activation
+            return
         i, j = names.index("rows_q"), names.index("limit_k")
         variant["arguments"][i], variant["arguments"][j] = variant["arguments"][j], variant["arguments"][i]
 
@@ -182,18 +185,19 @@ class Config(ctypes.Structure):
     ),
 )
 def test_what_the_stand_in_refuses(driver, change, error):
+    from triton_src.launchers import packing
+
     attend()
     driver.run_kernels = False
-    variant = next(i for i, v in enumerate(driver.kernels) if v["kernel"] == "scan" and v["arch"] == 90)
-    launch = driver.launches[0].variant
-    config = Config((1, 1, 1), (launch["warps"] * 32, 1, 1), driver.kernels[variant]["shared"])
+    handle, variant = next((i, v) for i, v in enumerate(driver.kernels, 1) if v["kernel"] == "scan" and v["arch"] == 90)
+    config = Config((1, 1, 1), (variant["warps"] * 32, 1, 1), variant["shared"])
     for name, value in change.items():
         setattr(config, name, type(getattr(config, name))(*value) if isinstance(value, tuple) else value)
-    buffer = ctypes.create_string_buffer(184)
-    size = ctypes.c_uint64(184)
+    length = struct.calcsize(packing(variant["arguments"]))
+    buffer, size = ctypes.create_string_buffer(length), ctypes.c_uint64(length)
     extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), None)
     driver.library.standin_set_context(1)
-    kernel = ctypes.c_void_p(variant + 1)
+    kernel = ctypes.c_void_p(handle)
     assert driver.library.cuLaunchKernelEx(ctypes.byref(config), kernel, None, extra) == error
     driver.run_kernels = True
 
@@ -201,10 +205,13 @@ def test_what_the_stand_in_refuses(driver, change, error):
 LAUNCH = """
 #include "cuda/launchers.h"
 using namespace adasplash::cuda;
-void test(const Variant& variant, const Rows& rows, float* floats, const int32_t* lengths, const Shape& shape) {
+void test(const Variant& variant, const Rows& rows, float* floats, int16_t* numbers, const CallArguments& call) {
   scan(variant, Place{0, nullptr}, 1, {
-      .query = rows, .key = rows, .row_state = floats, .numbers = floats,
-      .lengths_q = lengths, .lengths_k = lengths, .state_batch = int64_t{1}, .shape = shape});
+      .query = rows, .key = rows, .row_state = floats, .numbers = numbers, .call = call});
+  activate(variant, Place{0, nullptr}, 1, {
+      .input = static_cast<const void*>(floats), .out = static_cast<void*>(floats),
+      .row_alpha = static_cast<const float*>(floats), .own_alphas = int64_t{1}, .rows = int64_t{1},
+      .length = int32_t{1}, .alpha = 1.5f});
 }
 """
 
@@ -213,10 +220,10 @@ void test(const Variant& variant, const Rows& rows, float* floats, const int32_t
     "old, new",
     (
         (None, None),
-        (".numbers = floats,", ""),
-        (".state_batch = int64_t{1}", ".state_batch = 1"),
-        (".row_state = floats, .numbers = floats", ".numbers = floats, .row_state = floats"),
-        (".lengths_k = lengths", ".lengths_k = floats"),
+        (".numbers = numbers,", ""),
+        (".rows = int64_t{1}", ".rows = 1"),
+        (".row_state = floats, .numbers = numbers", ".numbers = numbers, .row_state = floats"),
+        (".numbers = numbers", ".numbers = floats"),
     ),
     ids=("right", "dropped", "narrow", "swapped", "mistyped"),
 )
