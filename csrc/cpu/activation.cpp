@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "checks.h"
 #include "kernels.h"
 
 namespace adasplash {
