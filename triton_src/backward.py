@@ -144,9 +144,9 @@ def grad_query(
         for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
             first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
             k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
-            s = products(
-                q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
-                BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+            s = products(  # the same rows of keys: one load for both
+                q, query, first_row, length_q, query_row, key, first_j, seen_end, key_row, width, sign,
+                BLOCK_M, BLOCK_N, PAD, STEP, EDGE, seen_first,
             )  # fmt: skip
             s = far_away(s, slope, diagonal, first_j + tl.arange(0, BLOCK_N), 0, ALPHA)
             if EDGE:

@@ -100,17 +100,20 @@ def load_rows(
 def products(
     a, a_base, a_first, a_limit, a_stride, b_base, b_first, b_limit, b_stride, width, sign,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
+    b_start=None,
 ):  # fmt: skip
     """sign * a_i.b_j of two blocks of rows. `a` is the block itself, sign included, if STEP == PAD; else (large fp32
     heads, which fit neither registers nor shared memory) both go by STEP columns at a time and are read again."""
     if STEP == PAD:
-        b = load_rows(b_base, b_first, b_limit, b_stride, width, B_ROWS, PAD, MASKED)
+        b = load_rows(b_base, b_first, b_limit, b_stride, width, B_ROWS, PAD, MASKED, b_start)
         s = dot(a, tl.trans(b))
     else:
         s = tl.zeros([A_ROWS, B_ROWS], tl.float32)
         for column in range(0, width, STEP):
             a_part = load_rows(a_base + column, a_first, a_limit, a_stride, width - column, A_ROWS, STEP, True)
-            b_part = load_rows(b_base + column, b_first, b_limit, b_stride, width - column, B_ROWS, STEP, MASKED)
+            b_part = load_rows(
+                b_base + column, b_first, b_limit, b_stride, width - column, B_ROWS, STEP, MASKED, b_start
+            )
             s = dot(a_part, tl.trans(b_part), s)
         s *= sign
     return s
