@@ -75,8 +75,10 @@ def scored_inputs(scores: Tensor, value: Tensor, device: str = "cpu", dtype: tor
     return Inputs(*(x[None, None].to(device, dtype) for x in (torch.eye(m), scores.T, value)))
 
 
-def assert_accurate(what: str, actual: Tensor, exact: Tensor, composed: Tensor, size: float = 1.0) -> None:
-    """At most twice the error of the dense composition in the same type, or the type's floor. `size`: of the numbers
+def assert_accurate(
+    what: str, actual: Tensor, exact: Tensor, composed: Tensor, size: float = 1.0, times: float = 2
+) -> None:
+    """At most `times` the error of the dense composition in the same type, or the type's floor. `size`: of the numbers
     that make the result."""
     assert actual.shape == exact.shape, what
     assert actual.dtype == composed.dtype, what
@@ -86,7 +88,7 @@ def assert_accurate(what: str, actual: Tensor, exact: Tensor, composed: Tensor, 
     error = (actual.double() - exact).abs().max().item()
     composition = (composed.double() - exact).abs().max().item()
     floor = FLOOR[actual.dtype] * max(exact.abs().max().item(), LEAST[actual.dtype] * size)
-    assert error <= max(2 * composition, floor), (
+    assert error <= max(times * composition, floor), (
         f"{what}: error {error:.2e}, that of the dense composition {composition:.2e}, floor {floor:.2e}"
     )
 
@@ -127,7 +129,7 @@ def gradients(inputs: Inputs, grad: Tensor, function, *options, **keywords) -> t
     return out.detach(), *(x.grad for x in leaves)
 
 
-def check_gradients(op, inputs: Inputs, *options, **keywords) -> tuple[Tensor, ...]:
+def check_gradients(op, inputs: Inputs, *options, times: float = 2, **keywords) -> tuple[Tensor, ...]:
     """Forward and backward of the op against the reference; returns what `gradients` does."""
     grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
 
@@ -146,7 +148,7 @@ def check_gradients(op, inputs: Inputs, *options, **keywords) -> tuple[Tensor, .
     made_of = {"out": None, "dq": inputs.key, "dk": inputs.query, "dv": None}
     for (what, terms), *three in zip(made_of.items(), actual[:4], exact[:4], composed[:4], strict=True):
         size = 1.0 if terms is None or terms.numel() == 0 else max(1.0, terms.abs().max().item())
-        assert_accurate(what, *three, size=size)
+        assert_accurate(what, *three, size=size, times=times)
     if isinstance(alpha, Tensor):
         assert_accurate_dalpha(actual[4], exact[4], composed[4], 2 * FLOOR[inputs.query.dtype])
     return actual

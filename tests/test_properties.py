@@ -42,6 +42,11 @@ def cases(draw):
     return dict(case, batch=batch, m=m, n=n, q_lengths=q_lengths, k_lengths=k_lengths)
 
 
+# Of the dense composition's error. Among hundreds of drawn cases some are ill-conditioned: near alpha = 2 a key at the
+# threshold has little weight and all of its part in the gradient.
+TIMES = 4
+
+
 def test_every_combination(backend):
     @settings(max_examples=backend.examples, deadline=None, derandomize=True)
     @given(cases())
@@ -66,12 +71,12 @@ def check(backend, case):
         options["alibi_slopes"] = (torch.rand(*rows, heads, generator=generator) * 0.3).to(backend.device)
     if case["form"] == "packed":
         inputs, lengths = packed(case["q_lengths"], case["k_lengths"], **shape)
-        check_packed(inputs, lengths, **options)
+        check_packed(inputs, lengths, times=TIMES, **options)
         return
     for name, given_lengths in (("q_seqlens", case["q_lengths"]), ("kv_seqlens", case["k_lengths"])):
         if given_lengths is not None:
             options[name] = torch.tensor(given_lengths, dtype=torch.int32, device=backend.device)
-    check_gradients(entmax_attn, make_inputs(case["batch"], m=case["m"], n=case["n"], **shape), **options)
+    check_gradients(entmax_attn, make_inputs(case["batch"], m=case["m"], n=case["n"], **shape), times=TIMES, **options)
 
 
 def test_the_checker_checks(backend):
