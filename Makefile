@@ -1,5 +1,5 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
-# make test   the tests: up to 6 cases of each on the CPU, and a few of the GPU's code, emulated (15 minutes with set-up)
+# make test   the tests: up to 6 cases of each on the CPU, and a few of the GPU's code, emulated (about 20 minutes with set-up)
 # make test-all   every case, the library built in all ways, and all of the emulation (an afternoon)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
@@ -55,7 +55,7 @@ demo: $(if $(HAS_GPU),setup,$(VENV)/.installed)
 demo-quick: $(VENV)/.installed
 	$(BIN)/python examples/gpt/demo.py --device "$(DEVICE)" --steps 20 --bytes 40 --out build/demo-quick
 
-# The emulation takes seconds a test: one case of what compares with the reference, and all about the launches.
+# The emulation takes seconds a test: some cases of what compares with the reference, and all about the launches.
 EMULATED := shapes or reference or content or combination or emulated
 test: setup
 	$(BIN)/python -m pytest -n 2 --backend emulated --cases 3 -k "$(EMULATED)" tests

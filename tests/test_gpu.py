@@ -18,7 +18,7 @@ def half_inputs(length: int, heads: int = 4, **options) -> Inputs:
 @pytest.mark.parametrize("alpha", (1.3, 1.5, "heads"))
 def test_a_graph_of_forward_and_backward(backend, alpha):
     """Captured once, replayed over other numbers: nothing is synchronised or allocated on the way."""
-    inputs, grad = half_inputs(700, requires_grad=True), None
+    inputs = half_inputs(700, requires_grad=True)
     options = dict(is_causal=True, alpha=torch.linspace(1.2, 1.8, 4, device="cuda") if alpha == "heads" else alpha)
     grad = normal_like(inputs.query)
 

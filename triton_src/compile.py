@@ -6,8 +6,7 @@ Writes to DIR
     variants.cpp    the same as a table in C++
     resources.txt   registers, spills, stack, shared memory and size of each
 and says which variants break triton_src/limits.json; with --strict it fails then. Results are cached by content
-(sources, compiler, variant), so a
-second run takes seconds.
+(sources, compiler, variant), so a second run takes seconds.
 """
 
 import argparse
@@ -178,7 +177,7 @@ def table(descriptions):
             f"{one['name'] + (' *' if one['hot'] else ''):44} {code_name(one['arch']):7} {one['registers']:4} "
             f"{one['spilled']:5} {one['stack']:5} {one['shared']:7} {one['size']:7}"
         )
-    return "\n".join([*lines, "* hot: may not spill", ""])
+    return "\n".join([*lines, "* hot: has a limit on spills, see limits.json", ""])
 
 
 def write_if_changed(path, content):
