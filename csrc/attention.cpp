@@ -81,7 +81,7 @@ BackwardResult call_backward(const at::Tensor& grad_out, const at::Tensor& query
   static const auto op = find_op<Signature>("adasplash::_entmax_attn_backward");
   return op.call(grad_out, query, key, value, saved.row_state, saved.support, saved.tiles, o.head_alpha, o.alpha,
                  o.is_causal, o.scale, o.q_seqlens, o.kv_seqlens, o.cu_seqlens_q, o.cu_seqlens_k, o.max_seqlen_q,
-                 o.max_seqlen_k, o.window, o.alibi_slopes);
+                 o.max_seqlen_k, o.window, o.alibi_slopes, saved.out);
 }
 
 }  // namespace adasplash

@@ -57,6 +57,7 @@ struct SavedForBackward {
   at::Tensor row_state;  // (B, H, M, 2): row maximum m and tau - m, in units of z = (alpha - 1) * score
   at::Tensor support;    // (B, H, M, capacity) int32: ascending keys, kEndOfSupport after the last one
   at::Tensor tiles;      // (B, H, tile rows, words) int32: bit t % 32 of word t / 32 is tile t; see saved_sizes
+  OptionalTensor out;    // the output: dO.out shifts what the CUDA kernels sum, to round less; others do without
 };
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -124,8 +125,8 @@ BackwardResult backward_op(const at::Tensor& grad_out, const at::Tensor& query, 
                            std::optional<double> scale, const OptionalTensor& q_seqlens,
                            const OptionalTensor& kv_seqlens, const OptionalTensor& cu_seqlens_q,
                            const OptionalTensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k,
-                           c10::IntArrayRef window, const OptionalTensor& alibi_slopes) {
-  return kernel(grad_out, query, key, value, {row_state, support, tiles},
+                           c10::IntArrayRef window, const OptionalTensor& alibi_slopes, const OptionalTensor& out) {
+  return kernel(grad_out, query, key, value, {row_state, support, tiles, out},
                 {head_alpha, alpha, is_causal, scale, q_seqlens, kv_seqlens, cu_seqlens_q, cu_seqlens_k,
                  std::move(max_seqlen_q), std::move(max_seqlen_k), window_pair(window), alibi_slopes});
 }

@@ -26,9 +26,15 @@ constexpr OptionalTensor AttentionOptions::* kTensorOptions[] = {
     &AttentionOptions::head_alpha,   &AttentionOptions::q_seqlens,    &AttentionOptions::kv_seqlens,
     &AttentionOptions::cu_seqlens_q, &AttentionOptions::cu_seqlens_k, &AttentionOptions::alibi_slopes};
 
+constexpr size_t kFirstOption = 7;  // their place among the saved tensors
+
+OptionalTensor if_defined(const Variable& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
 void save_for_backward(AutogradContext* ctx, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                        const SavedForBackward& saved, const AttentionOptions& o) {
-  variable_list tensors = {query, key, value, saved.row_state, saved.support, saved.tiles};
+  variable_list tensors = {
+      query, key, value, saved.row_state, saved.support, saved.tiles, saved.out.value_or(at::Tensor())};
+  TORCH_INTERNAL_ASSERT(tensors.size() == kFirstOption);
   for (const auto option : kTensorOptions) tensors.push_back((o.*option).value_or(at::Tensor()));
   ctx->save_for_backward(std::move(tensors));
   // As IValues and not as one object, so that compiled autograd can trace them.
@@ -50,11 +56,8 @@ AttentionOptions load_options(AutogradContext* ctx, const variable_list& tensors
   o.max_seqlen_q = data["max_seqlen_q"].toSymInt();
   o.max_seqlen_k = data["max_seqlen_k"].toSymInt();
   o.window = window_pair(data["window"].toIntVector());
-  auto tensor = tensors.begin() + 6;
-  for (const auto option : kTensorOptions) {
-    if (tensor->defined()) o.*option = *tensor;
-    ++tensor;
-  }
+  auto tensor = tensors.begin() + kFirstOption;
+  for (const auto option : kTensorOptions) o.*option = if_defined(*tensor++);
   return o;
 }
 
@@ -81,14 +84,18 @@ class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
                           const OptionalTensor& /*head_alpha*/, const AttentionOptions& options, int64_t capacity) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, row_state, support, tiles] = call_forward(query, key, value, options, capacity);
-    if (capacity != kInference) save_for_backward(ctx, query, key, value, {row_state, support, tiles}, options);
+    if (capacity != kInference) {
+      const at::Tensor kept = cuda::serves(query.device()) ? out : at::Tensor();
+      save_for_backward(ctx, query, key, value, {row_state, support, tiles, if_defined(kept)}, options);
+    }
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const auto v = ctx->get_saved_variables();
     const AttentionOptions options = load_options(ctx, v);
-    const auto g = EntmaxAttnBackward::apply(grad[0], v[0], v[1], v[2], SavedForBackward{v[3], v[4], v[5]}, options);
+    const SavedForBackward saved{v[3], v[4], v[5], if_defined(v[6])};
+    const auto g = EntmaxAttnBackward::apply(grad[0], v[0], v[1], v[2], saved, options);
     return {g[0], g[1], g[2], options.head_alpha ? g[3] : Variable(), Variable(), Variable()};
   }
 };

@@ -165,6 +165,7 @@ void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const a
   check_like(op, "row_state", saved.row_state, row_state_type(query), sizes.row_state, query);
   check_like(op, "support", saved.support, at::kInt, sizes.support, query);
   check_like(op, "tiles", saved.tiles, at::kInt, sizes.tiles, query);
+  if (saved.out) check_like(op, "out", *saved.out, query.scalar_type(), out_sizes(query, value), query);
 }
 
 }  // namespace adasplash

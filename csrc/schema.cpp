@@ -40,7 +40,7 @@ TORCH_LIBRARY(adasplash, m) {
   define(
       "_entmax_attn_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor row_state, "
       "Tensor support, Tensor tiles, " +
-      kResolvedOptions + ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
+      kResolvedOptions + ", Tensor? out=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
 
   // The activation over the last dimension; row_alpha has the sizes of the others.
   define("_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor");

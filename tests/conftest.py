@@ -65,6 +65,12 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.stash[COMPILED], ignore_errors=True)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Beside a GPU nothing is interpreted: Triton decides at its import, and then torch.compile could not compile."""
+    interpreted = collection_path.parent.name == "tests" and collection_path.name in ("emulated", "triton")
+    return True if interpreted and config.getoption("--backend") == "cuda" else None
+
+
 def pytest_collection_modifyitems(config, items):
     chosen = config.getoption("--backend")
     kept = []

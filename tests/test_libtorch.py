@@ -11,7 +11,7 @@ import adasplash
 from adasplash.info import collect
 from common import ROOT, assert_same_bits, build_once, gradients, make_inputs, run
 
-pytestmark = [pytest.mark.backends("cpu"), pytest.mark.slow]
+pytestmark = [pytest.mark.backends("cpu", "cuda"), pytest.mark.slow]
 
 TORCH = Path(torch.__file__).parent
 PROGRAMS = ROOT / "tests/libtorch"
@@ -89,14 +89,16 @@ def programs(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
+def models(tmp_path_factory, backend):
     """One model in both formats."""
 
     def build(folder):
         torch.jit.script(Attend()).save(folder / "model.pt")
         length = torch.export.Dim("length", max=4096)
         program = torch.export.export(
-            Attend(), tuple(make_inputs(2, 4, 33, 33, kv_heads=2)), dynamic_shapes=({2: length},) * 3
+            Attend(),
+            tuple(make_inputs(2, 4, 33, 33, kv_heads=2, device=backend.device)),
+            dynamic_shapes=({2: length},) * 3,
         )
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
 
@@ -111,9 +113,9 @@ def saved(folder, tensors):
 
 @pytest.mark.parametrize("mode", ("grad", "inference"))
 @pytest.mark.parametrize("kind", ("torchscript", "aoti"))
-def test_a_program_that_only_loads_a_model(programs, models, tmp_path, kind, mode):
+def test_a_program_that_only_loads_a_model(backend, programs, models, tmp_path, kind, mode):
     for length in (33, 80):
-        inputs = make_inputs(2, 4, length, length, kv_heads=2)
+        inputs = make_inputs(2, 4, length, length, kv_heads=2, device=backend.device)
         files = saved(tmp_path, inputs)
         done = run(programs / "run_model", kind, mode, models[kind], *files)
         assert done.stdout.strip() == "no python" and not done.stderr
@@ -126,19 +128,19 @@ def test_the_linker_keeps_the_library(programs):
     assert "adasplash" not in run("nm", "-uC", programs / "run_model").stdout
 
 
-def test_the_op_and_its_gradients(programs, tmp_path):
-    inputs = make_inputs(2, 4, 40, 70, kv_heads=2, value_size=9)
+def test_the_op_and_its_gradients(backend, programs, tmp_path):
+    inputs = make_inputs(2, 4, 40, 70, kv_heads=2, value_size=9, device=backend.device)
     files = saved(tmp_path, inputs)
     done = run(programs / "call_op", 1.25, *files)
     assert done.stdout.split() == [adasplash.__version__, collect()["cpu kernels in use"]]
-    expected = gradients(inputs, torch.ones(2, 4, 40, 9), adasplash.entmax_attn, 1.25, True, 0.3)
+    expected = gradients(inputs, torch.ones(2, 4, 40, 9, device=backend.device), adasplash.entmax_attn, 1.25, True, 0.3)
     *results, packed = torch.load(files[1])
     assert_same_bits(results, expected)
     assert torch.equal(packed, expected[0].transpose(1, 2).flatten(0, 1))
 
 
-def test_the_activation(programs, tmp_path):
-    x, alpha = torch.randn(3, 20, 4), torch.full((3, 1, 4), 1.3)
+def test_the_activation(backend, programs, tmp_path):
+    x, alpha = torch.randn(3, 20, 4, device=backend.device), torch.full((3, 1, 4), 1.3, device=backend.device)
     torch.save((x, alpha), tmp_path / "in.pt")
     run(programs / "activate", tmp_path / "in.pt", tmp_path / "out.pt")
     leaves = x.clone().requires_grad_(), alpha.requires_grad_()
@@ -155,6 +157,7 @@ def test_errors_are_exceptions_that_name_the_argument(programs, tmp_path):
     assert "entmax_attn: alpha must be 1 or from 1.01 to 2, got 0.5" in done.stderr
 
 
+@pytest.mark.backends("cpu")
 def test_torch_itself_would_have_wanted_the_toolkit(torch_with_cuda, tmp_path):
     """The control: what a find_package(Torch) anywhere on the way would have run into."""
     (tmp_path / "CMakeLists.txt").write_text(

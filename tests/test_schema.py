@@ -40,7 +40,7 @@ SCHEMAS = {
     ],
     "_entmax_attn_backward": [
         f"_entmax_attn_backward(Tensor grad_out, {TENSORS}, Tensor row_state, Tensor support, Tensor tiles, "
-        f"{RESOLVED}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
+        f"{RESOLVED}, Tensor? out=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
     ],
     "_entmax_forward": ["_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor"],
     "_entmax_backward": [

@@ -3,8 +3,7 @@
 With u_j = p_j^(2-alpha) on the support, dP_j = dO.v_j and delta = sum u dP / sum u,
     dS_j = u_j (dP_j - delta),   dq = scale sum_j dS_j k_j,   dk_j = scale sum_rows dS_j q,   dv_j = sum_rows p_j dO.
 grad_query finds delta and dq in one pass, since dq / scale = sum u dP k - delta sum u k. So that this difference does
-not cancel, a number c of the row near delta is taken off dP first: what values have in common, dO.v of the mean of some
-that the row sees, and in fp32 delta of all keys visited so far.
+not cancel, a number of the row near delta is taken off dP first: c = dO.out, which is sum p dP where delta has u for p.
 """
 
 import triton
@@ -54,6 +53,7 @@ def grad_query(
     query, query_batch, query_head, query_row,
     key, key_batch, key_head, key_row,
     value, value_batch, value_head, value_row,
+    out, out_batch, out_head, out_row,
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_query, grad_query_batch, grad_query_head, grad_query_row,
     terms, row_state, tiles, lists, plane,
@@ -72,6 +72,7 @@ def grad_query(
     query += batch * query_batch + head * query_head + offset_q * query_row
     key += batch * key_batch + (head // group) * key_head + offset_k * key_row
     value += batch * value_batch + (head // group) * value_head + offset_k * value_row
+    out += batch * out_batch + head * out_head + offset_q * out_row
     grad_out += batch * grad_out_batch + head * grad_out_head + offset_q * grad_out_row
     grad_query += batch * grad_query_batch + head * grad_query_head + offset_q * grad_query_row
     first_state = batch * state_batch + head * rows_q + offset_q
@@ -103,9 +104,7 @@ def grad_query(
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
-    seen_first, seen_end, first_of_all, end_of_all = keys_of_block(
-        first_row, BLOCK_M, length_q, length_k, window_left, window_right
-    )
+    seen_first, seen_end = keys_of_block(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
     count = 0
     inner_count = 0
     for start in range(0, inner + edge, CHUNK):
@@ -118,16 +117,12 @@ def grad_query(
     if ALPHA == ALPHA_ANY:  # every tile counts as an edge, as in `attend`
         inner_count = 0
 
-    c = tl.zeros([BLOCK_M], tl.float32)
-    if not EXACT and count > 0:  # before the loop: an `if` inside it would cost its pipelining
-        first_j = tl.load(listed) * TILE
-        v = load_rows(value, first_j, end_of_all, value_row, width_v, TILE, PAD, True, first_of_all).to(tl.float32)
-        v = tl.sum(tl.where(tl.abs(v) < float("inf"), v, 0.0), 0)
-        v /= tl.maximum(tl.minimum(first_j + TILE, end_of_all) - tl.maximum(first_j, first_of_all), 1)
-        rows = do
-        if STEP != PAD:
-            rows = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, True)
-        c = tl.sum(rows.to(tl.float32) * v[None, :], 1)
+    rows = do
+    if STEP != PAD:
+        rows = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, True)
+    o = load_rows(out, first_row, length_q, out_row, width_v, BLOCK_M, PAD, True)
+    c = tl.sum(rows.to(tl.float32) * o.to(tl.float32), 1)
+    c = tl.where(tl.abs(c) < float("inf"), c, 0.0)  # keys of no weight may have made NaN of the output
     if ALPHA == ALPHA_ANY:
         # The term of a row's largest weight, (-t)^(1/(alpha-1)), is taken off all: as sum dS = 0 only rounding changes,
         # and where weights are nearly equal so are the terms.
@@ -156,18 +151,9 @@ def grad_query(
                 do, grad_out, first_row, length_q, grad_out_row, value, first_j, length_k, value_row, width_v, 1.0,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
-            if EDGE:
-                dp = tl.where(u == 0.0 if EXACT else s == float("-inf"), 0.0, dp)  # 0 * NaN
-            part_u += column_sums(u)
-            if EXACT:  # c follows delta of the keys seen so far, and sums of u (dP - c) follow c
+            if EXACT:
                 part_p, lost = add_exactly(part_p, lost, column_sums(p))
-                sum_u = tl.sum(part_u, 1)
-                shift = tl.sum(part_d, 1) + tl.sum(u * (dp - c[:, None]), 1)
-                shift = tl.where(sum_u > 0.0, shift / sum_u, 0.0)
-                part_d -= shift[:, None] * (part_u - column_sums(u))
-                part_da -= shift[:, None] * part_ua
-                sum_dk -= shift[:, None] * sum_uk
-                c += shift
+            part_u += column_sums(u)
             ds = u * (dp - c[:, None])
             if EDGE:
                 ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN

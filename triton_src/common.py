@@ -201,12 +201,12 @@ def ordered_tile(index, first, inner_first, inner):
 
 @triton.jit
 def keys_of_block(row, rows, length_q, length_k, window_left, window_right):
-    """(first, end) of the keys that some row of a block sees, and of those that all of them see. What others hold, NaN
-    too, must not get into sums over the block."""
-    first, end_of_all = visible_keys(row, length_q, length_k, window_left, window_right)
+    """(first, end) of the keys that some row of a block sees. What others hold, NaN too, must not get into sums over
+    the block."""
+    first, _end = visible_keys(row, length_q, length_k, window_left, window_right)
     last_row = tl.minimum(row + rows, length_q) - 1
-    first_of_all, end = visible_keys(last_row, length_q, length_k, window_left, window_right)
-    return first, end, first_of_all, end_of_all
+    _first, end = visible_keys(last_row, length_q, length_k, window_left, window_right)
+    return first, end
 
 
 @triton.jit

@@ -250,9 +250,7 @@ def attend(
     first, inner_first, inner, edge = visible_tiles(
         first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
-    seen_first, seen_end, _first, _end = keys_of_block(
-        first_row, BLOCK_M, length_q, length_k, window_left, window_right
-    )
+    seen_first, seen_end = keys_of_block(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
     inner_count, count = list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge)
     if ALPHA == ALPHA_ANY:  # half the code, where hiding keys is little of the time: every tile counts as an edge
         inner_count = 0

@@ -192,7 +192,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   }
   ADASPLASH_DISPATCH(query.scalar_type(), name, [&] {
     using A = Accumulate<scalar_t>;
-    const Call<scalar_t> call(query, key, value, options, {row_state, support, tiles});
+    const Call<scalar_t> call(query, key, value, options, {row_state, support, tiles, {}});
     const auto& kernel = kernels<scalar_t, A>();
     const Blocks blocks = call.query_blocks();
     const at::Tensor out_by_head = by_head(out, options);

@@ -1,6 +1,7 @@
 // _entmax_attn_backward on the GPU.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "checks.h"
 #include "cuda/call.h"
@@ -32,8 +33,9 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
   auto result = allocate_backward(query, key, value, options);
   auto& [dq, dk, dv, dalpha] = result;
   const Result of_query(dq), of_key(dk), of_value(dv);
-  const at::Tensor grad_out = with_aligned_rows(given_grad), state = saved.row_state.contiguous(),
-                   tiles = saved.tiles.contiguous();
+  const at::Tensor grad_out = with_aligned_rows(given_grad),
+                   out = with_aligned_rows(saved.out ? *saved.out : at::zeros_like(given_grad)),
+                   state = saved.row_state.contiguous(), tiles = saved.tiles.contiguous();
   const int64_t plane = call.queries;  // a number for each query
   constexpr int64_t kTerms = 4;        // planes that grad_key_value reads, the last for fp32 only
   const at::Tensor terms = at::empty({kTerms + options.head_alpha.has_value(), plane}, state.options());
@@ -49,6 +51,7 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                    .query = rows_of(call.query),
                    .key = rows_of(call.key),
                    .value = rows_of(call.value),
+                   .out = rows_of(out),
                    .grad_out = rows_of(grad_out),
                    .grad_query = mutable_rows_of(of_query.rows),
                    .terms = terms.mutable_data_ptr<float>(),

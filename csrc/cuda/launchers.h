@@ -88,6 +88,7 @@ struct GradQueryArguments {
   Rows query;
   Rows key;
   Rows value;
+  Rows out;
   Rows grad_out;
   MutableRows grad_query;
   Exactly<float*> terms;
@@ -99,7 +100,7 @@ struct GradQueryArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 344);
+static_assert(sizeof(GradQueryArguments) == 376);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);

@@ -23,12 +23,12 @@ int main(int, char** argv) {
     out.backward(at::ones_like(out));
     const auto pack = [](const at::Tensor& x) { return x.detach().transpose(1, 2).flatten(0, 1); };
     const auto ends = [](const at::Tensor& x) {
-      return at::arange(0, x.size(0) * x.size(2) + 1, x.size(2), at::TensorOptions(at::kInt));
+      return at::arange(0, x.size(0) * x.size(2) + 1, x.size(2), x.options().dtype(at::kInt));
     };
     const at::Tensor &query = inputs[0], &key = inputs[1], &value = inputs[2];
-    const auto packed =
-        adasplash::entmax_attn_varlen(pack(query), pack(key), pack(value), ends(query), ends(key), query.size(2),
-                                      key.size(2), at::full({query.size(1)}, std::stod(argv[1])), true, 0.3);
+    const auto packed = adasplash::entmax_attn_varlen(
+        pack(query), pack(key), pack(value), ends(query), ends(key), query.size(2), key.size(2),
+        at::full({query.size(1)}, std::stod(argv[1]), query.options().requires_grad(false)), true, 0.3);
     const auto saved = torch::jit::pickle_save(c10::ivalue::Tuple::create(
         std::vector<c10::IValue>{out.detach(), query.grad(), key.grad(), value.grad(), packed}));
     std::ofstream(argv[3], std::ios::binary).write(saved.data(), static_cast<std::streamsize>(saved.size()));

@@ -121,7 +121,7 @@ def attention(
     plane = terms[0].numel()
     tensors = (query, key, value, grad)
     lists.fill_(1 << 30)
-    launch("grad_query", *rows(*tensors, dq), terms, row_state, bits, lists, planes=(plane,))
+    launch("grad_query", *rows(query, key, value, out, grad, dq), terms, row_state, bits, lists, planes=(plane,))
     lists = torch.full((*many, kv_heads, key_tile_rows, math.ceil(limit_q / 64)), 1 << 30, dtype=torch.int32)
     walked = dict(block_m=tiles.walk, block_n=TILE)
     launch("grad_key_value", *rows(*tensors, dk, dv), terms, bits, lists, planes=(plane,), **walked)
