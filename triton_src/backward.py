@@ -14,7 +14,7 @@ from .common import (
     ALPHA_NUMBER,
     TILE,
     WORD,
-    add_exactly,
+    add,
     alpha_of,
     alpha_term,
     append,
@@ -41,6 +41,7 @@ from .common import (
     threshold_pair,
     tile_bit,
     visible_keys,
+    visible_scores,
     visible_tiles,
     weights,
 )
@@ -114,7 +115,8 @@ def grad_query(
         count = append(listed, count, tile, wanted)
         inner_count += tl.sum((wanted & (index < inner)).to(tl.int32), 0)
     tl.debug_barrier()
-    if ALPHA == ALPHA_ANY:  # every tile counts as an edge, as in `attend`
+    FIRST: tl.constexpr = 1 if ALPHA == ALPHA_ANY else 0  # every tile counts as an edge, as in `attend`
+    if FIRST:
         inner_count = 0
 
     rows = do
@@ -135,24 +137,21 @@ def grad_query(
     part_da = tl.zeros([BLOCK_M, 8], tl.float32)
     sum_dk = tl.zeros([BLOCK_M, PAD], tl.float32)  # sum u (dP - c) k
     sum_uk = tl.zeros([BLOCK_M, PAD], tl.float32)
-    for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
+    for EDGE in tl.static_range(FIRST, 2):
         for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
             first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
             k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
-            s = products(  # the same rows of keys: one load for both
+            s = visible_scores(  # of the same rows of keys: one load for both
                 q, query, first_row, length_q, query_row, key, first_j, seen_end, key_row, width, sign,
-                BLOCK_M, BLOCK_N, PAD, STEP, EDGE, seen_first,
+                first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE, seen_first,
             )  # fmt: skip
-            s = far_away(s, slope, diagonal, first_j + tl.arange(0, BLOCK_N), 0, ALPHA)
-            if EDGE:
-                s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
             p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA, EXACT)
             dp = products(
                 do, grad_out, first_row, length_q, grad_out_row, value, first_j, length_k, value_row, width_v, 1.0,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
             if EXACT:
-                part_p, lost = add_exactly(part_p, lost, column_sums(p))
+                part_p, lost = add(part_p, lost, column_sums(p), EXACT)
             part_u += column_sums(u)
             ds = u * (dp - c[:, None])
             if EDGE:
@@ -242,6 +241,7 @@ def grad_key_value(
     EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
 
     SPLIT: tl.constexpr = TILE // BLOCK_M  # a tile is visited in so many steps
+    FIRST: tl.constexpr = 1 if ALPHA == ALPHA_ANY else 0  # every tile counts as an edge, as in `attend`
     tiles += first_tile_row(kind_q, batch, heads, first_head, offset_q, tile_rows) * tile_words + first // TILE // WORD
     bit = first // TILE % WORD
     tiles_q = tl.cdiv(limit_q, TILE)
@@ -265,13 +265,13 @@ def grad_key_value(
             _first, end_key = visible_keys(first_row, length_q, length_k, window_left, window_right)
             first_key, _end = visible_keys(last_row, length_q, length_k, window_left, window_right)
             whole = (first_key <= first) & (first + BLOCK_N <= end_key) & (first_row + TILE <= length_q)
-            if ALPHA == ALPHA_ANY:  # every tile counts as an edge, as in `attend`
+            if FIRST:
                 whole = first_row < 0
             wanted = ((tl.load(tiles + tile * tile_words, mask=first_row < length_q, other=0) >> bit) & 1) != 0
             inner_count = append(listed, inner_count, tile, wanted & whole)
             edge_count = append(listed + tiles_q - 1, edge_count, tile, wanted & ~whole, -1)
         tl.debug_barrier()
-        for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
+        for EDGE in tl.static_range(FIRST, 2):
             begin, end = (tiles_q - edge_count, tiles_q) if EDGE else (0, inner_count)
             for index in range(begin * SPLIT, end * SPLIT):
                 first_row = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_M
@@ -296,7 +296,7 @@ def grad_key_value(
                 p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), own_alpha, ALPHA, EXACT)
                 if EXACT:
                     p *= share[None, :]
-                p += tl.where(delta == delta, 0.0, float("nan"))[None, :]  # a NaN row makes NaN of all it sees
+                p += (delta * 0.0)[None, :]  # a NaN row makes NaN of all it sees
                 if EDGE:
                     p = tl.where(s == float("-inf"), 0.0, p)
                 dv = dot(cast(p, do.dtype), do, dv)

@@ -247,6 +247,23 @@ def slope_of(slopes, given, slopes_batch, batch, head, factor, alpha, ALPHA: tl.
 
 
 @triton.jit
+def visible_scores(
+    q, query, first_row, limit_q, query_row, key, first_j, limit_k, key_row, width, sign,
+    first_key, end_key, diagonal, slope,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
+    EDGE: tl.constexpr, start_k=None,
+):  # fmt: skip
+    """Scores q.k of a block of rows and the keys from first_j on, lowered by ALiBi; -inf where an EDGE hides keys."""
+    s = products(
+        q, query, first_row, limit_q, query_row, key, first_j, limit_k, key_row, width, sign,
+        BLOCK_M, BLOCK_N, PAD, STEP, EDGE, start_k,
+    )  # fmt: skip
+    key_index = first_j + tl.arange(0, BLOCK_N)
+    s = far_away(s, slope, diagonal, key_index, 0, ALPHA)
+    return hide(s, first_key, end_key, 0, key_index) if EDGE else s
+
+
+@triton.jit
 def far_away(s, slope, diagonal, key, row_axis: tl.constexpr, ALPHA: tl.constexpr):
     """ALiBi: scores of keys lowered by slope * |diagonal - key|, where `diagonal` is a row's own place among keys."""
     if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
@@ -314,6 +331,13 @@ def alpha_term(p, log, alpha):
 
 
 @triton.jit
+def column_counts(x):
+    """How many of the numbers that `column_sums` sums are above 0, where none is below: as integers, since the lesser
+    of a float's bits and 1, three of which one instruction adds, cost less than comparisons."""
+    return column_sums(tl.minimum(x.to(tl.int32, bitcast=True), 1))
+
+
+@triton.jit
 def is_positive(x):
     """1 where x > 0, else 0, for x >= 0: one saturating multiplication instead of a comparison and a selection."""
     return tl.minimum(tl.maximum(x * 1e30, 0.0), 1.0)
@@ -327,12 +351,15 @@ def column_sums(x):
 
 
 @triton.jit
-def add_exactly(total, lost, x):
-    """(total + x, what that rounds away, to be given to the next addition), after Kahan. A plain sum of thousands of
-    equal numbers is off by as many equal roundings."""
-    x -= lost
-    grown = total + x
-    return grown, (grown - total) - x
+def add(total, lost, x, EXACT: tl.constexpr):
+    """(total + x, what that rounds away, to be given to the next addition if EXACT), after Kahan. A plain sum of
+    thousands of equal numbers is off by as many equal roundings."""
+    if EXACT:
+        x -= lost
+        grown = total + x
+        return grown, (grown - total) - x
+    else:
+        return total + x, lost
 
 
 @triton.jit

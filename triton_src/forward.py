@@ -17,20 +17,19 @@ import triton.language as tl
 
 from .common import (
     ALPHA_1_5,
+    ALPHA_2,
     ALPHA_ANY,
     TILE,
     WORD,
-    add_exactly,
+    add,
     alpha_of,
     append,
     cast,
+    column_counts,
     column_sums,
     dot,
     excess,
-    far_away,
     first_tile_row,
-    hide,
-    is_positive,
     keys_of_block,
     load_rows,
     load_signed,
@@ -38,7 +37,6 @@ from .common import (
     newton_step,
     ordered_tile,
     part_of,
-    products,
     program,
     score_scale,
     sequence,
@@ -48,6 +46,7 @@ from .common import (
     threshold_pair,
     threshold_step,
     visible_keys,
+    visible_scores,
     visible_tiles,
     weights,
 )
@@ -112,14 +111,10 @@ def scan(
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find m there
         for index in range(edge if EDGE else inner):
             tile = ordered_tile(inner + index if EDGE else index, first, inner_first, inner)
-            s = products(
+            s = visible_scores(
                 q, query, first_row, length_q, query_row, key, tile * BLOCK_N, length_k, key_row, width, sign,
-                BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+                first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
             )  # fmt: skip
-            key_index = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            s = far_away(s, slope, diagonal, key_index, 0, ALPHA)
-            if EDGE:
-                s = hide(s, first_key, end_key, 0, key_index)
             # Keys of one class are those that a thread holds itself: equal modulo 8.
             here = max_or_nan(tl.reshape(s, [BLOCK_M, PARTS, SPAN // 8, PARTS, 8]), 3)
             here = tl.reshape(here, [BLOCK_M, PARTS, SPAN])
@@ -252,11 +247,15 @@ def attend(
     )
     seen_first, seen_end = keys_of_block(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
     inner_count, count = list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge)
-    if ALPHA == ALPHA_ANY:  # half the code, where hiding keys is little of the time: every tile counts as an edge
+    # Half the code, where hiding keys is little of the time: every tile counts as an edge.
+    FIRST: tl.constexpr = 1 if ALPHA == ALPHA_ANY else 0
+    if FIRST:
         inner_count = 0
 
+    SQUARES: tl.constexpr = ALPHA == ALPHA_1_5  # a multiply-add each, if nothing is added up before
     acc = tl.zeros([BLOCK_M, PAD], tl.float32)
     sum_p = tl.zeros([BLOCK_M], tl.float32)
+    sum_u = tl.zeros([BLOCK_M], tl.float32)
     solved = t
     moving = finite  # rows that look for t; the others stay as they are, so that no row's bits depend on its neighbours
     attempts = 0
@@ -265,34 +264,37 @@ def attend(
         distant = moving
         while tl.max(distant.to(tl.int32), 0) > 0:
             high, low = threshold_pair(m, t, EXACT)
-            part_p = tl.zeros([BLOCK_M, 8], tl.float32)
+            part_p = tl.zeros([BLOCK_M, BLOCK_N if SQUARES else 8], tl.float32)
             part_u = tl.zeros([BLOCK_M, 8], tl.float32)
-            part_n = tl.zeros([BLOCK_M, 8], tl.float32)
+            part_n = tl.zeros([BLOCK_M, 8], tl.int32)
             lost = tl.zeros([BLOCK_M, 8], tl.float32)
-            for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
+            for EDGE in tl.static_range(FIRST, 2):
                 for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
                     first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
-                    s = products(
+                    s = visible_scores(
                         q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
-                        BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+                        first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
                     )  # fmt: skip
-                    s = far_away(s, slope, diagonal, first_j + tl.arange(0, BLOCK_N), 0, ALPHA)
-                    if EDGE:
-                        s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
                     x = excess(s, factor, high[:, None], low[:, None], EXACT)
                     p, u = weights(x, alpha, ALPHA, EXACT)
-                    if EXACT:
-                        part_p, lost = add_exactly(part_p, lost, column_sums(p))
+                    if SQUARES:
+                        part_p += p
                     else:
-                        part_p += column_sums(p)
-                    part_u += column_sums(u)
-                    if ALPHA == ALPHA_1_5:
-                        part_n += column_sums(is_positive(x))
+                        part_p, lost = add(part_p, lost, column_sums(p), EXACT)
+                    if ALPHA != ALPHA_2:
+                        part_u += column_sums(u)
+                    if ALPHA != ALPHA_ANY:
+                        part_n += column_counts(x)
             sum_p = tl.sum(part_p, 1)
-            step = threshold_step(sum_p, tl.sum(part_u, 1), tl.sum(part_n, 1), alpha, ALPHA)
+            number = tl.sum(part_n, 1).to(tl.float32)
+            here_u = number if ALPHA == ALPHA_2 else tl.sum(part_u, 1)
+            step = threshold_step(sum_p, here_u, number, alpha, ALPHA)
             moved = (t + step != t) & (attempts < ATTEMPTS)
             attempts += 1
             t = tl.where(distant, t + step, t)
+            # Where the support is settled, sum u falls by the step for each of its keys (1.5) or stays (2); from below.
+            here_u = tl.maximum(here_u - number * step, 1.0) if ALPHA == ALPHA_1_5 else here_u
+            sum_u = tl.where(distant, here_u, sum_u)
             distant = distant & moved & (tl.abs(sum_p - 1.0) > far(key.dtype.element_ty, ALPHA))
 
         # 2. The output, and its sums.
@@ -302,32 +304,28 @@ def attend(
         part_u = tl.zeros([BLOCK_M, 8], tl.float32)
         lost = tl.zeros([BLOCK_M, 8], tl.float32)
         weight = tl.zeros([TILE // GROUP], tl.float32)
-        for EDGE in tl.static_range(1 if ALPHA == ALPHA_ANY else 0, 2):
+        for EDGE in tl.static_range(FIRST, 2):
             for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
                 tile = tl.load(listed + index // SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
-                s = products(
+                s = visible_scores(
                     q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
-                    BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
+                    first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
                 )  # fmt: skip
-                s = far_away(s, slope, diagonal, first_j + tl.arange(0, BLOCK_N), 0, ALPHA)
-                if EDGE:
-                    s = hide(s, first_key, end_key, 0, first_j + tl.arange(0, BLOCK_N))
-                x = excess(s, factor, high[:, None], low[:, None], EXACT)
-                p, u = weights(x, alpha, ALPHA, EXACT)
+                p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA, EXACT)
                 v = load_rows(value, first_j, seen_end, value_row, width_v, BLOCK_N, PAD, EDGE, seen_first)
                 acc = dot(cast(p, v.dtype), v, acc)
-                here = column_sums(u)
-                if EXACT:
-                    part_p, lost = add_exactly(part_p, lost, column_sums(p))
-                else:
-                    part_p += column_sums(p)
-                part_u += here
+                here = column_sums(p)
+                part_p, lost = add(part_p, lost, here, EXACT)
+                if ALPHA == ALPHA_ANY:
+                    here = column_sums(u)
+                    part_u += here
                 weight = tl.where(part_of(index, SPLIT) > 0, weight, 0.0)
                 weight = tl.maximum(weight, tl.max(tl.reshape(here, [TILE // GROUP, GROUP * 8]), 1))
                 tl.store(group_numbers + tile, (weight > 0.0).to(tl.int16))
         sum_p = tl.sum(part_p, 1)
-        step = newton_step(sum_p, tl.sum(part_u, 1), alpha, ALPHA)
+        sum_u = tl.sum(part_u, 1) if ALPHA == ALPHA_ANY else sum_u
+        step = newton_step(sum_p, sum_u, alpha, ALPHA)
         solved = tl.where(moving, t + step, solved)
         moved = (t + step != t) & (attempts < ATTEMPTS)
         moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(key.dtype.element_ty))
