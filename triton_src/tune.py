@@ -171,8 +171,8 @@ def candidates(kernel, pad):
         sides = [(64, 64), (32, 64)]
     else:
         sides = [(64, 64), (64, 32)]
-    for (m, n), warps, stages, registers in itertools.product(sides, (4, 8), (1, 2, 3), (None, 168)):
-        if warps == 4 or (kernel == "scan" and m == 128 and registers != 168):  # 8 warps are worth it for 128 rows
+    for (m, n), warps, stages, registers in itertools.product(sides, (4, 8), (1, 2, 3), (None, 128, 168)):
+        if warps == 4 or (kernel == "scan" and m == 128 and registers is None):  # 8 warps are worth it for 128 rows
             yield m, n, pad, warps, stages, registers
 
 
@@ -190,7 +190,7 @@ def write(arch, kernel, pad, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], choices=(64, 128, 256))
-    parser.add_argument("--kernels", nargs="+", default=list(variants.KERNELS), choices=list(variants.KERNELS))
+    parser.add_argument("--kernels", nargs="+", default=list(variants.ATTENTION), choices=list(variants.ATTENTION))
     parser.add_argument("--inputs", nargs="+", default=INPUTS, help="as bench.inputs names them")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
@@ -200,7 +200,11 @@ def main():
     args = parser.parse_args()
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     alpha = {1.5: "1_5", 2.0: "2"}.get(args.alpha, "any")
-    base = {(v.kernel, v.pad): v for v in variants.variants(arch) if v.dtype == "bf16" and v.alpha == alpha}
+    base = {
+        (v.kernel, v.pad): v
+        for v in variants.variants(arch)
+        if v.kernel in variants.ATTENTION and v.dtype == "bf16" and v.alpha == alpha
+    }
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor() as pool:
         tried = {
             place: list(dict.fromkeys([v, *(
@@ -243,7 +247,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
             alpha=args.alpha,
         )
         problem = Problem(case)
-        for kernel in variants.KERNELS:
+        for kernel in variants.ATTENTION:
             group = tried[kernel, head_dim]
             before = problem.keep(("row_state", "numbers")) if kernel == "attend" else {}
             problem.run(compiled[group[0]][0])
@@ -258,7 +262,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
                         print(f"{variant.name} {shape_of(variant)} {name}: off by {error:.1e}")
             problem.restore(before)
             problem.run(compiled[group[0]][0])
-    for kernel in variants.KERNELS:
+    for kernel in variants.ATTENTION:
         mine = {v: times for (k, v), times in results.items() if k == kernel}
         ranked = sorted(mine, key=lambda v: sum(mine[v].values()))
         print(f"\n{kernel}, head size {head_dim}, milliseconds: {', '.join(args.inputs)}")
