@@ -101,7 +101,7 @@ class Problem:
             "grad_query": torch.empty_like(query), "grad_key": torch.empty_like(key),
             "grad_value": torch.empty_like(value),
             "row_state": torch.empty(batch, heads, length, 2, **like),
-            "terms": torch.empty(4, batch, heads, length, **like),
+            "terms": torch.zeros(4, batch, heads, length, **like),
             "numbers": torch.empty(batch, heads, 4 * tile_rows, tiles, dtype=torch.int16, **like),
             "lists": torch.empty(batch, heads, tile_rows, tiles, dtype=torch.int32, **like),
             "tiles": torch.zeros(
