@@ -21,6 +21,7 @@ from .common import (
     cast,
     column_sums,
     dot,
+    entry,
     excess,
     far_away,
     first_tile_row,
@@ -138,8 +139,11 @@ def grad_query(
     sum_dk = tl.zeros([BLOCK_M, PAD], tl.float32)  # sum u (dP - c) k
     sum_uk = tl.zeros([BLOCK_M, PAD], tl.float32)
     for EDGE in tl.static_range(FIRST, 2):
-        for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
-            first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
+        begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
+        ahead = entry(listed, begin, end, SPLIT)
+        for index in range(begin, end):
+            first_j = ahead * TILE + part_of(index, SPLIT) * BLOCK_N
+            ahead = entry(listed, index + 1, end, SPLIT)
             k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
             s = visible_scores(  # of the same rows of keys: one load for both
                 q, query, first_row, length_q, query_row, key, first_j, seen_end, key_row, width, sign,
@@ -272,9 +276,11 @@ def grad_key_value(
             edge_count = append(listed + tiles_q - 1, edge_count, tile, wanted & ~whole, -1)
         tl.debug_barrier()
         for EDGE in tl.static_range(FIRST, 2):
-            begin, end = (tiles_q - edge_count, tiles_q) if EDGE else (0, inner_count)
-            for index in range(begin * SPLIT, end * SPLIT):
-                first_row = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_M
+            begin, end = ((tiles_q - edge_count) * SPLIT, tiles_q * SPLIT) if EDGE else (0, inner_count * SPLIT)
+            ahead = entry(listed, begin, end, SPLIT)
+            for index in range(begin, end):
+                first_row = ahead * TILE + part_of(index, SPLIT) * BLOCK_M
+                ahead = entry(listed, index + 1, end, SPLIT)
                 q = load_rows(query, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE)
                 do = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE)
                 row = first_row + tl.arange(0, BLOCK_M)

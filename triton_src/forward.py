@@ -28,6 +28,7 @@ from .common import (
     column_counts,
     column_sums,
     dot,
+    entry,
     excess,
     first_tile_row,
     keys_of_block,
@@ -252,7 +253,6 @@ def attend(
     if FIRST:
         inner_count = 0
 
-    SQUARES: tl.constexpr = ALPHA == ALPHA_1_5  # a multiply-add each, if nothing is added up before
     acc = tl.zeros([BLOCK_M, PAD], tl.float32)
     sum_p = tl.zeros([BLOCK_M], tl.float32)
     sum_u = tl.zeros([BLOCK_M], tl.float32)
@@ -264,23 +264,23 @@ def attend(
         distant = moving
         while tl.max(distant.to(tl.int32), 0) > 0:
             high, low = threshold_pair(m, t, EXACT)
-            part_p = tl.zeros([BLOCK_M, BLOCK_N if SQUARES else 8], tl.float32)
+            part_p = tl.zeros([BLOCK_M, 8], tl.float32)
             part_u = tl.zeros([BLOCK_M, 8], tl.float32)
             part_n = tl.zeros([BLOCK_M, 8], tl.int32)
             lost = tl.zeros([BLOCK_M, 8], tl.float32)
             for EDGE in tl.static_range(FIRST, 2):
-                for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
-                    first_j = tl.load(listed + index // SPLIT) * TILE + part_of(index, SPLIT) * BLOCK_N
+                begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
+                ahead = entry(listed, begin, end, SPLIT)
+                for index in range(begin, end):
+                    first_j = ahead * TILE + part_of(index, SPLIT) * BLOCK_N
+                    ahead = entry(listed, index + 1, end, SPLIT)
                     s = visible_scores(
                         q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
                         first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
                     )  # fmt: skip
                     x = excess(s, factor, high[:, None], low[:, None], EXACT)
                     p, u = weights(x, alpha, ALPHA, EXACT)
-                    if SQUARES:
-                        part_p += p
-                    else:
-                        part_p, lost = add(part_p, lost, column_sums(p), EXACT)
+                    part_p, lost = add(part_p, lost, column_sums(p), EXACT)
                     if ALPHA != ALPHA_2:
                         part_u += column_sums(u)
                     if ALPHA != ALPHA_ANY:
@@ -305,8 +305,11 @@ def attend(
         lost = tl.zeros([BLOCK_M, 8], tl.float32)
         weight = tl.zeros([TILE // GROUP], tl.float32)
         for EDGE in tl.static_range(FIRST, 2):
-            for index in range(inner_count * SPLIT if EDGE else 0, (count if EDGE else inner_count) * SPLIT):
-                tile = tl.load(listed + index // SPLIT)
+            begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
+            ahead = entry(listed, begin, end, SPLIT)
+            for index in range(begin, end):
+                tile = ahead
+                ahead = entry(listed, index + 1, end, SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
                 s = visible_scores(
                     q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
