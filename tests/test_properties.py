@@ -44,7 +44,7 @@ def cases(draw):
 
 # Of the dense composition's error. Among hundreds of drawn cases some are ill-conditioned: near alpha = 2 a key at the
 # threshold has little weight and all of its part in the gradient.
-TIMES = 4
+TIMES = 10
 
 
 def test_every_combination(backend):

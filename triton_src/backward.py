@@ -58,14 +58,15 @@ def grad_query(
     out, out_batch, out_head, out_row,
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_query, grad_query_batch, grad_query_head, grad_query_row,
-    terms, row_state, tiles, lists, plane,
+    terms, alpha_terms, row_state, tiles, lists,
     lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """dq, and for grad_key_value planes of `terms`, a number a row each: what `excess` takes (2), delta, and in fp32
-    what weights are to be multiplied by. A fifth is the row's part of the gradient of alpha, where that is asked for.
+    """dq, and for grad_key_value four `terms` of each row: what `excess` takes (2), delta, and a share, by which fp32
+    weights are to be multiplied, and which is added to others: 0, or NaN for rows that are NaN. `alpha_terms` are the
+    rows' parts of the gradient of alpha, where that is asked for.
 
     Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
@@ -175,33 +176,38 @@ def grad_query(
     mean = tl.where(t == t, mean, float("nan"))
     sees = first_key < end_key  # the other rows' queries and incoming gradients may be anything
     dq = tl.where(sees[:, None], (sum_dk - mean[:, None] * sum_uk) * scale, 0.0)
-    terms += first_state
-    tl.store(terms + row, high, mask=row < extent_q)
-    tl.store(terms + plane + row, low, mask=row < extent_q)
-    tl.store(terms + 2 * plane + row, tl.where(sees, mean + c, 0.0), mask=row < extent_q)
+    share = tl.where(t == t, 0.0, float("nan"))
     if EXACT:  # no fp32 threshold makes the sum of thousands of weights quite one
         sum_p = tl.sum(part_p, 1)
-        tl.store(terms + 3 * plane + row, 1.0 / tl.where(sum_p == 0.0, 1.0, sum_p), mask=row < extent_q)
+        share += 1.0 / tl.where(sum_p == 0.0, 1.0, sum_p)
+    share = tl.where(sees, share, 0.0)
+    store_terms(terms + 4 * (first_state + row), high, low, tl.where(sees, mean + c, 0.0), share, row < extent_q)
     if ALPHA == ALPHA_ANY:  # noqa: SIM102
         if kind_alpha != ALPHA_NUMBER:
             of_alpha = tl.sum(part_da, 1) - mean * tl.sum(part_ua, 1)
-            tl.store(terms + 4 * plane + row, tl.where(sees, of_alpha, 0.0), mask=row < extent_q)
+            tl.store(alpha_terms + first_state + row, tl.where(sees, of_alpha, 0.0), mask=row < extent_q)
     store_rows(
         grad_query, cast(dq, grad_query.dtype.element_ty), first_row, extent_q, grad_query_row, width, BLOCK_M, PAD
     )
 
 
 @triton.jit
-def load_terms(terms, plane, limit, ROWS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr):
-    """(high, low, delta, share) of rows that begin at `terms`; rows from `limit` on weigh nothing."""
-    row = tl.arange(0, ROWS)
-    inside = row < limit if MASKED else row >= 0
-    high = tl.load(terms + row, mask=inside, other=float("inf"))
-    delta = tl.load(terms + 2 * plane + row, mask=inside, other=0.0)
-    low, share = high, delta  # which only fp32 needs
-    if EXACT:
-        low = tl.load(terms + plane + row, mask=inside, other=0.0)
-        share = tl.load(terms + 3 * plane + row, mask=inside, other=0.0)
+def store_terms(place, high, low, delta, share, mask):
+    tl.store(place, high, mask=mask)
+    tl.store(place + 1, low, mask=mask)
+    tl.store(place + 2, delta, mask=mask)
+    tl.store(place + 3, share, mask=mask)
+
+
+@triton.jit
+def load_terms(terms, limit, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """(high, low, delta, share) of rows that begin at `terms`; rows from `limit` on weigh nothing. As one load it has
+    at least as many numbers as there are threads; loads of fewer are repeated by all threads that need a number."""
+    place = tl.arange(0, 4 * ROWS)
+    x = tl.load(terms + place, mask=place < 4 * limit, other=float("inf")) if MASKED else tl.load(terms + place)
+    even, odd = tl.split(tl.reshape(x, [ROWS, 2, 2]))
+    high, delta = tl.split(even)
+    low, share = tl.split(odd)
     return high, low, delta, share
 
 
@@ -213,7 +219,7 @@ def grad_key_value(
     grad_out, grad_out_batch, grad_out_head, grad_out_row,
     grad_key, grad_key_batch, grad_key_head, grad_key_row,
     grad_value, grad_value_batch, grad_value_head, grad_value_row,
-    terms, tiles, lists, plane,
+    terms, tiles, lists,
     lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
@@ -233,7 +239,7 @@ def grad_key_value(
     value += batch * value_batch + head_kv * value_head + offset_k * value_row
     grad_key += batch * grad_key_batch + head_kv * grad_key_head + offset_k * grad_key_row
     grad_value += batch * grad_value_batch + head_kv * grad_value_head + offset_k * grad_value_row
-    terms += batch * state_batch + first_head * rows_q + offset_q
+    terms += 4 * (batch * state_batch + first_head * rows_q + offset_q)
     first = block * BLOCK_N
     if first >= extent_k:
         return
@@ -289,9 +295,7 @@ def grad_key_value(
                     sees = (first_key < end_key)[:, None]
                     q = tl.where(sees, q, 0.0)
                     do = tl.where(sees, do, 0.0)
-                high, low, delta, share = load_terms(
-                    terms + first_row, plane, length_q - first_row, BLOCK_M, EXACT, EDGE
-                )
+                high, low, delta, share = load_terms(terms + 4 * first_row, length_q - first_row, BLOCK_M, EDGE)
                 s = products(
                     k, key, first, length_k, key_row, query, first_row, length_q, query_row, width, sign,
                     BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
@@ -300,9 +304,7 @@ def grad_key_value(
                 if EDGE:
                     s = hide(s, first_key, end_key, 1, key_index)
                 p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), own_alpha, ALPHA, EXACT)
-                if EXACT:
-                    p *= share[None, :]
-                p += (delta * 0.0)[None, :]  # a NaN row makes NaN of all it sees
+                p = p * share[None, :] if EXACT else p + share[None, :]
                 if EDGE:
                     p = tl.where(s == float("-inf"), 0.0, p)
                 dv = dot(cast(p, do.dtype), do, dv)
@@ -316,7 +318,7 @@ def grad_key_value(
                 dk = dot(cast(ds, q.dtype), q, dk)
         query += query_head
         grad_out += grad_out_head
-        terms += rows_q
+        terms += 4 * rows_q
         tiles += tile_rows * tile_words
 
     store_rows(

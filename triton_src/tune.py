@@ -101,7 +101,7 @@ class Problem:
             "grad_query": torch.empty_like(query), "grad_key": torch.empty_like(key),
             "grad_value": torch.empty_like(value),
             "row_state": torch.empty(batch, heads, length, 2, **like),
-            "terms": torch.zeros(4, batch, heads, length, **like),
+            "terms": torch.empty(batch, heads, length, 4, **like),
             "numbers": torch.empty(batch, heads, 4 * tile_rows, tiles, dtype=torch.int16, **like),
             "lists": torch.empty(batch, heads, tile_rows, tiles, dtype=torch.int32, **like),
             "tiles": torch.zeros(
@@ -113,7 +113,7 @@ class Problem:
             strides = self.tensors[name].stride()
             self.values |= {f"{name}_batch": strides[0], f"{name}_head": strides[1], f"{name}_row": strides[2]}
         self.values |= {
-            "state_batch": heads * length, "plane": batch * heads * length, "heads": heads, "group": 1,
+            "state_batch": heads * length, "heads": heads, "group": 1,
             "rows_q": length, "rows_k": length, "key_tile_rows": tile_rows,
             "limit_q": length, "limit_k": length, "tile_rows": tile_rows,
             "tile_words": self.tensors["tiles"].shape[3], "width": head_dim, "width_v": head_dim,

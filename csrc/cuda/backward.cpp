@@ -36,11 +36,10 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
   const at::Tensor grad_out = with_aligned_rows(given_grad),
                    out = with_aligned_rows(saved.out ? *saved.out : at::zeros_like(given_grad)),
                    state = saved.row_state.contiguous(), tiles = saved.tiles.contiguous();
-  const int64_t plane = call.queries;  // a number for each query
-  constexpr int64_t kTerms = 4;        // planes that grad_key_value reads, the last for fp32 only
-  const at::Tensor terms = at::empty({kTerms + options.head_alpha.has_value(), plane}, state.options());
+  const at::Tensor terms = at::empty({call.queries, 4}, state.options()),
+                   alpha_terms = at::empty({options.head_alpha ? call.queries : 0}, state.options());
   if (options.packed()) {  // tokens that no sequence has, where lengths contradict the tensors
-    for (const at::Tensor& t : {of_query.rows, of_key.rows, of_value.rows, terms}) t.zero_();
+    for (const at::Tensor& t : {of_query.rows, of_key.rows, of_value.rows, terms, alpha_terms}) t.zero_();
   }
 
   if (dq.numel() > 0) {
@@ -55,10 +54,10 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                    .grad_out = rows_of(grad_out),
                    .grad_query = mutable_rows_of(of_query.rows),
                    .terms = terms.mutable_data_ptr<float>(),
+                   .alpha_terms = alpha_terms.mutable_data_ptr<float>(),
                    .row_state = state.const_data_ptr<float>(),
                    .tiles = tiles.const_data_ptr<int32_t>(),
                    .lists = lists.mutable_data_ptr<int32_t>(),
-                   .plane = plane,
                    .call = call.arguments,
                });
   }
@@ -79,12 +78,11 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                        .terms = terms.const_data_ptr<float>(),
                        .tiles = tiles.const_data_ptr<int32_t>(),
                        .lists = lists.mutable_data_ptr<int32_t>(),
-                       .plane = plane,
                        .call = call.arguments,
                    });
   }
   for (const Result* gradient : {&of_query, &of_key, &of_value}) gradient->finish();
-  if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? terms[kTerms] : terms[kTerms].zero_(), query, dalpha);
+  if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? alpha_terms : alpha_terms.zero_(), query, dalpha);
   return result;
 }
 

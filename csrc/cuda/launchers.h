@@ -92,10 +92,10 @@ struct GradQueryArguments {
   Rows grad_out;
   MutableRows grad_query;
   Exactly<float*> terms;
+  Exactly<float*> alpha_terms;
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> lists;
-  Exactly<int64_t> plane;
   CallArguments call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
@@ -116,12 +116,11 @@ struct GradKeyValueArguments {
   Exactly<const float*> terms;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> lists;
-  Exactly<int64_t> plane;
   CallArguments call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 368);
+static_assert(sizeof(GradKeyValueArguments) == 360);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);

@@ -92,12 +92,12 @@ def attention(
     pad = max(16, 1 << (max(width, width_v) - 1).bit_length())
     step = tiles.step or pad
 
-    def launch(name, *arguments, block_m=TILE, block_n=tiles.walk, planes=()):
+    def launch(name, *arguments, block_m=TILE, block_n=tiles.walk):
         rows, programs = (limit_k, block_n) if name == "grad_key_value" else (limit_q, block_m)
         programs = math.ceil(rows / programs) * (kv_heads if name == "grad_key_value" else heads) * batch
         constants = (block_m, block_n, pad, step, variants.ALPHAS[kind])
         with patched_once():
-            variants.KERNELS[name][(programs,)](*arguments, *planes, *given, state_batch, *shape, *constants)
+            variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants)
 
     # Filled with what must not stay: everything is to be written.
     garbage = 12345.0
@@ -117,12 +117,11 @@ def attention(
         return Result(out, row_state, bits)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
-    terms = torch.full((4, *row_state.shape[:-1]), garbage)
-    plane = terms[0].numel()
+    terms = torch.full((*row_state.shape[:-1], 4), garbage)
     tensors = (query, key, value, grad)
     lists.fill_(1 << 30)
-    launch("grad_query", *rows(query, key, value, out, grad, dq), terms, row_state, bits, lists, planes=(plane,))
+    launch("grad_query", *rows(query, key, value, out, grad, dq), terms, torch.zeros(0), row_state, bits, lists)
     lists = torch.full((*many, kv_heads, key_tile_rows, math.ceil(limit_q / 64)), 1 << 30, dtype=torch.int32)
     walked = dict(block_m=tiles.walk, block_n=TILE)
-    launch("grad_key_value", *rows(*tensors, dk, dv), terms, bits, lists, planes=(plane,), **walked)
+    launch("grad_key_value", *rows(*tensors, dk, dv), terms, bits, lists, **walked)
     return Result(out, row_state, bits, dq, dk, dv)
