@@ -35,16 +35,18 @@ TORCH_LIBRARY(adasplash, m) {
   define("entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor");
   define("entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor");
 
-  define("_entmax_attn_forward(Tensor query, Tensor key, Tensor value, " + kResolvedOptions +
-         ", SymInt support_capacity) -> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)");
-  define(
+  // The kernels take any strides: a compiler need not keep those that it saw while tracing.
+  const auto define_private = [&m](const std::string& schema) { m.def(schema.c_str(), {at::Tag::flexible_layout}); };
+  define_private("_entmax_attn_forward(Tensor query, Tensor key, Tensor value, " + kResolvedOptions +
+                 ", SymInt support_capacity) -> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)");
+  define_private(
       "_entmax_attn_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor row_state, "
       "Tensor support, Tensor tiles, " +
       kResolvedOptions + ", Tensor? out=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
 
   // The activation over the last dimension; row_alpha has the sizes of the others.
-  define("_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor");
-  define(
+  define_private("_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor");
+  define_private(
       "_entmax_backward(Tensor grad_out, Tensor output, Tensor? row_alpha, float alpha) "
       "-> (Tensor grad_input, Tensor grad_alpha)");
 }

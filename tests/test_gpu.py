@@ -63,6 +63,21 @@ def test_streams_and_threads(backend):
         assert_same_bits(tensors, found[index])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_device_than_the_current_one(backend):
+    """Kernels run where the tensors are, each device with code of its own, and the current device stays what it was."""
+    inputs = half_inputs(600)
+    expected = gradients(inputs, normal_like(inputs.query), entmax_attn, is_causal=True)
+    for index in range(1, torch.cuda.device_count()):
+        there = Inputs(*(x.to(f"cuda:{index}") for x in inputs))
+        found = gradients(there, normal_like(there.query), entmax_attn, is_causal=True)
+        assert torch.cuda.current_device() == 0
+        assert all(x.device.index == index for x in found)
+        assert_same_bits(expected, [x.to("cuda:0") for x in found])
+    with pytest.raises(RuntimeError, match="device"):
+        entmax_attn(inputs.query, there.key, inputs.value)
+
+
 def test_repeats_are_equal_to_the_bit(backend):
     inputs = half_inputs(4000)
     first = gradients(inputs, normal_like(inputs.query), entmax_attn, is_causal=True)

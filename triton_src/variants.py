@@ -143,10 +143,10 @@ HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
 }
 HALF = dict.fromkeys((90, 100, 103), HALF_90) | {80: HALF_80} | dict.fromkeys((86, 89, 120), HALF_SMALL)
 ANY_ALPHA = {  # half types: powers want registers
-    "scan": (64, 64, 4, 2, None),
-    "attend": (64, 32, 4, 2, None),
-    "grad_query": (64, 32, 4, 2, None),
-    "grad_key_value": (32, 64, 4, 2, None),
+    "scan": (64, 64, 4, 3, 168),
+    "attend": (64, 32, 4, 3, 168),
+    "grad_query": (64, 32, 4, 3, None),
+    "grad_key_value": (32, 64, 4, 3, None),
 }
 FP32 = {  # three tf32 products for one: large code and many registers, so small blocks
     (kernel, pad): {
