@@ -1,5 +1,6 @@
 // Calls α-entmax attention directly and checks the gradients that autograd gives against finite differences.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <adasplash/adasplash.h>
 #include <torch/csrc/autograd/autograd.h>
 
