@@ -160,3 +160,17 @@ def test_training_asks_for_what_the_contract_says(make_inputs, backend):
         torch.ops.adasplash.entmax_attn(*inputs)
     shapes = {tuple(x.shape) for x in saved} - {tuple(x.shape) for x in inputs} - {(0,)}
     assert shapes == {(1, 2, 70, 2), (1, 2, 70, backend.support_capacity), tiles_shape(1, 2, 70, 90)}
+
+
+def test_an_output_that_is_changed_in_place(make_inputs, backend):
+    """The GPU's backward needs the output, and autograd notices that it is gone; the CPU's does not."""
+    inputs = make_inputs(1, 2, 20, 30, requires_grad=True)
+    out = torch.ops.adasplash.entmax_attn(*inputs)
+    out.mul_(2)
+    if backend.support_capacity:
+        changed = torch.autograd.grad(out.sum(), inputs)
+        expected = torch.autograd.grad(2 * torch.ops.adasplash.entmax_attn(*inputs).sum(), inputs)
+        torch.testing.assert_close(changed, expected)
+    else:
+        with pytest.raises(RuntimeError, match="inplace"):
+            torch.autograd.grad(out.sum(), inputs)

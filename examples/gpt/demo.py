@@ -6,6 +6,7 @@ same bytes as Python, and draws pictures. Ends with an error if anything disagre
 """
 
 import argparse
+import faulthandler
 import os
 import re
 import sys
@@ -93,6 +94,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash in compiled code says where it was
     try:
         main()
     except Failure as error:
