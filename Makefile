@@ -1,5 +1,5 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
-# make test   the tests: up to 12 cases of each on the CPU, and a few of the GPU's code, emulated (about 20 minutes with set-up)
+# make test   the tests: up to 12 cases of each on the CPU, and a few of the GPU's code, emulated (about 10 minutes with set-up)
 # make test-all   every case, the library built in all ways, and all of the emulation (an afternoon)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.

@@ -20,8 +20,11 @@ HALF = (torch.bfloat16, torch.float16)
 # Error allowed beside that of the dense composition, as a share of the largest exact number. Where that is less than
 # LEAST of the numbers that it is made of, it is what their rounding leaves: a row with one key in its support has no
 # gradient, exactly.
-LEAST = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
+LEAST = {torch.float64: 1e-2, torch.float32: 0.1, torch.bfloat16: 0.1, torch.float16: 0.1}
 FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2e-4}
+
+
+CUDA_KERNELS = False  # whether they run the tests, on a GPU or emulated: the `backend` fixture says so
 
 
 class Inputs(NamedTuple):
@@ -161,9 +164,9 @@ def per_row(alpha: Tensor, query: Tensor) -> Tensor:
 
 
 def assert_accurate_dalpha(actual: Tensor, rows: Tensor, composed: Tensor, floor: float) -> None:
-    """A sum over rows (`rows`: every one's share), which may cancel: its floor goes with the sum of their sizes. A
-    GPU's 2^x is right to 22 bits, which is what alpha close to 1 multiplies."""
-    floor *= 10 if actual.is_cuda else 1
+    """A sum over rows (`rows`: every one's share), which may cancel: its floor goes with the sum of their sizes. CUDA
+    kernels keep of z - tau what fp32 does, which near alpha = 1 is little of how nearly equal weights differ."""
+    floor *= 10 if CUDA_KERNELS else 1
     assert actual.shape == composed.shape and actual.dtype == composed.dtype and actual.isfinite().all()
     heads = (0, 1, 2, 3) if actual.dim() == 0 else (0, 2, 3)
     exact, size = rows.sum(heads), rows.abs().sum(heads)

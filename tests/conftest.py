@@ -113,6 +113,7 @@ def backend(request) -> Backend:
         importlib.import_module("emulated").install()
     if name == "cuda" and not torch.cuda.is_available():
         pytest.exit("--backend cuda: torch sees no GPU here", returncode=4)
+    common.CUDA_KERNELS = name != "cpu"
     return BACKENDS[name]
 
 
