@@ -155,12 +155,19 @@ def test_not_even_tensors(entmax_attn, arguments):
         entmax_attn(*arguments(*good()))
 
 
+BACKWARD_OPTIONS = (None, 1.5, False, None, *[None] * 4, 5, 7, [-1, -1], None)
+
+
 def backward_arguments():
     inputs = make_inputs(2, 4, 5, 7, 8, kv_heads=2)
-    options = (None, 1.5, False, None, *[None] * 4, 5, 7, [-1, -1], None)
-    _, *saved = torch.ops.adasplash._entmax_attn_forward(*inputs, *options, 64)
+    out, *saved = torch.ops.adasplash._entmax_attn_forward(*inputs, *BACKWARD_OPTIONS, 64)
     names = ("grad_out", *inputs._fields, "row_state", "support", "tiles")
-    return dict(zip(names, (torch.ones_like(inputs.query), *inputs, *saved), strict=True)), options
+    tensors = dict(zip(names, (torch.ones_like(inputs.query), *inputs, *saved), strict=True))
+    return {**tensors, "out": out}
+
+
+def backward(*, out, **tensors):
+    return torch.ops.adasplash._entmax_attn_backward(*tensors.values(), *BACKWARD_OPTIONS, out=out)
 
 
 # The backward op trusts nothing it is handed: a wrong tensor is an error and never a stray access.
@@ -174,6 +181,8 @@ SAVED = {
     "support of another type": ("support", lambda x: x.long(), "support Long"),
     "tiles of other keys": ("tiles", lambda x: x.repeat(1, 1, 1, 2), "tiles 2"),
     "tiles on another device": ("tiles", lambda x: x.to("meta"), "tiles meta"),
+    "out of another shape": ("out", lambda x: x[..., :7], "out 7"),
+    "out of another type": ("out", lambda x: x.double(), "out Double"),
     "key of another length": ("key", lambda x: x[:, :, :5], "value 5"),
 }
 
@@ -181,10 +190,10 @@ SAVED = {
 @pytest.mark.parametrize("case", SAVED)
 def test_backward_op(case):
     name, change, words = SAVED[case]
-    tensors, options = backward_arguments()
+    tensors = backward_arguments()
     tensors[name] = change(tensors[name])
     with refused() as error:
-        torch.ops.adasplash._entmax_attn_backward(*tensors.values(), *options)
+        backward(**tensors)
     assert_one_sentence(error, "_entmax_attn_backward", words)
 
 
@@ -192,10 +201,10 @@ def test_backward_op(case):
 @pytest.mark.parametrize("entry", (7, 1000, -5, 2**31 - 1))
 def test_support_entries_out_of_range_are_no_stray_access(entry):
     """A support list from a damaged file: an error or a wrong gradient, but no access outside the tensors."""
-    tensors, options = backward_arguments()
+    tensors = backward_arguments()
     tensors["support"] = torch.full_like(tensors["support"], entry)
     try:
-        torch.ops.adasplash._entmax_attn_backward(*tensors.values(), *options)
+        backward(**tensors)
     except RuntimeError as error:
         assert "support" in str(error)
 
