@@ -85,8 +85,8 @@ class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, row_state, support, tiles] = call_forward(query, key, value, options, capacity);
     if (capacity != kInference) {
-      const at::Tensor kept = cuda::serves(query.device()) ? out : at::Tensor();
-      save_for_backward(ctx, query, key, value, {row_state, support, tiles, if_defined(kept)}, options);
+      const auto kept = cuda::serves(query.device()) ? OptionalTensor(out) : std::nullopt;
+      save_for_backward(ctx, query, key, value, {row_state, support, tiles, kept}, options);
     }
     return out;
   }

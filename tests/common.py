@@ -20,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 # Error allowed beside that of the dense composition, as a share of the largest exact number. Where that is less than
 # LEAST of the numbers that it is made of, it is what their rounding leaves: a row with one key in its support has no
 # gradient, exactly.
-LEAST = {torch.float64: 1e-2, torch.float32: 0.1, torch.bfloat16: 0.1, torch.float16: 0.1}
+LEAST = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
 FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
 
@@ -90,7 +90,8 @@ def assert_accurate(
     assert actual.isfinite().all(), what
     error = (actual.double() - exact).abs().max().item()
     composition = (composed.double() - exact).abs().max().item()
-    floor = FLOOR[actual.dtype] * max(exact.abs().max().item(), LEAST[actual.dtype] * size)
+    least = max(LEAST[actual.dtype], 0.1 if CUDA_KERNELS else 0.0)  # these recompute dP where they subtract delta
+    floor = FLOOR[actual.dtype] * max(exact.abs().max().item(), least * size)
     assert error <= max(times * composition, floor), (
         f"{what}: error {error:.2e}, that of the dense composition {composition:.2e}, floor {floor:.2e}"
     )

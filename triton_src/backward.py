@@ -21,12 +21,12 @@ from .common import (
     cast,
     column_sums,
     dot,
-    entry,
     excess,
     far_away,
     first_tile_row,
     hide,
     keys_of_block,
+    listed_tile,
     load_rows,
     load_signed,
     log2,
@@ -64,9 +64,9 @@ def grad_query(
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """dq, and for grad_key_value four `terms` of each row: what `excess` takes (2), delta, and a share, by which fp32
-    weights are to be multiplied, and which is added to others: 0, or NaN for rows that are NaN. `alpha_terms` are the
-    rows' parts of the gradient of alpha, where that is asked for.
+    """dq, and for grad_key_value four `terms` of each row: what `excess` takes (2), delta, and a share: fp32
+    weights are multiplied by it (1 / sum p), to others it is added (0); NaN for NaN rows. `alpha_terms` are the rows'
+    parts of the gradient of alpha, where that is asked for.
 
     Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
@@ -141,10 +141,10 @@ def grad_query(
     sum_uk = tl.zeros([BLOCK_M, PAD], tl.float32)
     for EDGE in tl.static_range(FIRST, 2):
         begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
-        ahead = entry(listed, begin, end, SPLIT)
+        ahead = listed_tile(listed, begin, end, SPLIT)
         for index in range(begin, end):
             first_j = ahead * TILE + part_of(index, SPLIT) * BLOCK_N
-            ahead = entry(listed, index + 1, end, SPLIT)
+            ahead = listed_tile(listed, index + 1, end, SPLIT)
             k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
             s = visible_scores(  # of the same rows of keys: one load for both
                 q, query, first_row, length_q, query_row, key, first_j, seen_end, key_row, width, sign,
@@ -156,7 +156,7 @@ def grad_query(
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
             if EXACT:
-                part_p, lost = add(part_p, lost, column_sums(p), EXACT)
+                part_p, lost = add(part_p, lost, column_sums(p), True)
             part_u += column_sums(u)
             ds = u * (dp - c[:, None])
             if EDGE:
@@ -201,8 +201,8 @@ def store_terms(place, high, low, delta, share, mask):
 
 @triton.jit
 def load_terms(terms, limit, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """(high, low, delta, share) of rows that begin at `terms`; rows from `limit` on weigh nothing. As one load it has
-    at least as many numbers as there are threads; loads of fewer are repeated by all threads that need a number."""
+    """(high, low, delta, share) of rows that begin at `terms`; rows from `limit` on weigh nothing. One load, as
+    those of fewer numbers than there are threads are repeated by all threads that need a number."""
     place = tl.arange(0, 4 * ROWS)
     x = tl.load(terms + place, mask=place < 4 * limit, other=float("inf")) if MASKED else tl.load(terms + place)
     even, odd = tl.split(tl.reshape(x, [ROWS, 2, 2]))
@@ -283,10 +283,10 @@ def grad_key_value(
         tl.debug_barrier()
         for EDGE in tl.static_range(FIRST, 2):
             begin, end = ((tiles_q - edge_count) * SPLIT, tiles_q * SPLIT) if EDGE else (0, inner_count * SPLIT)
-            ahead = entry(listed, begin, end, SPLIT)
+            ahead = listed_tile(listed, begin, end, SPLIT)
             for index in range(begin, end):
                 first_row = ahead * TILE + part_of(index, SPLIT) * BLOCK_M
-                ahead = entry(listed, index + 1, end, SPLIT)
+                ahead = listed_tile(listed, index + 1, end, SPLIT)
                 q = load_rows(query, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE)
                 do = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE)
                 row = first_row + tl.arange(0, BLOCK_M)

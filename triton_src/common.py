@@ -332,8 +332,8 @@ def alpha_term(p, log, alpha):
 
 @triton.jit
 def column_counts(x):
-    """How many of the numbers that `column_sums` sums are above 0, where none is below: as integers, since the lesser
-    of a float's bits and 1, three of which one instruction adds, cost less than comparisons."""
+    """Counts of x > 0 over the columns that `column_sums` adds, for x >= +0. As integers: the lesser of the bits and 1,
+    three of which one instruction adds."""
     return column_sums(tl.minimum(x.to(tl.int32, bitcast=True), 1))
 
 
@@ -353,11 +353,12 @@ def column_sums(x):
 @triton.jit
 def add(total, lost, x, EXACT: tl.constexpr):
     """(total + x, what that rounds away, to be given to the next addition if EXACT), after Kahan. A plain sum of
-    thousands of equal numbers is off by as many equal roundings."""
+    thousands of equal numbers is off by as many equal roundings. Adding 0 changes nothing, so that no bits depend on
+    which tiles without weight are visited."""
     if EXACT:
-        x -= lost
-        grown = total + x
-        return grown, (grown - total) - x
+        y = x - lost
+        grown = total + y
+        return tl.where(x == 0.0, total, grown), tl.where(x == 0.0, lost, (grown - total) - y)
     else:
         return total + x, lost
 
@@ -404,9 +405,9 @@ def append(listed, count, entry, wanted, STEP: tl.constexpr = 1):
 
 
 @triton.jit
-def entry(listed, index, end, PARTS: tl.constexpr):
-    """The entry that the index-th step of a loop over a list works on, `end` steps with the last; any after that. Loops
-    read it a step ahead: waiting for what addresses come from took a fifth of their time."""
+def listed_tile(listed, index, end, PARTS: tl.constexpr):
+    """The tile of the index-th step of a loop over a list, 0 from `end` on, where none is wanted. Loops read it a step
+    ahead: waiting for what addresses come from took a fifth of their time."""
     return tl.load(listed + index // PARTS, mask=index < end, other=0)
 
 

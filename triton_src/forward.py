@@ -28,10 +28,10 @@ from .common import (
     column_counts,
     column_sums,
     dot,
-    entry,
     excess,
     first_tile_row,
     keys_of_block,
+    listed_tile,
     load_rows,
     load_signed,
     max_or_nan,
@@ -270,10 +270,10 @@ def attend(
             lost = tl.zeros([BLOCK_M, 8], tl.float32)
             for EDGE in tl.static_range(FIRST, 2):
                 begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
-                ahead = entry(listed, begin, end, SPLIT)
+                ahead = listed_tile(listed, begin, end, SPLIT)
                 for index in range(begin, end):
                     first_j = ahead * TILE + part_of(index, SPLIT) * BLOCK_N
-                    ahead = entry(listed, index + 1, end, SPLIT)
+                    ahead = listed_tile(listed, index + 1, end, SPLIT)
                     s = visible_scores(
                         q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
                         first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
@@ -292,8 +292,8 @@ def attend(
             moved = (t + step != t) & (attempts < ATTEMPTS)
             attempts += 1
             t = tl.where(distant, t + step, t)
-            # Where the support is settled, sum u falls by the step for each of its keys (1.5) or stays (2); from below.
-            here_u = tl.maximum(here_u - number * step, 1.0) if ALPHA == ALPHA_1_5 else here_u
+            # On a settled support sum u falls by the step for each key (1.5) or stays (2).
+            here_u = here_u - number * step if ALPHA == ALPHA_1_5 else here_u
             sum_u = tl.where(distant, here_u, sum_u)
             distant = distant & moved & (tl.abs(sum_p - 1.0) > far(key.dtype.element_ty, ALPHA))
 
@@ -306,10 +306,10 @@ def attend(
         weight = tl.zeros([TILE // GROUP], tl.float32)
         for EDGE in tl.static_range(FIRST, 2):
             begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
-            ahead = entry(listed, begin, end, SPLIT)
+            ahead = listed_tile(listed, begin, end, SPLIT)
             for index in range(begin, end):
                 tile = ahead
-                ahead = entry(listed, index + 1, end, SPLIT)
+                ahead = listed_tile(listed, index + 1, end, SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
                 s = visible_scores(
                     q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
@@ -327,7 +327,10 @@ def attend(
                 weight = tl.maximum(weight, tl.max(tl.reshape(here, [TILE // GROUP, GROUP * 8]), 1))
                 tl.store(group_numbers + tile, (weight > 0.0).to(tl.int16))
         sum_p = tl.sum(part_p, 1)
-        sum_u = tl.sum(part_u, 1) if ALPHA == ALPHA_ANY else sum_u
+        if ALPHA == ALPHA_ANY:
+            sum_u = tl.sum(part_u, 1)
+        elif ALPHA == ALPHA_1_5:  # u <= -t, so this is a bound: no step passes the maximum, settled support or not
+            sum_u = tl.maximum(sum_u, sum_p / -t)
         step = newton_step(sum_p, sum_u, alpha, ALPHA)
         solved = tl.where(moving, t + step, solved)
         moved = (t + step != t) & (attempts < ATTEMPTS)
@@ -338,7 +341,7 @@ def attend(
     m = tl.where(broken, float("nan"), m)
     tl.store(row_state + 2 * row, m, mask=row < extent_q)
     tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), solved), mask=row < extent_q)
-    acc *= (1.0 / tl.where(finite, sum_p, 1.0))[:, None]
+    acc *= (1.0 / tl.where(finite & (sum_p > 0.0), sum_p, 1.0))[:, None]
     acc = tl.where(broken[:, None], float("nan"), acc)
     store_rows(out, cast(acc, out.dtype.element_ty), first_row, extent_q, out_row, width_v, BLOCK_M, PAD)
 

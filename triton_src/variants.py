@@ -148,7 +148,7 @@ ANY_ALPHA = {  # half types: powers want registers
     "grad_query": (64, 32, 4, 3, None),
     "grad_key_value": (32, 64, 4, 3, None),
 }
-FP32 = {  # three tf32 products for one: large code and many registers, so small blocks
+FP32 = {  # six bf16 products for one: large code and many registers, so small blocks
     (kernel, pad): {
         "scan": (64, 64, 32, 8, 1, None),
         "attend": (64, 32, 32, 8, 1, None),
