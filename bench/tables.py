@@ -19,14 +19,22 @@ def markdown(table: Table, left: int = 1) -> str:
 
 
 def heading(rows: Sequence[Row]) -> str:
-    """What was measured where, in one sentence."""
-    row = rows[0]
+    """What was measured where, in one sentence. What other machines or days measured is named with them."""
+    measured: dict[str, set[str]] = {}
+    for row in rows:
+        measured.setdefault(_where(row), set()).add(row["what"])
+    first, *others = measured
+    parts = [first, *(f"some of it ({', '.join(sorted(measured[where]))}): {where}" for where in others)]
+    return "; ".join(parts) + "."
+
+
+def _where(row: Row) -> str:
     extra = [f"torch {row['torch']}"]
     if row["device"] == "cuda":
         extra += [f"CUDA {row['cuda']}", f"driver {row['driver']}", f"Triton {row['triton']}"]
     else:
         extra = [f"{row['cores']} cores", row["instructions"], *extra]
-    return f"{row['processor']}, {', '.join(extra)}, commit {row['commit']}, {row['date'][:10]}."
+    return f"{row['processor']}, {', '.join(extra)}, commit {row['commit']}, {row['date'][:10]}"
 
 
 def _by_entry(rows: Iterable[Row]) -> list[tuple[Case, list[Row]]]:
