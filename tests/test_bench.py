@@ -229,7 +229,8 @@ def test_the_activation_is_timed_against_its_peers(tmp_path):
 
 
 def test_the_heading_names_every_machine():
-    row = dict(device="cpu", processor="one", cores=2, instructions="AVX2", torch="2.13.0", commit="a", date="2026-01-02")
+    row = dict(device="cpu", processor="one", cores=2, instructions="AVX2", torch="2.13.0", commit="a")
+    row["date"] = "2026-01-02"
     rows = [{**row, "what": "forward"}, {**row, "what": "peak memory", "processor": "other"}]
     assert tables.heading(rows[:1]) == "one, 2 cores, AVX2, torch 2.13.0, commit a, 2026-01-02."
     assert "; some of it (peak memory): other, 2 cores" in tables.heading(rows)
