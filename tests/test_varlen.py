@@ -88,10 +88,11 @@ def test_threads_change_no_bit(threads):
     assert_same_bits(*results)
 
 
-def test_int64_lengths_and_loose_maxima(backend):
-    """max_seqlen may be more than the longest sequence."""
+@pytest.mark.parametrize("more", (100, 2**31, 2**62), ids=str)
+def test_int64_lengths_and_loose_maxima(backend, more):
+    """max_seqlen may be more than the longest sequence, by any number: nothing is as large as it."""
     inputs, lengths = packed(*LENGTHS["unequal"], backend.device)
-    wider = (lengths[0].long(), lengths[1].long(), lengths[2] + 100, lengths[3] + 5000)
+    wider = (lengths[0].long(), lengths[1].long(), lengths[2] + more, lengths[3] + more)
     results = [
         gradients(inputs, normal_like(inputs.query), lambda *x, given=given: entmax_attn_varlen(*x, *given, 1.5, True))
         for given in (lengths, wider)
