@@ -26,7 +26,7 @@ from bench import machine, results
 from bench.case import DTYPES, PASSES, Case, grid
 from bench.inputs import Inputs, captured_sizes, make_grad, make_inputs
 from bench.peers import OURS, PEERS
-from bench.presets import PRESETS, Entry, entries_of
+from bench.presets import PRESETS, Entry, entries_of, goals_of
 from bench.reference import Check, empty_tiles, make_check
 from bench.remote import RemoteRunner
 from bench.results import PEAK_MEMORY, Row
@@ -224,7 +224,7 @@ def _entries(options: argparse.Namespace) -> list[Entry]:
             cases[i] = replace(case, **captured_sizes(path))
     peers = tuple(peer for peer in options.peers or ["sdpa"] if peer != OURS)
     effort = Effort(10 if options.seconds is None else options.seconds, options.fewest, options.most)
-    return [Entry(case, peers, effort=effort, memory=options.memory) for case in dict.fromkeys(cases)]
+    return [Entry(case, peers, goals_of(case), effort, options.memory) for case in dict.fromkeys(cases)]
 
 
 def _narrowed(entry: Entry, options: argparse.Namespace) -> Entry:

@@ -18,7 +18,7 @@ from bench.peers import OURS, PEERS
 from bench.results import PEAK_MEMORY, Row, case_of
 
 COLOURS = {OURS: "#d1495b", "sdpa": "#30638e", "sdpa-flash": "#30638e", "sdpa-cudnn": "#003d5b"}
-OTHERS = ("#8d96a3", "#edae49", "#66a182", "#9a6fb0", "#6b4f3a", "#2e2e2e")
+OTHERS = ("#8d96a3", "#edae49", "#66a182", "#9a6fb0", "#6b4f3a", "#2e2e2e", "#c08497")
 GRID = {"color": "#e5e5e5", "linewidth": 0.8}
 
 
@@ -122,23 +122,18 @@ def against_empty_tiles(axes: Axes, rows: Sequence[Row], what: str) -> None:
 
 
 def overview(rows: Sequence[Row]) -> Figure:
-    """The README's picture: on the CPU the ratios by input, on a GPU by empty tiles; time and memory against N."""
+    """The README's picture: on the CPU the ratios by input, and time and memory against N; on a GPU the ratios by
+    empty tiles, and time against N."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=(1.25, 1, 1))
     if rows[0]["device"] == "cuda":
         against_empty_tiles(axes[0], rows, BOTH)
+        against_empty_tiles(axes[1], rows, FORWARD)
+        against_length(axes[2], rows, BOTH, "Forward + backward", "ms")
     else:
         ratios(axes[0], rows, "sdpa")
-    against_length(axes[1], rows, BOTH, "Forward + backward", "ms")
-    against_length(axes[2], rows, PEAK_MEMORY, "Peak memory beyond inputs, outputs, gradients", "MiB", 1024)
+        against_length(axes[1], rows, BOTH, "Forward + backward", "ms")
+        against_length(axes[2], rows, PEAK_MEMORY, "Peak memory beyond inputs, outputs, gradients", "MiB", 1024)
     figure.text(0.005, -0.03, tables.heading(rows), fontsize=7, color="#555555")
-    return figure
-
-
-def dial(rows: Sequence[Row]) -> Figure:
-    """Ratios against the share of empty tiles, forward and forward + backward."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    against_empty_tiles(axes[0], rows, FORWARD)
-    against_empty_tiles(axes[1], rows, BOTH)
     return figure
 
 

@@ -154,6 +154,12 @@ PRESETS: dict[str, Callable[[], list[Entry]]] = {
 }
 
 
+def goals_of(case: Case) -> tuple[Goal, ...]:
+    """What the tables of goals ask of a case, whoever lists it."""
+    entries = entries_of(["targets" if case.device == "cpu" else "gpu-targets"])
+    return tuple(dict.fromkeys(goal for entry in entries if entry.case == case for goal in entry.goals))
+
+
 def entries_of(names: list[str]) -> list[Entry]:
     """The presets' entries, one after another, those of equal case and peers merged."""
     merged: dict[tuple, Entry] = {}

@@ -24,6 +24,7 @@ target_sources(adasplash PRIVATE
   csrc/cuda/driver.cpp
   csrc/cuda/forward.cpp
   csrc/cuda/kernels.cpp
+  csrc/cuda/part.cpp
   csrc/cuda/register.cpp)
 target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})
 

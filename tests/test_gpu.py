@@ -102,3 +102,16 @@ def test_a_long_context(backend):
     rows = slice(-100, None)
     exact = entmax_attn(inputs.query[:, :, rows].float(), inputs.key.float(), inputs.value.float(), is_causal=True)
     torch.testing.assert_close(out[:, :, rows].float(), exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.slow
+def test_scratch_grows_no_further(backend):
+    """All pairs of tiles of these heads would take 3 GiB."""
+    inputs = half_inputs(262144, heads=16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = entmax_attn(*inputs, is_causal=True)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used < 1.3 * 2**30 + out.nbytes, f"{used / 2**20:.0f} MiB"
+    head = slice(5, 6)
+    assert torch.equal(out[:, head], entmax_attn(*(x[:, head] for x in inputs), is_causal=True))

@@ -163,7 +163,7 @@ def broken_limits(descriptions):
             yield f"{where}: {one['shared']} bytes of shared memory, the architecture has {SHARED_KIB[one['arch']]} KiB"
         if one["size"] > LIMITS["cubin_bytes"]:
             yield f"{where}: {one['size']} bytes of machine code, the limit is {LIMITS['cubin_bytes']}"
-        if one["hot"] and one["spilled"] > LIMITS["spilled_bytes"]["hot"]:
+        if one["hot"] and one["spilled"] > LIMITS["spilled_bytes"][one["kernel"]]:
             yield f"{where}: hot, but spills {one['spilled']} bytes"
     default = sum(len(variants(arch)) for arch in DEFAULT_ARCHS)
     if default > LIMITS["default_variants"]:

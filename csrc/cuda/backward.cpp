@@ -6,40 +6,37 @@
 #include "checks.h"
 #include "cuda/call.h"
 #include "cuda/ops.h"
+#include "cuda/part.h"
 
 namespace adasplash::cuda {
 namespace {
 
 // The gradient of alpha from what each row adds to it.
-void sum_to_alpha(const at::Tensor& rows, const at::Tensor& query, const at::Tensor& dalpha) {
+void sum_to_alpha(const at::Tensor& rows, const at::Tensor& dalpha) {  // (B, H, M), or packed (H, M)
   if (rows.numel() == 0) {
     dalpha.zero_();
   } else if (dalpha.dim() == 0) {
     dalpha.copy_(rows.sum());
-  } else if (query.dim() == 3) {
-    dalpha.copy_(rows.view({query.size(1), -1}).sum(1));
+  } else if (rows.dim() == 2) {
+    dalpha.copy_(rows.sum(1));
   } else {
-    dalpha.copy_(rows.view({query.size(0), query.size(1), -1}).sum(at::IntArrayRef({0, 2})));
+    dalpha.copy_(rows.sum(at::IntArrayRef({0, 2})));
   }
 }
 
-}  // namespace
+// A row's share of what the kernels hand on to each other: (high, low, delta, share), and of the gradient of alpha.
+struct OfRows {
+  at::Tensor terms, alpha_terms;
+};
 
-BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, const at::Tensor& key,
-                        const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
-  constexpr const char* name = "_entmax_attn_backward";
-  check_backward(given_grad, query, key, value, saved, options);
-  const Call call(name, query, key, value, options);
-  auto result = allocate_backward(query, key, value, options);
-  auto& [dq, dk, dv, dalpha] = result;
+// The gradients of one part's heads.
+void backward_part(const Call& call, const at::Tensor& given_grad, const SavedForBackward& saved, const OfRows& of_rows,
+                   const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, bool packed) {
   const Result of_query(dq), of_key(dk), of_value(dv);
   const at::Tensor grad_out = with_aligned_rows(given_grad),
-                   out = with_aligned_rows(saved.out ? *saved.out : at::zeros_like(given_grad)),
-                   state = saved.row_state.contiguous(), tiles = saved.tiles.contiguous();
-  const at::Tensor terms = at::empty({call.queries, 4}, state.options()),
-                   alpha_terms = at::empty({options.head_alpha ? call.queries : 0}, state.options());
-  if (options.packed()) {  // tokens that no sequence has, where lengths contradict the tensors
-    for (const at::Tensor& t : {of_query.rows, of_key.rows, of_value.rows, terms, alpha_terms}) t.zero_();
+                   out = with_aligned_rows(saved.out ? *saved.out : at::zeros_like(given_grad));
+  if (packed) {  // tokens that no sequence has, where lengths contradict the tensors
+    for (const at::Tensor& t : {of_query.rows, of_key.rows, of_value.rows}) t.zero_();
   }
 
   if (dq.numel() > 0) {
@@ -53,10 +50,10 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                    .out = rows_of(out),
                    .grad_out = rows_of(grad_out),
                    .grad_query = mutable_rows_of(of_query.rows),
-                   .terms = terms.mutable_data_ptr<float>(),
-                   .alpha_terms = alpha_terms.mutable_data_ptr<float>(),
-                   .row_state = state.const_data_ptr<float>(),
-                   .tiles = tiles.const_data_ptr<int32_t>(),
+                   .terms = of_rows.terms.mutable_data_ptr<float>(),
+                   .alpha_terms = of_rows.alpha_terms.mutable_data_ptr<float>(),
+                   .row_state = saved.row_state.const_data_ptr<float>(),
+                   .tiles = saved.tiles.const_data_ptr<int32_t>(),
                    .lists = lists.mutable_data_ptr<int32_t>(),
                    .call = call.arguments,
                });
@@ -75,14 +72,42 @@ BackwardResult backward(const at::Tensor& given_grad, const at::Tensor& query, c
                        .grad_out = rows_of(grad_out),
                        .grad_key = mutable_rows_of(of_key.rows),
                        .grad_value = mutable_rows_of(of_value.rows),
-                       .terms = terms.const_data_ptr<float>(),
-                       .tiles = tiles.const_data_ptr<int32_t>(),
+                       .terms = of_rows.terms.const_data_ptr<float>(),
+                       .tiles = saved.tiles.const_data_ptr<int32_t>(),
                        .lists = lists.mutable_data_ptr<int32_t>(),
                        .call = call.arguments,
                    });
   }
   for (const Result* gradient : {&of_query, &of_key, &of_value}) gradient->finish();
-  if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? alpha_terms : alpha_terms.zero_(), query, dalpha);
+}
+
+}  // namespace
+
+BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
+                        const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
+  constexpr const char* name = "_entmax_attn_backward";
+  check_backward(grad_out, query, key, value, saved, options);
+  auto result = allocate_backward(query, key, value, options);
+  auto& [dq, dk, dv, dalpha] = result;
+  const at::Tensor state = saved.row_state.contiguous(), tiles = saved.tiles.contiguous();
+  at::DimVector rows(state.sizes().begin(), state.sizes().end() - 1), four(rows);
+  four.push_back(4);
+  const at::Tensor terms = at::empty(four, state.options()), alpha_terms = options.head_alpha
+                                                                               ? at::empty(rows, state.options())
+                                                                               : at::empty({0}, state.options());
+  if (options.packed()) {
+    terms.zero_();
+    alpha_terms.zero_();
+  }
+  for (const Part& part : Part::all(query, key, options)) {
+    const Call call(name, part.queries(query), part.keys(key), part.keys(value), part.options(options));
+    const SavedForBackward of_part{
+        part.rows(state), {}, part.rows(tiles), saved.out ? OptionalTensor(part.queries(*saved.out)) : std::nullopt};
+    backward_part(call, part.queries(grad_out), of_part,
+                  {part.rows(terms), options.head_alpha ? part.rows(alpha_terms) : alpha_terms}, part.queries(dq),
+                  part.keys(dk), part.keys(dv), options.packed());
+  }
+  if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? alpha_terms : alpha_terms.zero_(), dalpha);
   return result;
 }
 

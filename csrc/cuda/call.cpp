@@ -161,7 +161,6 @@ Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::T
       place(place_of(q.device())),
       heads(AttentionShape::of(q, k, v, o).batch.expect_int() * q.size(1)),
       kv_heads(AttentionShape::of(q, k, v, o).batch.expect_int() * k.size(1)),
-      queries(packed_ ? q.size(0) * q.size(1) : heads * q.size(2)),
       arguments(arguments_of(op, q, k, v, o, lengths_q_, lengths_k_, alphas_, slopes_)) {}
 
 const Variant& Call::variant(Kernel kernel) const {

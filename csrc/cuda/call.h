@@ -55,7 +55,6 @@ class Call {
   const at::Tensor query, key, value;
   const Place place;
   const int64_t heads, kv_heads;  // of the whole batch
-  const int64_t queries;          // rows of row_state
   const CallArguments arguments;
 };
 

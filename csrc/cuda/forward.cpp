@@ -4,30 +4,18 @@
 #include "checks.h"
 #include "cuda/call.h"
 #include "cuda/ops.h"
+#include "cuda/part.h"
 
 namespace adasplash::cuda {
 
-ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                      const AttentionOptions& options, const c10::SymInt& support_capacity) {
-  constexpr const char* name = "_entmax_attn_forward";
-  check_attention(name, query, key, value, options);
-  const Call call(name, query, key, value, options);
-  auto result = allocate_forward(query, key, value, options, support_capacity);
-  auto& [out, saved_state, support, saved_tiles] = result;
-  if (out.numel() == 0) return result;
+namespace {
 
-  // The kernels need both, whether they are kept or not.
-  const SavedSizes sizes = saved_sizes(query, key, options, 0);
-  const bool training = support_capacity >= 0;
-  const at::Tensor state = training ? saved_state : at::empty_symint(sizes.row_state, saved_state.options());
-  const at::Tensor tiles = training ? saved_tiles : at::empty_symint(sizes.tiles, saved_tiles.options());
-  tiles.zero_();  // some rows only round the shape up
+// The output, row_state and tile bits of one part's heads.
+void forward_part(const Call& call, const at::Tensor& out, const at::Tensor& state, const at::Tensor& tiles,
+                  bool packed) {
+  if (out.numel() == 0) return;
   const Result weighted(out);
-  if (options.packed()) {  // tokens that no sequence has, where lengths contradict the tensors
-    weighted.rows.zero_();
-    state.zero_();
-  }
-  support.fill_(kSupportOverflow);  // its rows are never listed here; the backward walks tiles
+  if (packed) weighted.rows.zero_();  // tokens that no sequence has, where lengths contradict the tensors
   const at::Tensor numbers = call.empty_by_query_tile(at::kLong);  // four of 16 bits
   const at::Tensor lists = call.empty_by_query_tile(at::kInt);
 
@@ -54,6 +42,29 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
              .call = call.arguments,
          });
   weighted.finish();
+}
+
+}  // namespace
+
+ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                      const AttentionOptions& options, const c10::SymInt& support_capacity) {
+  constexpr const char* name = "_entmax_attn_forward";
+  check_attention(name, query, key, value, options);
+  auto result = allocate_forward(query, key, value, options, support_capacity);
+  auto& [out, saved_state, support, saved_tiles] = result;
+
+  // The kernels need both, whether they are kept or not.
+  const SavedSizes sizes = saved_sizes(query, key, options, 0);
+  const bool training = support_capacity >= 0;
+  const at::Tensor state = training ? saved_state : at::empty_symint(sizes.row_state, saved_state.options());
+  const at::Tensor tiles = training ? saved_tiles : at::empty_symint(sizes.tiles, saved_tiles.options());
+  tiles.zero_();                        // some rows only round the shape up
+  if (options.packed()) state.zero_();  // as out is
+  support.fill_(kSupportOverflow);      // its rows are never listed here; the backward walks tiles
+  for (const Part& part : Part::all(query, key, options)) {
+    const Call call(name, part.queries(query), part.keys(key), part.keys(value), part.options(options));
+    forward_part(call, part.queries(out), part.rows(state), part.rows(tiles), options.packed());
+  }
   return result;
 }
 

@@ -22,6 +22,7 @@ def driver(backend):
     yield driver
     driver.reset()
     driver.set_place()
+    driver.limit_scratch()
     driver.run_kernels = True
 
 
@@ -42,6 +43,36 @@ def test_what_a_call_launches(driver):
     with torch.no_grad():
         attend(inputs)
     assert kernels(driver) == FORWARD + BACKWARD + FORWARD
+
+
+def every_option(form):
+    """A call with every option that has an entry a head or a sequence: (op, inputs, lengths, options)."""
+    alpha, slopes = torch.tensor([1.2, 1.4, 1.5, 2.0]).requires_grad_(), torch.rand(3, 4)
+    if form == "packed":
+        ends = torch.tensor([0, 70, 75, 140], dtype=torch.int32), torch.tensor([0, 20, 90, 160], dtype=torch.int32)
+        shapes = (140, 4, 16), (160, 2, 16), (160, 2, 9)
+        inputs = Inputs(*(torch.randn(shape, requires_grad=True) for shape in shapes))
+        return torch.ops.adasplash.entmax_attn_varlen, inputs, (*ends, 70, 70), dict(alpha=alpha, alibi_slopes=slopes)
+    inputs = make_inputs(3, 4, 70, 90, kv_heads=2, value_size=9, requires_grad=True)
+    lengths = dict(q_seqlens=torch.tensor([70, 3, 66]), kv_seqlens=torch.tensor([90, 64, 1]))
+    return torch.ops.adasplash.entmax_attn, inputs, (), dict(alpha=alpha, alibi_slopes=slopes, **lengths)
+
+
+@pytest.mark.parametrize(
+    "form, limit, parts", (("padded", 1, 6), ("padded", 200, 3), ("padded", 400, 2), ("packed", 1, 2)), ids=str
+)
+def test_heads_go_in_parts_where_scratch_is_large(driver, form, limit, parts):
+    """A key head of an entry takes 96 bytes here. No bit depends on it, nor does the gradient of alpha."""
+    op, inputs, lengths, options = every_option(form)
+    results = []
+    for size in (1 << 30, limit):
+        driver.limit_scratch(size)
+        driver.launches.clear()
+        out = op(*inputs, *lengths, is_causal=True, **options)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (*inputs, options["alpha"]))))
+        count = parts if size == limit else 1
+        assert kernels(driver) == FORWARD * count + BACKWARD * count
+    assert_same_bits(*results)
 
 
 def test_code_is_loaded_once(driver):
