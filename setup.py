@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 "-DADASPLASH_PYTHON=ON",
                 "-DCMAKE_INSTALL_LIBDIR=lib",
-                f"-DADASPLASH_ARCHS={os.environ.get('ADASPLASH_ARCHS', 'auto')}",
+                f"-DADASPLASH_ARCHS={os.environ.get('ADASPLASH_ARCHS') or 'auto'}",
             ],
             check=True,
         )

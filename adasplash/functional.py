@@ -69,7 +69,7 @@ def entmax_attn(
             scale=scale,
             q_seqlens=q_seqlens,
             kv_seqlens=kv_seqlens,
-            window=[window[0], window[1]],
+            window=list(window),
             alibi_slopes=alibi_slopes,
         )
     else:
@@ -82,7 +82,7 @@ def entmax_attn(
             scale=scale,
             q_seqlens=q_seqlens,
             kv_seqlens=kv_seqlens,
-            window=[window[0], window[1]],
+            window=list(window),
             alibi_slopes=alibi_slopes,
         )
 
@@ -142,7 +142,7 @@ def entmax_attn_varlen(
             alpha,
             is_causal,
             scale=scale,
-            window=[window[0], window[1]],
+            window=list(window),
             alibi_slopes=alibi_slopes,
         )
     else:
@@ -157,6 +157,6 @@ def entmax_attn_varlen(
             alpha,
             is_causal,
             scale=scale,
-            window=[window[0], window[1]],
+            window=list(window),
             alibi_slopes=alibi_slopes,
         )

@@ -18,18 +18,22 @@ def _losses(input: Tensor, target: Tensor, alpha: float) -> Tensor:
     of_target = scores.gather(-1, target.unsqueeze(-1))
     if alpha == 1.0:
         return scores.logsumexp(-1) - of_target.squeeze(-1)
-    p = entmax(scores.detach(), alpha)
+    known = scores.detach()
+    p = entmax(known, alpha)
     # The target's score comes off all, so that nothing is lost where scores are large. Scores 1/(α−1) ≤ 100 below the
     # largest have no weight, so that cutting them off changes nothing but 0 · ∞.
-    shift = torch.where(of_target.isfinite(), of_target, 0.0).detach()
-    expected = (p * (scores - shift).clamp(min=-1e4)).sum(-1) - (of_target - shift).squeeze(-1)
+    of_target = of_target.detach()
+    shift = torch.where(of_target.isfinite(), of_target, 0.0)
+    expected = (p * (known - shift).clamp(min=-1e4)).sum(-1) - (of_target - shift).squeeze(-1)
     if alpha == 2.0:
         powers = p * p
     elif alpha == 1.5:
         powers = p * p.sqrt()
     else:
         powers = p.pow(alpha)
-    return expected + (1.0 - powers.sum(-1)) / (alpha * (alpha - 1.0))
+    value = expected + (1.0 - powers.sum(-1)) / (alpha * (alpha - 1.0))
+    gradient = p.scatter_add(-1, target.unsqueeze(-1), torch.full_like(of_target, -1.0))
+    return torch.ops.adasplash._with_gradient(value, scores, gradient)
 
 
 def entmax_loss(
@@ -60,14 +64,19 @@ def entmax_loss(
     return losses.to(input.dtype)
 
 
-def sparsemax_loss(input: Tensor, target: Tensor, ignore_index: int = -100, reduction: str = "none") -> Tensor:
-    """`entmax_loss` with α = 2 (Martins and Astudillo, "From Softmax to Sparsemax", 2016)."""
-    return entmax_loss(input, target, 2.0, ignore_index, reduction)
+def sparsemax_loss(
+    input: Tensor, target: Tensor, k: int | None = None, ignore_index: int = -100, reduction: str = "none"
+) -> Tensor:
+    """`entmax_loss` with α = 2 (Martins and Astudillo, "From Softmax to Sparsemax", 2016). k, in the ``entmax`` package
+    how many of the largest scores are sorted first, is accepted and means nothing here."""
+    return entmax_loss(input, target, 2.0, ignore_index=ignore_index, reduction=reduction)
 
 
-def entmax15_loss(input: Tensor, target: Tensor, ignore_index: int = -100, reduction: str = "none") -> Tensor:
-    """`entmax_loss` with α = 1.5."""
-    return entmax_loss(input, target, 1.5, ignore_index, reduction)
+def entmax15_loss(
+    input: Tensor, target: Tensor, k: int | None = None, ignore_index: int = -100, reduction: str = "none"
+) -> Tensor:
+    """`entmax_loss` with α = 1.5; k as in `sparsemax_loss`."""
+    return entmax_loss(input, target, 1.5, ignore_index=ignore_index, reduction=reduction)
 
 
 class EntmaxLoss(nn.Module):
@@ -78,7 +87,7 @@ class EntmaxLoss(nn.Module):
         self.alpha, self.ignore_index, self.reduction = float(alpha), ignore_index, reduction
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return entmax_loss(input, target, self.alpha, self.ignore_index, self.reduction)
+        return entmax_loss(input, target, self.alpha, ignore_index=self.ignore_index, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
@@ -87,12 +96,12 @@ class EntmaxLoss(nn.Module):
 class SparsemaxLoss(EntmaxLoss):
     """`sparsemax_loss` as a module."""
 
-    def __init__(self, ignore_index: int = -100, reduction: str = "elementwise_mean"):
-        super().__init__(2.0, ignore_index, reduction)
+    def __init__(self, k: int | None = None, ignore_index: int = -100, reduction: str = "elementwise_mean"):
+        super().__init__(2.0, ignore_index=ignore_index, reduction=reduction)
 
 
 class Entmax15Loss(EntmaxLoss):
     """`entmax15_loss` as a module."""
 
-    def __init__(self, ignore_index: int = -100, reduction: str = "elementwise_mean"):
-        super().__init__(1.5, ignore_index, reduction)
+    def __init__(self, k: int | None = None, ignore_index: int = -100, reduction: str = "elementwise_mean"):
+        super().__init__(1.5, ignore_index=ignore_index, reduction=reduction)

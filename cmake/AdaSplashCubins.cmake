@@ -5,7 +5,7 @@
 # `auto` for the machine's GPUs, and 80 and 90 where there is none.
 set(ADASPLASH_ARCHS auto CACHE STRING "GPU architectures to compile for")
 string(REGEX REPLACE "[, ]+" ";" _wanted "${ADASPLASH_ARCHS}")
-if(_wanted STREQUAL "auto")
+if(NOT _wanted OR _wanted STREQUAL "auto")
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
     OUTPUT_VARIABLE _wanted OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _failed)
   string(REPLACE "." "" _wanted "${_wanted}")

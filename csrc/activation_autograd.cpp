@@ -1,4 +1,5 @@
 // `entmax` above its two private ops: which dimension the rows lie along, alpha for each row, and autograd.
+#include <ATen/ops/mul.h>
 #include <ATen/ops/softmax.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -66,6 +67,47 @@ at::Tensor with_autograd(const at::Tensor& rows, const ActivationAlpha& alpha) {
   return Entmax::apply(rows, alpha.per_row, alpha.number);
 }
 
+// The loss's gradient is the weights less the target's one, which no chain of operations gives without passes of its
+// own.
+class RowsTimesGradient : public torch::autograd::Function<RowsTimesGradient> {
+ public:
+  // `value` is there to be depended on, so that a second derivative is refused and not silently taken for zero.
+  static Variable forward(AutogradContext*, const Variable& grad, const Variable& gradient, const Variable& /*value*/) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return grad.unsqueeze(-1).mul(gradient);
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, "entmax_loss: double backward is not supported; its gradient cannot be differentiated again");
+  }
+};
+
+class WithGradient : public torch::autograd::Function<WithGradient> {
+ public:
+  static Variable forward(AutogradContext* ctx, const Variable& value, const Variable& /*input*/,
+                          const Variable& gradient) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const at::Tensor copy = value.clone();
+    ctx->save_for_backward({gradient, copy});
+    return copy;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
+    const auto saved = ctx->get_saved_variables();
+    return {Variable(), RowsTimesGradient::apply(grad[0], saved[0], saved[1]), Variable()};
+  }
+};
+
+at::Tensor with_gradient(const at::Tensor& value, const at::Tensor& input, const at::Tensor& gradient) {
+  refuse_forward_mode(input);
+  return WithGradient::apply(value, input, gradient);
+}
+
+at::Tensor value_of(const at::Tensor& value, const at::Tensor& /*input*/, const at::Tensor& /*gradient*/) {
+  return value.clone();
+}
+
 // One alpha a row: given (sizes that broadcast to those of input, with 1 at dim) -> sizes of input without dim.
 at::Tensor alpha_of_rows(const at::Tensor& alpha, const at::Tensor& input, int64_t dim) {
   TORCH_CHECK(alpha.is_floating_point(), "entmax: alpha must be a number or a floating point tensor, got ",
@@ -120,6 +162,7 @@ TORCH_LIBRARY_IMPL(adasplash, Autograd, m) {
   using namespace adasplash;
   m.impl("entmax", entmax<with_autograd, double>);
   m.impl("entmax.tensor_alpha", entmax<with_autograd, const at::Tensor&>);
+  m.impl("_with_gradient", with_gradient);
   m.impl("_entmax_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("_entmax_backward", activation_backward_op<backward_autograd>);
 }
@@ -129,4 +172,5 @@ TORCH_LIBRARY_IMPL(adasplash, CompositeExplicitAutograd, m) {
   using namespace adasplash;
   m.impl("entmax", entmax<call_activation, double>);
   m.impl("entmax.tensor_alpha", entmax<call_activation, const at::Tensor&>);
+  m.impl("_with_gradient", value_of);
 }

@@ -61,11 +61,13 @@ AttentionOptions load_options(AutogradContext* ctx, const variable_list& tensors
   return o;
 }
 
-// _entmax_attn_backward has no derivative of its own; the node says so instead of giving silent zeros.
+// _entmax_attn_backward has no derivative of its own; the node says so instead of giving silent zeros. The arguments
+// say what it depends on, which alpha among the options would not.
 class EntmaxAttnBackward : public torch::autograd::Function<EntmaxAttnBackward> {
  public:
   static variable_list forward(AutogradContext*, const Variable& grad_out, const Variable& query, const Variable& key,
-                               const Variable& value, const SavedForBackward& saved, const AttentionOptions& options) {
+                               const Variable& value, const OptionalTensor& /*head_alpha*/,
+                               const SavedForBackward& saved, const AttentionOptions& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [dq, dk, dv, dalpha] = call_backward(grad_out, query, key, value, saved, options);
     return {dq, dk, dv, dalpha};
@@ -95,7 +97,7 @@ class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
     const auto v = ctx->get_saved_variables();
     const AttentionOptions options = load_options(ctx, v);
     const SavedForBackward saved{v[3], v[4], v[5], if_defined(v[6])};
-    const auto g = EntmaxAttnBackward::apply(grad[0], v[0], v[1], v[2], saved, options);
+    const auto g = EntmaxAttnBackward::apply(grad[0], v[0], v[1], v[2], options.head_alpha, saved, options);
     return {g[0], g[1], g[2], options.head_alpha ? g[3] : Variable(), Variable(), Variable()};
   }
 };
@@ -219,7 +221,7 @@ void implement(torch::Library& m) {
 BackwardResult backward_autograd(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
                                  const at::Tensor& value, const SavedForBackward& saved,
                                  const AttentionOptions& options) {
-  const auto g = EntmaxAttnBackward::apply(grad_out, query, key, value, saved, options);
+  const auto g = EntmaxAttnBackward::apply(grad_out, query, key, value, options.head_alpha, saved, options);
   return {g[0], g[1], g[2], g[3]};
 }
 

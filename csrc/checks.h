@@ -5,7 +5,8 @@
 
 namespace adasplash {
 
-constexpr double kMinAlpha = 1.01;  // below, powers of 1 / (alpha - 1) leave nothing of float32
+constexpr double kMinAlpha = 1.01;              // below, powers of 1 / (alpha - 1) leave nothing of float32
+constexpr double kMinAlphaRounded = 1.0078125;  // as bfloat16 holds it (LEAST_ALPHA in triton_src/common.py)
 
 // Throws unless alpha is in its range. `op` is the name that the message starts with. alpha = 1 passes only where
 // `softmax_elsewhere`: no kernel of ours computes it.

@@ -44,6 +44,9 @@ TORCH_LIBRARY(adasplash, m) {
       "Tensor support, Tensor tiles, " +
       kResolvedOptions + ", Tensor? out=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
 
+  // value, a number for each row of input, as a function whose derivative in input is `gradient`.
+  define_private("_with_gradient(Tensor value, Tensor input, Tensor gradient) -> Tensor");
+
   // The activation over the last dimension; row_alpha has the sizes of the others.
   define_private("_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor");
   define_private(

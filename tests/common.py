@@ -117,7 +117,7 @@ def assert_same_bits(one, other) -> None:
 
 
 def assert_same_values(actual: Tensor, expected: Tensor) -> None:
-    """Values copied through a product with 1: to the bit, but for fp32 in three tf32 products, which keep 22 bits."""
+    """Values copied through a product with 1: to the bit, but for fp32 as six bf16 products, whose sums round."""
     rtol = 2.0**-21 if actual.dtype == torch.float32 and actual.is_cuda else 0.0
     torch.testing.assert_close(actual, expected, atol=0, rtol=rtol)
 

@@ -162,6 +162,15 @@ def test_double_backward_is_refused(make_inputs):
         dq.square().sum().backward()
 
 
+@pytest.mark.parametrize("given", ("one", "heads"))
+def test_double_backward_of_alpha_alone_is_refused(make_inputs, given):
+    inputs = make_inputs()
+    alpha = torch.tensor(1.4 if given == "one" else [1.4, 1.7], device=inputs.query.device).requires_grad_()
+    (dalpha,) = torch.autograd.grad(entmax_attn(*inputs, alpha).square().sum(), alpha, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"entmax_attn.*(double backward|twice)"):
+        dalpha.square().sum().backward()
+
+
 def test_forward_mode_is_refused(make_inputs):
     inputs = make_inputs()
     with torch.autograd.forward_ad.dual_level():

@@ -161,12 +161,15 @@ def test_values_with_a_large_mean(make_inputs, alpha, dtype):
     check_forward(entmax_attn, make_inputs(m=70, n=130, mean=16, dtype=dtype), alpha=alpha)
 
 
-@pytest.mark.backends("cpu")
-def test_scores_beyond_the_range_of_half(make_inputs):
-    """Products of 1e6 are ordinary fp32 scores though fp16 ends at 65504."""
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_scores_beyond_the_range_of_half(make_inputs, alpha):
+    """Products of 1e6 are ordinary fp32 scores though fp16 ends at 65504; so are their gradients, forward and back."""
     inputs = make_inputs(m=40, n=60, size=64, sigma=150, dtype=torch.float16)
-    exact = reference.attention(*inputs).out
-    torch.testing.assert_close(entmax_attn(*inputs).double(), exact, atol=2e-3, rtol=1e-3)
+    exact = reference.attention(*inputs, alpha=alpha).out
+    torch.testing.assert_close(entmax_attn(*inputs, alpha=alpha).double(), exact, atol=2e-3, rtol=1e-3)
+    tensors = [x.requires_grad_() for x in inputs]
+    grads = torch.autograd.grad(entmax_attn(*tensors, alpha=alpha).sum(), tensors)
+    assert all(x.isfinite().all() for x in grads)
 
 
 def test_half_scores_are_not_rounded_to_half(backend):
@@ -187,6 +190,7 @@ LAYOUTS = {
     "last dimension apart": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
     "every second entry": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
     "offset into its storage": lambda x: torch.cat([x[:1] * torch.nan, x])[1:],
+    "heads last": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),  # torch's channels_last
     "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
 }
 
@@ -205,6 +209,14 @@ def test_layouts_change_no_bit(make_inputs, layout, is_causal, dtype):
         gradients(inputs, grad, entmax_attn, is_causal=is_causal),
         gradients(laid_out, LAYOUTS[layout](grad), entmax_attn, is_causal=is_causal),
     )
+
+
+@pytest.mark.parametrize("stride", (2**23, 2**23 + 8))
+def test_rows_far_apart(make_inputs, stride):
+    """At, and just above, what offsets of 32 bits reach inside a block of 256 rows. Nothing between is touched."""
+    inputs = make_inputs(1, 1, 5, 300, dtype=torch.bfloat16)
+    far = [x.new_empty(299 * stride + 16).as_strided(x.shape, (0, 0, stride, 1)).copy_(x) for x in inputs[1:]]
+    assert torch.equal(entmax_attn(*inputs), entmax_attn(inputs.query, *far))
 
 
 def test_expanded_inputs_change_no_bit(make_inputs, dtype):

@@ -95,11 +95,32 @@ def test_gradient_is_the_difference_of_distributions(backend, dtype, alpha):
     assert (leaf.grad.double().cpu() - expected).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("alpha", (1.2, 1.5, 2.0))
+@pytest.mark.parametrize("reduction", ("none", "mean"))
+def test_double_backward_is_refused(backend, alpha, reduction):
+    x, target = draw(24, CLASSES, device=backend.device).requires_grad_(), TARGET.to(backend.device)
+    loss = adasplash.entmax_loss(x, target, alpha, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="entmax_loss: double backward is not supported"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.backends("cpu")
+def test_the_packages_third_argument():
+    """k, how many of the largest scores its solver sorts first. It is no ignore_index here."""
+    x, target = draw(24, CLASSES, dtype=torch.float64), TARGET
+    for name, module in (("sparsemax_loss", "SparsemaxLoss"), ("entmax15_loss", "Entmax15Loss")):
+        ours, theirs = (getattr(where, name)(x, target, 7) for where in (adasplash, package))
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
+        ours, theirs = (getattr(where, module)(7, -1, "sum")(x, target) for where in (adasplash, package))
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
+
+
 def test_alpha_one_is_cross_entropy(backend):
     x, target = draw(24, CLASSES, device=backend.device), TARGET.to(backend.device)
     for reduction in ("none", "sum", "mean"):
         torch.testing.assert_close(
-            adasplash.entmax_loss(x, target, 1.0, 7, reduction),
+            adasplash.entmax_loss(x, target, 1.0, ignore_index=7, reduction=reduction),
             torch.nn.functional.cross_entropy(x, target, ignore_index=7, reduction=reduction),
         )
 

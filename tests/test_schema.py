@@ -42,6 +42,7 @@ SCHEMAS = {
         f"_entmax_attn_backward(Tensor grad_out, {TENSORS}, Tensor row_state, Tensor support, Tensor tiles, "
         f"{RESOLVED}, Tensor? out=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
     ],
+    "_with_gradient": ["_with_gradient(Tensor value, Tensor input, Tensor gradient) -> Tensor"],
     "_entmax_forward": ["_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor"],
     "_entmax_backward": [
         "_entmax_backward(Tensor grad_out, Tensor output, Tensor? row_alpha, float alpha) "
@@ -73,6 +74,7 @@ def test_kernels_are_registered_where_each_door_looks():
         "_entmax_attn_backward": ("CPU", "Meta"),
         "entmax": ("Autograd", "CompositeExplicitAutograd", "AutocastCUDA"),
         "entmax.tensor_alpha": ("Autograd", "CompositeExplicitAutograd", "AutocastCUDA"),
+        "_with_gradient": ("Autograd", "CompositeExplicitAutograd"),
         "_entmax_forward": ("CPU", "Meta"),
         "_entmax_backward": ("CPU", "Meta"),
     }.items():

@@ -10,7 +10,7 @@ from common import assert_same_bits, make_inputs, run_python
 from options import FORMS, run
 
 pytestmark = [
-    pytest.mark.backends("cpu", "cuda"),
+    pytest.mark.backends("cpu", "emulated", "cuda"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning"),
 ]
 

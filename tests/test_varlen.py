@@ -191,6 +191,14 @@ CONTRADICTIONS = {
         dict(cu_seqlens_k=[0, 4, 2**31 - 1], max_seqlen_k=2**31),
         "cu_seqlens_k must end at key's number of tokens 7, got 2147483647",
     ),
+    "no query": (
+        dict(max_seqlen_q=0),
+        "max_seqlen_q must be the longest sequence's length or more, got 0 for a sequence of 3 at [0]",
+    ),
+    "no key": (
+        dict(max_seqlen_k=0),
+        "max_seqlen_k must be the longest sequence's length or more, got 0 for a sequence of 4 at [0]",
+    ),
     "longest query": (
         dict(max_seqlen_q=2),
         "max_seqlen_q must be the longest sequence's length or more, got 2 for a sequence of 3 at [0]",
@@ -227,6 +235,14 @@ def test_contradictions_are_no_stray_access(backend, case):
     grads = torch.autograd.grad(out.sum(), tensors)
     again = entmax_attn_varlen(*given)
     assert torch.equal(out, again) and all(x.isfinite().all() for x in (out, *grads))
+
+
+@pytest.mark.backends("emulated", "cuda")
+def test_tokens_too_far_apart_for_a_gpu(backend):
+    inputs = [torch.zeros(2, heads, 256, dtype=torch.float16, device=backend.device) for heads in (2**15 + 1,) * 3]
+    ends = torch.tensor([0, 2], dtype=torch.int32, device=backend.device)
+    with pytest.raises(RuntimeError, match="rows may be at most 8388608 elements apart on the GPU, got 8388864"):
+        entmax_attn_varlen(*inputs, ends, ends, 2, 2)
 
 
 SIZES = {

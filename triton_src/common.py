@@ -28,6 +28,8 @@ ALPHA_NUMBER = tl.constexpr(0)
 ALPHA_SHARED = tl.constexpr(1)
 ALPHA_PER_HEAD = tl.constexpr(2)
 
+LEAST_ALPHA = tl.constexpr(1.0078125)  # 1.01 as bfloat16 rounds it, which a tensor of that type holds
+
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # The interpreter keeps bfloat16 as integers: products of them are garbage and casts cut bits off.
@@ -223,7 +225,7 @@ def hide(s, first, end, row_axis: tl.constexpr, key):
 @triton.jit
 def alpha_or_nan(alpha):
     """alpha, NaN where it is out of its range, which only the GPU can see of a tensor; so is all that comes of it."""
-    return tl.where((alpha >= 1.01) & (alpha <= 2.0), alpha, float("nan"))
+    return tl.where((alpha >= LEAST_ALPHA) & (alpha <= 2.0), alpha, float("nan"))
 
 
 @triton.jit
@@ -405,10 +407,12 @@ def append(listed, count, entry, wanted, STEP: tl.constexpr = 1):
 
 
 @triton.jit
-def listed_tile(listed, index, end, PARTS: tl.constexpr):
+def listed_tile(listed, index, end, length, PARTS: tl.constexpr, EDGE: tl.constexpr):
     """The tile of the index-th step of a loop over a list, 0 from `end` on, where none is wanted. Loops read it a step
-    ahead: waiting for what addresses come from took a fifth of their time."""
-    return tl.load(listed + index // PARTS, mask=index < end, other=0)
+    ahead: waiting for what addresses come from took a fifth of their time. Where lengths contradict each other, two
+    sequences may share a list: whatever it holds, the tile lies inside `length`, as a whole if it is no EDGE."""
+    tiles = tl.cdiv(length, TILE) if EDGE else length // TILE
+    return tl.minimum(tl.load(listed + index // PARTS, mask=index < end, other=0), tiles - 1)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def cache_key(variant, arch):
         str(arch),
         str(options(variant, arch)),
     ]
-    parts += [str(variant.arguments()), str(variant.divisibility())]
+    parts += [str(variant.arguments()), str(variant.divisibility()), str(variant.constants)]
     parts += [path.read_text() for path in (SOURCE / "common.py", family)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -120,11 +120,12 @@ def compile_variant(variant, arch, cache):
         "spilled": usage(r"(\d+) bytes spill stores"),
         "stack": usage(r"(\d+) bytes stack frame"),
     }
-    stored.with_suffix(".cubin").write_bytes(compiled.asm["cubin"])
-    stored.with_suffix(".ptx").write_text(compiled.asm["ptx"])
-    partial = stored.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(description))
-    partial.rename(stored.with_suffix(".json"))  # last, so that an interrupted run leaves nothing half done
+    # By renaming, as others may read the cache; the description last: an interrupted run leaves nothing half done.
+    contents = {".cubin": compiled.asm["cubin"], ".ptx": compiled.asm["ptx"].encode()}
+    for suffix, content in {**contents, ".json": json.dumps(description).encode()}.items():
+        partial = stored.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(content)
+        partial.rename(stored.with_suffix(suffix))
     return description | {"stored": str(stored)}, False
 
 

@@ -26,7 +26,7 @@ void check_values(const char* op, const at::Tensor& input, const at::Tensor& row
   AT_DISPATCH_FLOATING_TYPES(row_alpha.scalar_type(), "row_alpha", [&] {
     const auto* alpha = row_alpha.const_data_ptr<scalar_t>();
     for (int64_t row = 0; row < row_alpha.numel(); ++row) {
-      TORCH_CHECK(alpha[row] >= scalar_t(kMinAlpha) && alpha[row] <= 2, op, ": alpha must be from 1.01 to 2, got ",
+      TORCH_CHECK(alpha[row] >= kMinAlphaRounded && alpha[row] <= 2, op, ": alpha must be from 1.01 to 2, got ",
                   alpha[row]);
     }
   });

@@ -1,6 +1,5 @@
 #include "cuda/call.h"
 
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -10,9 +9,10 @@
 namespace adasplash::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 16;        // bytes that rows start at multiples of
-constexpr int64_t kLongestRow = 1 << 24;  // elements from a row to the next: offsets inside a block of rows are 32 bits
-constexpr int64_t kLongest = 1 << 30;     // positions are 32 bits wide, with room for a window bound
+constexpr int64_t kAlignment = 16;  // bytes that rows start at multiples of
+// Elements from a row to the next: offsets inside a block of rows, which has up to 256, are 32 bits wide.
+constexpr int64_t kLongestRow = 1 << 23;
+constexpr int64_t kLongest = (1 << 29) - 1;  // positions are 32 bits wide, with room for four numbers a row
 
 // The dimensions of a tensor (B, H, M, D), or packed (M, H, D), by their meaning.
 struct Dims {
@@ -23,6 +23,14 @@ struct Dims {
 // Where a dimension has one entry, or is not there, its stride does not matter; 0 keeps odd ones from looking
 // unaligned.
 int64_t stride_of(const at::Tensor& t, int64_t dim) { return dim >= 0 && t.size(dim) > 1 ? t.stride(dim) : 0; }
+
+// From a row to the next; a copy is closest, so that what is too far apart even there is an error.
+int64_t row_stride(const at::Tensor& t) {
+  const int64_t stride = stride_of(t, Dims(t).row);
+  TORCH_CHECK(stride <= kLongestRow, "adasplash: rows may be at most ", kLongestRow, " elements apart on the GPU, got ",
+              stride);
+  return stride;
+}
 
 // Elements that a row of this many takes, rounded up to the alignment.
 int64_t aligned_width(const at::Tensor& t) {
@@ -126,19 +134,23 @@ CallArguments arguments_of(const char* op, const at::Tensor& query, const at::Te
 
 Rows rows_of(const at::Tensor& t) {
   const Dims dims(t);
-  return {t.const_data_ptr(), stride_of(t, dims.batch), stride_of(t, dims.head), stride_of(t, dims.row)};
+  return {t.const_data_ptr(), stride_of(t, dims.batch), stride_of(t, dims.head), row_stride(t)};
 }
 
 MutableRows mutable_rows_of(const at::Tensor& t) {
   const Dims dims(t);
-  return {t.mutable_data_ptr(), stride_of(t, dims.batch), stride_of(t, dims.head), stride_of(t, dims.row)};
+  return {t.mutable_data_ptr(), stride_of(t, dims.batch), stride_of(t, dims.head), row_stride(t)};
 }
 
 at::Tensor with_aligned_rows(const at::Tensor& t) {
   const bool dense = t.sizes().back() <= 1 || t.strides().back() == 1;
   if (dense && is_aligned(t) && stride_of(t, Dims(t).row) <= kLongestRow) return t;
-  const int64_t missing = aligned_width(t) - t.sizes().back();
-  return missing ? at::constant_pad_nd(t, {0, missing}) : t.clone(at::MemoryFormat::Contiguous);
+  const int64_t width = t.sizes().back(), missing = aligned_width(t) - width;
+  if (missing == 0) return t.clone(at::MemoryFormat::Contiguous);
+  const at::Tensor rows = at::empty(padded_sizes(t), t.options());
+  rows.narrow(-1, 0, width).copy_(t);
+  rows.narrow(-1, width, missing).zero_();
+  return rows;
 }
 
 Result::Result(const at::Tensor& result)

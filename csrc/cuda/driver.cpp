@@ -51,7 +51,8 @@ Driver load() {
 #undef ADASPLASH_FIND
 
   int version = 0;
-  if (driver.cuDriverGetVersion) driver.cuDriverGetVersion(&version);
+  const Result told = driver.cuDriverGetVersion ? driver.cuDriverGetVersion(&version) : 0;
+  TORCH_CHECK(told == 0, "adasplash: cuDriverGetVersion failed: ", missing ? "" : error_text(driver, told));
   TORCH_CHECK(!missing && version >= kOldestDriver, "adasplash: the CUDA driver is too old: it serves CUDA ",
               version / 1000, ".", version % 1000 / 10, missing ? " and has no " : "", missing ? missing : "",
               ". The GPU kernels need CUDA 12.0, that is driver 525 or newer");

@@ -4,7 +4,6 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
-#include <dlfcn.h>
 
 #include <array>
 #include <atomic>
@@ -21,9 +20,14 @@ extern "C" const unsigned char adasplash_cubins[];  // cubins.bin, by way of the
 namespace adasplash::cuda {
 namespace {
 
-int device_attribute(int device, int attribute) {
+// What an error is about.
+std::string on_device(const char* kernel, int device) {
+  return std::string(kernel) + " on device " + std::to_string(device);
+}
+
+int device_attribute(const char* kernel, int device, int attribute) {
   int handle = 0, value = 0;
-  const std::string about = "device " + std::to_string(device);
+  const std::string about = on_device(kernel, device);
   check(driver().cuDeviceGet(&handle, device), "cuDeviceGet", about);
   check(driver().cuDeviceGetAttribute(&value, attribute, handle), "cuDeviceGetAttribute", about);
   return value;
@@ -43,9 +47,9 @@ struct Code {
 
 // Code for sm_90 and above runs on exactly that architecture; below, on the same major with an equal or higher minor.
 // PTX of an architecture under 90 serves every later one, translated by the driver.
-Code choose_code(int device) {
-  const int found =
-      10 * device_attribute(device, kComputeCapabilityMajor) + device_attribute(device, kComputeCapabilityMinor);
+Code choose_code(const char* kernel, int device) {
+  const int found = 10 * device_attribute(kernel, device, kComputeCapabilityMajor) +
+                    device_attribute(kernel, device, kComputeCapabilityMinor);
   int best = 0;
   for (int arch : kBuiltArchs) {
     if (arch == found || (arch < 90 && arch / 10 == found / 10 && arch < found && arch > best)) best = arch;
@@ -58,13 +62,15 @@ Code choose_code(int device) {
   return {kPtxArch, true};
 }
 
-Code code_for(int device) {
+constexpr std::array kNames = {"scan", "attend", "grad_query", "grad_key_value", "activate", "activate_grad"};
+
+Code code_for(const char* kernel, int device) {
   constexpr int kRemembered = 64;
   static std::array<std::atomic<int>, kRemembered> memory{};  // 0: not known; else 2 * arch + ptx
-  if (device < 0 || device >= kRemembered) return choose_code(device);
+  if (device < 0 || device >= kRemembered) return choose_code(kernel, device);
   int known = memory[device].load(std::memory_order_relaxed);
   if (!known) {
-    const Code code = choose_code(device);
+    const Code code = choose_code(kernel, device);
     known = 2 * code.arch + code.ptx;
     memory[device].store(known, std::memory_order_relaxed);
   }
@@ -107,32 +113,18 @@ Loaded& loaded(const Variant& variant, bool ptx) {
   return all[2 * (&variant - kVariants.data()) + ptx];
 }
 
-void* current_stream(c10::Device device) {
-  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  if constexpr (requires { stream.native_handle(); }) {
-    return stream.native_handle();
-  } else {
-    // A torch that does not tell: its C interface does, if this is a build with CUDA.
-    using Shim = int32_t (*)(int32_t device, void** stream);
-    static const auto shim = reinterpret_cast<Shim>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-    void* handle = nullptr;
-    TORCH_CHECK(shim && shim(device.index(), &handle) == 0,
-                "adasplash: this torch does not tell its current CUDA stream; 2.6 or newer does");
-    return handle;
-  }
-}
-
 void place_of_cuda(int device, Place* place) {
   const c10::Device torch_device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
-  *place = {device, current_stream(torch_device)};
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(torch_device.type()).getStream(torch_device);
+  *place = {device, stream.native_handle()};
 }
 
 std::atomic<PlaceOf> replaceable_place_of{place_of_cuda};
 
 // Torch sets the context together with the device; a thread that never met its runtime has none yet.
-void ensure_context(int device) {
+void ensure_context(const char* kernel, int device) {
   Context context = nullptr;
-  const std::string about = "device " + std::to_string(device);
+  const std::string about = on_device(kernel, device);
   check(driver().cuCtxGetCurrent(&context), "cuCtxGetCurrent", about);
   if (context) return;
   int handle = 0;
@@ -152,7 +144,7 @@ Place place_of(c10::Device device) {
 void replace_place_of(PlaceOf replacement) { replaceable_place_of = replacement; }
 
 const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, int device) {
-  const Code code = code_for(device);
+  const Code code = code_for(kNames[static_cast<size_t>(kernel)], device);
   const Variant* best = nullptr;
   const auto rank = [alpha](const Variant& v) { return std::tuple(v.pad, v.alpha != alpha); };
   for (const Variant& v : kVariants) {
@@ -169,8 +161,9 @@ void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t p
   TORCH_INTERNAL_ASSERT(variant.kernel == kernel, variant.name);
   TORCH_CHECK(programs <= std::numeric_limits<int32_t>::max(), "adasplash: ", variant.name, " would need ", programs,
               " programs, more than a launch takes; split the batch");
-  ensure_context(place.device);
-  const bool ptx = code_for(place.device).ptx;
+  if (programs == 0) return;  // which lengths of zero ask for; the driver refuses it
+  ensure_context(variant.name, place.device);
+  const bool ptx = code_for(variant.name, place.device).ptx;
   const Function function = loaded(variant, ptx).function(variant, ptx, place.device);
   const LaunchConfig config{{static_cast<unsigned>(programs), 1, 1},
                             {static_cast<unsigned>(variant.warps) * 32, 1, 1},

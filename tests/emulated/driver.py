@@ -101,6 +101,7 @@ class EmulatedDriver:
         self.place_of = PlaceOf(self._place_of)
         self.manifest = {"variants": []}
         self.run_kernels = True
+        self.sets_context = True
         self.codes: list[int] = []  # addresses, by library handle - 1
         self.kernels: list[dict] = []  # variants, by kernel handle - 1
         self.reset()
@@ -132,7 +133,8 @@ class EmulatedDriver:
     def _place_of(self, index, place):
         device = getattr(self.current, "device", 0)
         place.contents.device, place.contents.stream = device, getattr(self.current, "stream", 0)
-        self.library.standin_set_context(device + 1)  # as torch's device guard did by then
+        if self.sets_context:
+            self.library.standin_set_context(device + 1)  # as torch's device guard did by then
 
     def _say(self, error: int, text: str) -> int:
         self.failure = text

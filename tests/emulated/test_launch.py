@@ -45,6 +45,19 @@ def test_what_a_call_launches(driver):
     assert kernels(driver) == FORWARD + BACKWARD + FORWARD
 
 
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+@pytest.mark.parametrize("length", (90, 5000))
+def test_content_of_an_activation(driver, length, alpha):
+    x = torch.randn(3, length, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    reference.entmax(exact, alpha).square().sum().backward()
+    p = torch.ops.adasplash.entmax(x, alpha)
+    p.square().sum().backward()
+    assert kernels(driver) == ["activate", "activate_grad"]
+    torch.testing.assert_close(p.detach().double(), reference.entmax(exact.detach(), alpha), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=1e-6, rtol=1e-4)
+
+
 def every_option(form):
     """A call with every option that has an entry a head or a sequence: (op, inputs, lengths, options)."""
     alpha, slopes = torch.tensor([1.2, 1.4, 1.5, 2.0]).requires_grad_(), torch.rand(3, 4)
@@ -240,16 +253,20 @@ def in_new_process(code, **options):
 def test_errors_of_the_first_launch(backend):
     """Each call on the way to the first launch fails once; the next attempt goes through."""
     calls = (
-        ("cuInit", "cuInit"),
-        ("cuDeviceGet", "device 0"),
-        ("cuDeviceGetAttribute", "device 0"),
-        ("cuCtxGetCurrent", "device 0"),
+        ("cuDriverGetVersion", "adasplash"),
+        ("cuInit", "adasplash"),
+        ("cuDeviceGet", "scan on device 0"),
+        ("cuDeviceGetAttribute", "scan on device 0"),
+        ("cuCtxGetCurrent", "scan_bf16_d128_a1_5 on device 0"),
+        ("cuDevicePrimaryCtxRetain", "scan_bf16_d128_a1_5 on device 0"),
+        ("cuCtxSetCurrent", "scan_bf16_d128_a1_5 on device 0"),
         ("cuLibraryLoadData", "scan_bf16_d128"),
         ("cuLibraryGetKernel", "scan_bf16_d128"),
         ("cuKernelSetAttribute", "scan_bf16_d128"),
         ("cuLaunchKernelEx", "scan_bf16_d128"),
     )
     code = f"""
+driver.sets_context = False  # as in a thread that torch's runtime never met
 for call, about in {calls}:
     driver.fail(call)
     text = message()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from common import ROOT
@@ -39,6 +41,13 @@ class Result(NamedTuple):
     dq: Tensor | None = None
     dk: Tensor | None = None
     dv: Tensor | None = None
+
+
+@triton.jit
+def read_list(listed, found, length, COUNT: tl.constexpr, EDGE: tl.constexpr):
+    """What loops over a list take from it."""
+    for index in range(COUNT):
+        tl.store(found + index, common.listed_tile(listed, index, COUNT, length, 1, EDGE))
 
 
 def rows(*tensors):

@@ -50,6 +50,7 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
     assert len(found) <= 400
     assert (compiled / "cubins.bin").stat().st_size < 80e6
     for one in found.values():
+        assert one["registers"] > 0 and one["size"] <= limits["cubin_bytes"], one["name"]
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
         assert not one["hot"] or one["spilled"] <= limits["spilled_bytes"][one["kernel"]], one["name"]
     assert sum(one["hot"] for one in found.values()) == 64
