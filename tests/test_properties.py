@@ -43,9 +43,11 @@ def cases(draw):
 
 
 # Of the dense composition's error. Among hundreds of drawn cases some are ill-conditioned: near alpha = 2 a key at the
-# threshold has little weight and all of its part in the gradient. CUDA kernels also round dS about a number near delta,
-# which shows where keys are nearly equal and their dS cancel.
+# threshold has little weight and all of its part in the gradient. CUDA kernels also round dS about dO.out, which for
+# alpha = 2 may be as far from delta as dS is large: where keys are nearly equal and their dS cancel, dq is off by half
+# roundings of dS times the keys (`room`), dk likewise.
 TIMES, TIMES_CUDA = 4, 10
+ROOM_CUDA = 40
 
 
 def test_every_combination(backend):
@@ -58,7 +60,7 @@ def test_every_combination(backend):
 
 
 def check(backend, case):
-    times = TIMES if backend.name == "cpu" else TIMES_CUDA
+    times, room = (TIMES, 1) if backend.name == "cpu" else (TIMES_CUDA, ROOM_CUDA)
     if case["dtype"] not in backend.dtypes:
         case = {**case, "dtype": torch.float32}
     heads, generator = case["kv_heads"] * case["group"], torch.Generator().manual_seed(case["seed"])
@@ -73,12 +75,13 @@ def check(backend, case):
         options["alibi_slopes"] = (torch.rand(*rows, heads, generator=generator) * 0.3).to(backend.device)
     if case["form"] == "packed":
         inputs, lengths = packed(case["q_lengths"], case["k_lengths"], **shape)
-        check_packed(inputs, lengths, times=times, **options)
+        check_packed(inputs, lengths, times=times, room=room, **options)
         return
     for name, given_lengths in (("q_seqlens", case["q_lengths"]), ("kv_seqlens", case["k_lengths"])):
         if given_lengths is not None:
             options[name] = torch.tensor(given_lengths, dtype=torch.int32, device=backend.device)
-    check_gradients(entmax_attn, make_inputs(case["batch"], m=case["m"], n=case["n"], **shape), times=times, **options)
+    inputs = make_inputs(case["batch"], m=case["m"], n=case["n"], **shape)
+    check_gradients(entmax_attn, inputs, times=times, room=room, **options)
 
 
 def test_the_checker_checks(backend):

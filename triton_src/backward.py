@@ -41,6 +41,7 @@ from .common import (
     store_rows,
     threshold_pair,
     tile_bit,
+    tile_inside,
     visible_keys,
     visible_scores,
     visible_tiles,
@@ -141,10 +142,10 @@ def grad_query(
     sum_uk = tl.zeros([BLOCK_M, PAD], tl.float32)
     for EDGE in tl.static_range(FIRST, 2):
         begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
-        ahead = listed_tile(listed, begin, end, length_k, SPLIT, EDGE)
+        ahead = listed_tile(listed, begin, end, SPLIT)
         for index in range(begin, end):
-            first_j = ahead * TILE + part_of(index, SPLIT) * BLOCK_N
-            ahead = listed_tile(listed, index + 1, end, length_k, SPLIT, EDGE)
+            first_j = tile_inside(ahead, length_k, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_N
+            ahead = listed_tile(listed, index + 1, end, SPLIT)
             k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
             s = visible_scores(  # of the same rows of keys: one load for both
                 q, query, first_row, length_q, query_row, key, first_j, seen_end, key_row, width, sign,
@@ -283,10 +284,10 @@ def grad_key_value(
         tl.debug_barrier()
         for EDGE in tl.static_range(FIRST, 2):
             begin, end = ((tiles_q - edge_count) * SPLIT, tiles_q * SPLIT) if EDGE else (0, inner_count * SPLIT)
-            ahead = listed_tile(listed, begin, end, length_q, SPLIT, EDGE)
+            ahead = listed_tile(listed, begin, end, SPLIT)
             for index in range(begin, end):
-                first_row = ahead * TILE + part_of(index, SPLIT) * BLOCK_M
-                ahead = listed_tile(listed, index + 1, end, length_q, SPLIT, EDGE)
+                first_row = tile_inside(ahead, length_q, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_M
+                ahead = listed_tile(listed, index + 1, end, SPLIT)
                 q = load_rows(query, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE)
                 do = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE)
                 row = first_row + tl.arange(0, BLOCK_M)

@@ -407,12 +407,19 @@ def append(listed, count, entry, wanted, STEP: tl.constexpr = 1):
 
 
 @triton.jit
-def listed_tile(listed, index, end, length, PARTS: tl.constexpr, EDGE: tl.constexpr):
-    """The tile of the index-th step of a loop over a list, 0 from `end` on, where none is wanted. Loops read it a step
-    ahead: waiting for what addresses come from took a fifth of their time. Where lengths contradict each other, two
-    sequences may share a list: whatever it holds, the tile lies inside `length`, as a whole if it is no EDGE."""
+def listed_tile(listed, index, end, PARTS: tl.constexpr):
+    """The entry for the index-th step of a loop over a list, 0 from `end` on, where none is wanted. Loops read it a
+    step ahead: waiting for what addresses come from took a fifth of their time."""
+    return tl.load(listed + index // PARTS, mask=index < end, other=0)
+
+
+@triton.jit
+def tile_inside(entry, length, EDGE: tl.constexpr):
+    """The tile that an entry of a list names. Where lengths contradict each other, two sequences may share a list:
+    whatever it holds, the tile lies inside `length`, as a whole if it is no EDGE. Taken where the tile is used, as
+    where it is read it would be waited for."""
     tiles = tl.cdiv(length, TILE) if EDGE else length // TILE
-    return tl.minimum(tl.load(listed + index // PARTS, mask=index < end, other=0), tiles - 1)
+    return tl.minimum(entry, tiles - 1)
 
 
 @triton.jit

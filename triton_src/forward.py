@@ -46,6 +46,7 @@ from .common import (
     store_rows,
     threshold_pair,
     threshold_step,
+    tile_inside,
     visible_keys,
     visible_scores,
     visible_tiles,
@@ -280,10 +281,10 @@ def attend(
             lost = tl.zeros([BLOCK_M, 8], tl.float32)
             for EDGE in tl.static_range(FIRST, 2):
                 begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
-                ahead = listed_tile(listed, begin, end, length_k, SPLIT, EDGE)
+                ahead = listed_tile(listed, begin, end, SPLIT)
                 for index in range(begin, end):
-                    first_j = ahead * TILE + part_of(index, SPLIT) * BLOCK_N
-                    ahead = listed_tile(listed, index + 1, end, length_k, SPLIT, EDGE)
+                    first_j = tile_inside(ahead, length_k, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_N
+                    ahead = listed_tile(listed, index + 1, end, SPLIT)
                     s = visible_scores(
                         q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
                         first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
@@ -316,10 +317,10 @@ def attend(
         weight = tl.zeros([TILE // GROUP], tl.int32)
         for EDGE in tl.static_range(FIRST, 2):
             begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
-            ahead = listed_tile(listed, begin, end, length_k, SPLIT, EDGE)
+            ahead = listed_tile(listed, begin, end, SPLIT)
             for index in range(begin, end):
-                tile = ahead
-                ahead = listed_tile(listed, index + 1, end, length_k, SPLIT, EDGE)
+                tile = tile_inside(ahead, length_k, EDGE)
+                ahead = listed_tile(listed, index + 1, end, SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
                 s = visible_scores(
                     q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,

@@ -45,9 +45,9 @@ class Result(NamedTuple):
 
 @triton.jit
 def read_list(listed, found, length, COUNT: tl.constexpr, EDGE: tl.constexpr):
-    """What loops over a list take from it."""
+    """The tiles that loops over a list visit."""
     for index in range(COUNT):
-        tl.store(found + index, common.listed_tile(listed, index, COUNT, length, 1, EDGE))
+        tl.store(found + index, common.tile_inside(common.listed_tile(listed, index, COUNT, 1), length, EDGE))
 
 
 def rows(*tensors):
