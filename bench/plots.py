@@ -137,6 +137,14 @@ def overview(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def dial(rows: Sequence[Row]) -> Figure:
+    """Ratios against the share of empty tiles, forward and forward + backward."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    against_empty_tiles(axes[0], rows, FORWARD)
+    against_empty_tiles(axes[1], rows, BOTH)
+    return figure
+
+
 def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
