@@ -27,7 +27,7 @@ def page(rows: Sequence[Row]) -> str:
     notes = (
         f"{tables.heading(rows)} Unless a line says otherwise: {base}. Medians; ratios are ours / theirs, medians of "
         "pairs that ran one after the other, with quartiles. Peak memory is that of a training step beyond inputs, "
-        "output and gradients."
+        "output and gradients; ratios of it are with them."
     )
     body = "\n\n".join(f"## {name}\n\n{table}" for name, table in sections.items() if table)
     return f"# Measured\n\n{notes}\n\n{body}\n"
@@ -45,10 +45,10 @@ def block(rows: Sequence[Row], plot: Path, full: Path) -> str:
     peer = "sdpa" if device == "cpu" else "sdpa-flash"
     base = tables.base_case(rows).title.split(", ", 1)[1]
     parts = [
-        f"![Time and memory beside the peers]({plot.relative_to(ROOT)})",
+        f"![Time{' and memory' if device == 'cpu' else ''} beside the peers]({plot.relative_to(ROOT)})",
         f"Time as a share of that of softmax attention (torch `scaled_dot_product_attention`), forward / forward + "
         f"backward; {base} unless said otherwise; σ: entries of query and key are from N(0, σ²). Bold: goal missed"
-        f"{' (on the right of the goals, 1.2 times them)' if device == 'cpu' else ''}. "
+        f"{' (on the right of the goals, 1.2 times them)' if device == 'cpu' else ' (of N = 16,384 and D = 128)'}. "
         f"[Every number]({full.relative_to(ROOT)}).",
         tables.summary(rows, peer),
         tables.other_goals(rows, peer),

@@ -151,7 +151,10 @@ def other_goals(rows: Sequence[Row], peer: str) -> str:
         for row in of_case:
             if row["goal"] is None or (row["peer"] == peer and row["what"] in (FORWARD, BOTH)):
                 continue
-            name = f"{row['what']}, {_differences(case, base)}"
+            what = f"{PEAK_MEMORY} (with inputs, output, gradients)" if row["what"] == PEAK_MEMORY else row["what"]
+            if row["peer"] == OURS:  # a number of MiB
+                what = row["what"]
+            name = f"{what}, {_differences(case, base)}"
             if row["ratio"] is None:
                 text = f"{number(row['median'])} {row['unit']}"
             else:

@@ -112,6 +112,6 @@ def test_scratch_grows_no_further(backend):
     before = torch.cuda.memory_allocated()
     out = entmax_attn(*inputs, is_causal=True)
     used = torch.cuda.max_memory_allocated() - before
-    assert used < 1.3 * 2**30 + out.nbytes, f"{used / 2**20:.0f} MiB"
+    assert used < 2**29 + out.nbytes, f"{used / 2**20:.0f} MiB"
     head = slice(5, 6)
     assert torch.equal(out[:, head], entmax_attn(*(x[:, head] for x in inputs), is_causal=True))

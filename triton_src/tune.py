@@ -200,6 +200,8 @@ def main():
     parser.add_argument("--show", type=int, default=6, help="candidates to print for each kernel")
     parser.add_argument("--write", action="store_true", help="put the fastest into variants.py")
     args = parser.parse_args()
+    if args.write and args.alpha not in (1.5, 2.0):
+        parser.error("--write knows the tables of alpha = 1.5 and 2 only; ANY_ALPHA is written by hand")
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     alpha = {1.5: "1_5", 2.0: "2"}.get(args.alpha, "any")
     base = {

@@ -6,7 +6,7 @@
 namespace adasplash::cuda {
 namespace {
 
-std::atomic<int64_t> scratch_limit{int64_t{1} << 30};  // bytes
+std::atomic<int64_t> scratch_limit{int64_t{1} << 28};  // bytes
 constexpr int64_t kScratchOfTile = 12;                 // bytes: scan's numbers, and an entry of a list
 
 }  // namespace

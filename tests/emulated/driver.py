@@ -122,7 +122,7 @@ class EmulatedDriver:
     def calls(self, call: str) -> int:
         return self.library.standin_calls(call.encode())
 
-    def limit_scratch(self, size: int = 1 << 30) -> None:
+    def limit_scratch(self, size: int = 1 << 28) -> None:
         """What the scratch of a launch may take, in bytes; the default is the library's."""
         self.adasplash.adasplash_limit_scratch(ctypes.c_int64(size))
 

@@ -78,7 +78,7 @@ def test_heads_go_in_parts_where_scratch_is_large(driver, form, limit, parts):
     """A key head of an entry takes 96 bytes here. No bit depends on it, nor does the gradient of alpha."""
     op, inputs, lengths, options = every_option(form)
     results = []
-    for size in (1 << 30, limit):
+    for size in (1 << 28, limit):
         driver.limit_scratch(size)
         driver.launches.clear()
         out = op(*inputs, *lengths, is_causal=True, **options)
