@@ -69,14 +69,14 @@ def sparsemax_loss(
 ) -> Tensor:
     """`entmax_loss` with α = 2 (Martins and Astudillo, "From Softmax to Sparsemax", 2016). k, in the ``entmax`` package
     how many of the largest scores are sorted first, is accepted and means nothing here."""
-    return entmax_loss(input, target, 2.0, ignore_index=ignore_index, reduction=reduction)
+    return entmax_loss(input, target, 2.0, ignore_index, reduction)
 
 
 def entmax15_loss(
     input: Tensor, target: Tensor, k: int | None = None, ignore_index: int = -100, reduction: str = "none"
 ) -> Tensor:
     """`entmax_loss` with α = 1.5; k as in `sparsemax_loss`."""
-    return entmax_loss(input, target, 1.5, ignore_index=ignore_index, reduction=reduction)
+    return entmax_loss(input, target, 1.5, ignore_index, reduction)
 
 
 class EntmaxLoss(nn.Module):
@@ -87,7 +87,7 @@ class EntmaxLoss(nn.Module):
         self.alpha, self.ignore_index, self.reduction = float(alpha), ignore_index, reduction
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return entmax_loss(input, target, self.alpha, ignore_index=self.ignore_index, reduction=self.reduction)
+        return entmax_loss(input, target, self.alpha, self.ignore_index, self.reduction)
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha:g}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
@@ -97,11 +97,11 @@ class SparsemaxLoss(EntmaxLoss):
     """`sparsemax_loss` as a module."""
 
     def __init__(self, k: int | None = None, ignore_index: int = -100, reduction: str = "elementwise_mean"):
-        super().__init__(2.0, ignore_index=ignore_index, reduction=reduction)
+        super().__init__(2.0, ignore_index, reduction)
 
 
 class Entmax15Loss(EntmaxLoss):
     """`entmax15_loss` as a module."""
 
     def __init__(self, k: int | None = None, ignore_index: int = -100, reduction: str = "elementwise_mean"):
-        super().__init__(1.5, ignore_index=ignore_index, reduction=reduction)
+        super().__init__(1.5, ignore_index, reduction)

@@ -1,7 +1,6 @@
 """Markdown tables from rows of result files."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -115,6 +114,7 @@ def summary(rows: Sequence[Row], peer: str) -> str:
     base = base_case(rows)
     cells: dict[tuple[str, str], dict[str, str]] = {}  # of lines: of columns
     supports: dict[tuple[str, str], float] = {}
+    shares: dict[tuple[str, str], float] = {}  # of empty tiles, which order the structured inputs, others after them
     goals_of: dict[tuple[str, str], str] = {}
     for case, of_case in _by_entry(rows):
         found = {row["what"]: row for row in of_case if row["peer"] == peer and row["what"] in (FORWARD, BOTH)}
@@ -124,6 +124,8 @@ def summary(rows: Sequence[Row], peer: str) -> str:
             continue
         line = _differences(replace(base, input=case.input, dtype=case.dtype), base), case.dtype
         column = _differences(replace(case, input=base.input, dtype=base.dtype), base).partition(", ")[2]
+        kind, _, value = case.input.partition(":")
+        shares[line] = float(value) if kind == "structured" else math.inf
         cells.setdefault(line, {})[column] = " / ".join(_marked(found[what]) for what in (FORWARD, BOTH))
         if not column:
             supports[line] = of_case[0]["support"]
@@ -131,17 +133,11 @@ def summary(rows: Sequence[Row], peer: str) -> str:
     columns = list(dict.fromkeys(column for line in cells.values() for column in line))
     first, *others = sorted(columns, key=bool)  # the base case, which differs in nothing, first
     table: Table = [["input", "keys a query", first or f"N = {base.length:,}", "goal", *others]]
-    for line, of_line in sorted(cells.items(), key=lambda item: _share(item[0][0])):
+    for line, of_line in sorted(cells.items(), key=lambda item: shares[item[0]]):
         support = number(supports[line]) if line in supports else ""
         start = [line[0], support, of_line.get(first, ""), goals_of.get(line, "")]
         table.append(start + [of_line.get(column, "") for column in others])
     return markdown(table)
-
-
-def _share(name: str) -> int:
-    """The percentage in the name of a structured input, more than any for others."""
-    found = re.match(r"structured (\d+)%", name)
-    return int(found[1]) if found else 101
 
 
 def other_goals(rows: Sequence[Row], peer: str) -> str:
@@ -151,10 +147,9 @@ def other_goals(rows: Sequence[Row], peer: str) -> str:
         for row in of_case:
             if row["goal"] is None or (row["peer"] == peer and row["what"] in (FORWARD, BOTH)):
                 continue
-            what = f"{PEAK_MEMORY} (with inputs, output, gradients)" if row["what"] == PEAK_MEMORY else row["what"]
-            if row["peer"] == OURS:  # a number of MiB
-                what = row["what"]
-            name = f"{what}, {_differences(case, base)}"
+            memory_ratio = row["what"] == PEAK_MEMORY and row["ratio"] is not None
+            basis = " (with inputs, output, gradients)" if memory_ratio else ""
+            name = f"{row['what']}{basis}, {_differences(case, base)}"
             if row["ratio"] is None:
                 text = f"{number(row['median'])} {row['unit']}"
             else:

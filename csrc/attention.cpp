@@ -29,7 +29,7 @@ SavedSizes saved_sizes(const at::Tensor& query, const at::Tensor& key, const Att
   const auto shape = AttentionShape::of(query, key, key, options);
   const auto &b = shape.batch, &h = shape.heads, &m = shape.queries;
   if (options.packed()) {
-    const c10::SymInt longest = options.max_seqlen_k.min(shape.keys);  // the bound given may be any number
+    const c10::SymInt longest = longest_sequence(options, options.max_seqlen_k, shape.keys);
     return {{h, m, 2}, {h, m, support_capacity}, {h, 2 * ceil_div(m / kTile + b, 2), words(longest)}};
   }
   return {{b, h, m, 2}, {b, h, m, support_capacity}, {b, h, 2 * ceil_div(m, 2 * kTile), words(shape.keys)}};

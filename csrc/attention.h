@@ -67,6 +67,14 @@ constexpr int32_t kEndOfSupport = -1;     // the row's support ends here
 constexpr int32_t kSupportOverflow = -2;  // in the first place: the row's support did not fit, rebuild it
 constexpr int64_t kTile = 64;             // edge of the tiles that the tile bits speak of
 
+constexpr int64_t count_tiles(int64_t rows) { return (rows + kTile - 1) / kTile; }
+
+// The most rows that one sequence has, of all `rows`. The bound that is given for the packed form may be any number.
+inline c10::SymInt longest_sequence(const AttentionOptions& options, const c10::SymInt& max_seqlen,
+                                    const c10::SymInt& rows) {
+  return options.packed() ? max_seqlen.min(rows) : rows;
+}
+
 // Sizes of what every backend returns. They follow from shapes alone, as a C++ meta kernel knows nothing else.
 c10::SymDimVector out_sizes(const at::Tensor& query, const at::Tensor& value);
 struct SavedSizes {

@@ -31,11 +31,11 @@ struct OfRows {
 
 // The gradients of one part's heads.
 void backward_part(const Call& call, const at::Tensor& given_grad, const SavedForBackward& saved, const OfRows& of_rows,
-                   const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, bool packed) {
+                   const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) {
   const Result of_query(dq), of_key(dk), of_value(dv);
   const at::Tensor grad_out = with_aligned_rows(given_grad),
                    out = with_aligned_rows(saved.out ? *saved.out : at::zeros_like(given_grad));
-  if (packed) {  // tokens that no sequence has, where lengths contradict the tensors
+  if (call.packed) {  // tokens that no sequence has, where lengths contradict the tensors
     for (const at::Tensor& t : {of_query.rows, of_key.rows, of_value.rows}) t.zero_();
   }
 
@@ -105,7 +105,7 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
         part.rows(state), {}, part.rows(tiles), saved.out ? OptionalTensor(part.queries(*saved.out)) : std::nullopt};
     backward_part(call, part.queries(grad_out), of_part,
                   {part.rows(terms), options.head_alpha ? part.rows(alpha_terms) : alpha_terms}, part.queries(dq),
-                  part.keys(dk), part.keys(dv), options.packed());
+                  part.keys(dk), part.keys(dv));
   }
   if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? alpha_terms : alpha_terms.zero_(), dalpha);
   return result;

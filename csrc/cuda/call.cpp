@@ -45,8 +45,6 @@ bool is_aligned(const at::Tensor& t) {
   return (reinterpret_cast<uintptr_t>(t.const_data_ptr()) | elements * t.element_size()) % kAlignment == 0;
 }
 
-int64_t count_tiles(int64_t rows) { return (rows + kTile - 1) / kTile; }
-
 // Rows for the tiles of a batch, the same for queries and keys as saved_sizes has them for queries.
 int64_t count_tile_rows(int64_t rows, int64_t batch, bool packed) {
   return (((packed ? rows / kTile + batch : count_tiles(rows)) + 1) / 2) * 2;
@@ -83,7 +81,7 @@ CallArguments arguments_of(const char* op, const at::Tensor& query, const at::Te
     return static_cast<int32_t>(size);
   };
   const auto longest = [&options](const c10::SymInt& given, int32_t rows) {
-    return options.packed() ? static_cast<int32_t>(std::min<int64_t>(given.expect_int(), rows)) : rows;
+    return static_cast<int32_t>(longest_sequence(options, given, rows).expect_int());
   };
   const auto bound = [](int64_t given) {
     return given < 0 ? kUnlimited : static_cast<int32_t>(std::min<int64_t>(given, kUnlimited));
@@ -166,7 +164,7 @@ Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::T
       lengths_k_(as_lengths(o.kv_seqlens, o.cu_seqlens_k)),
       alphas_(as_floats(o.head_alpha)),
       slopes_(as_floats(o.alibi_slopes)),
-      packed_(o.packed()),
+      packed(o.packed()),
       query(with_aligned_rows(q)),
       key(with_aligned_rows(k)),
       value(with_aligned_rows(v)),
@@ -183,12 +181,12 @@ const Variant& Call::variant(Kernel kernel) const {
 }
 
 at::Tensor Call::empty_by_query_tile(at::ScalarType type) const {
-  const int64_t rows = (packed_ ? arguments.heads.value : heads) * int64_t{arguments.tile_rows.value};
+  const int64_t rows = (packed ? arguments.heads.value : heads) * int64_t{arguments.tile_rows.value};
   return at::empty({rows, count_tiles(arguments.limit_k.value)}, query.options().dtype(type));
 }
 
 at::Tensor Call::empty_by_key_tile(at::ScalarType type) const {
-  const int64_t rows = (packed_ ? key.size(1) : kv_heads) * int64_t{arguments.key_tile_rows.value};
+  const int64_t rows = (packed ? key.size(1) : kv_heads) * int64_t{arguments.key_tile_rows.value};
   return at::empty({rows, count_tiles(arguments.limit_q.value)}, query.options().dtype(type));
 }
 

@@ -49,9 +49,9 @@ class Call {
   c10::DeviceGuard guard_;
   // What the kernels are given as int32 and float32, kept alive.
   const at::Tensor lengths_q_, lengths_k_, alphas_, slopes_;
-  const bool packed_;
 
  public:
+  const bool packed;
   const at::Tensor query, key, value;
   const Place place;
   const int64_t heads, kv_heads;  // of the whole batch

@@ -11,11 +11,10 @@ namespace adasplash::cuda {
 namespace {
 
 // The output, row_state and tile bits of one part's heads.
-void forward_part(const Call& call, const at::Tensor& out, const at::Tensor& state, const at::Tensor& tiles,
-                  bool packed) {
+void forward_part(const Call& call, const at::Tensor& out, const at::Tensor& state, const at::Tensor& tiles) {
   if (out.numel() == 0) return;
   const Result weighted(out);
-  if (packed) weighted.rows.zero_();  // tokens that no sequence has, where lengths contradict the tensors
+  if (call.packed) weighted.rows.zero_();  // tokens that no sequence has, where lengths contradict the tensors
   const at::Tensor numbers = call.empty_by_query_tile(at::kLong);  // four of 16 bits
   const at::Tensor lists = call.empty_by_query_tile(at::kInt);
 
@@ -63,7 +62,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   support.fill_(kSupportOverflow);      // its rows are never listed here; the backward walks tiles
   for (const Part& part : Part::all(query, key, options)) {
     const Call call(name, part.queries(query), part.keys(key), part.keys(value), part.options(options));
-    forward_part(call, part.queries(out), part.rows(state), part.rows(tiles), options.packed());
+    forward_part(call, part.queries(out), part.rows(state), part.rows(tiles));
   }
   return result;
 }

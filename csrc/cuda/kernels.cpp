@@ -62,8 +62,6 @@ Code choose_code(const char* kernel, int device) {
   return {kPtxArch, true};
 }
 
-constexpr std::array kNames = {"scan", "attend", "grad_query", "grad_key_value", "activate", "activate_grad"};
-
 Code code_for(const char* kernel, int device) {
   constexpr int kRemembered = 64;
   static std::array<std::atomic<int>, kRemembered> memory{};  // 0: not known; else 2 * arch + ptx
@@ -124,9 +122,10 @@ std::atomic<PlaceOf> replaceable_place_of{place_of_cuda};
 // Torch sets the context together with the device; a thread that never met its runtime has none yet.
 void ensure_context(const char* kernel, int device) {
   Context context = nullptr;
+  const Result told = driver().cuCtxGetCurrent(&context);
+  if (told == 0 && context) return;
   const std::string about = on_device(kernel, device);
-  check(driver().cuCtxGetCurrent(&context), "cuCtxGetCurrent", about);
-  if (context) return;
+  check(told, "cuCtxGetCurrent", about);
   int handle = 0;
   check(driver().cuDeviceGet(&handle, device), "cuDeviceGet", about);
   check(driver().cuDevicePrimaryCtxRetain(&context, handle), "cuDevicePrimaryCtxRetain", about);
@@ -144,7 +143,7 @@ Place place_of(c10::Device device) {
 void replace_place_of(PlaceOf replacement) { replaceable_place_of = replacement; }
 
 const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, int device) {
-  const Code code = code_for(kNames[static_cast<size_t>(kernel)], device);
+  const Code code = code_for(kKernelNames[static_cast<size_t>(kernel)], device);
   const Variant* best = nullptr;
   const auto rank = [alpha](const Variant& v) { return std::tuple(v.pad, v.alpha != alpha); };
   for (const Variant& v : kVariants) {

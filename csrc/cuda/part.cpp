@@ -17,8 +17,8 @@ std::vector<Part> Part::all(const at::Tensor& query, const at::Tensor& key, cons
   const int64_t batch = packed ? 1 : query.size(0), key_heads = key.size(1);
   const int64_t group = part.group_ = key_heads ? query.size(1) / key_heads : 0;
   const int64_t tile_rows = saved_sizes(query, key, options, 0).tiles.rbegin()[1].expect_int();
-  const int64_t keys = packed ? std::min(options.max_seqlen_k.expect_int(), key.size(0)) : key.size(2);
-  const int64_t of_head = group * tile_rows * ((keys + kTile - 1) / kTile) * kScratchOfTile;
+  const int64_t keys = longest_sequence(options, options.max_seqlen_k, key.size(packed ? 0 : 2)).expect_int();
+  const int64_t of_head = group * tile_rows * count_tiles(keys) * kScratchOfTile;
   const int64_t limit = scratch_limit;
   if (of_head == 0 || of_head * key_heads * batch <= limit) return {part};
 
@@ -63,7 +63,7 @@ AttentionOptions Part::options(const AttentionOptions& whole) const {
 
 }  // namespace adasplash::cuda
 
-// For tests: what the scratch of a launch may take, in bytes.
-extern "C" __attribute__((visibility("default"))) void adasplash_limit_scratch(int64_t bytes) {
-  adasplash::cuda::scratch_limit = bytes;
+// For tests: sets what the scratch of a launch may take, in bytes; returns what it was.
+extern "C" __attribute__((visibility("default"))) int64_t adasplash_limit_scratch(int64_t bytes) {
+  return adasplash::cuda::scratch_limit.exchange(bytes);
 }

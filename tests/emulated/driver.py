@@ -122,9 +122,9 @@ class EmulatedDriver:
     def calls(self, call: str) -> int:
         return self.library.standin_calls(call.encode())
 
-    def limit_scratch(self, size: int = 1 << 28) -> None:
-        """What the scratch of a launch may take, in bytes; the default is the library's."""
-        self.adasplash.adasplash_limit_scratch(ctypes.c_int64(size))
+    def limit_scratch(self, size: int) -> int:
+        """Sets what the scratch of a launch may take, in bytes; returns what it was."""
+        return self.adasplash.adasplash_limit_scratch(ctypes.c_int64(size))
 
     def set_place(self, device: int = 0, stream: int = 0) -> None:
         """What torch.cuda.device and torch.cuda.stream would do in this thread."""
@@ -243,5 +243,6 @@ def install() -> EmulatedDriver:
     emulated.manifest = read_manifest(library)
     # ctypes.PyDLL would hold the interpreter's lock, which launches from other threads need.
     emulated.adasplash = ctypes.CDLL(str(library))
+    emulated.adasplash.adasplash_limit_scratch.restype = ctypes.c_int64
     emulated.adasplash.adasplash_emulate_cuda(emulated.place_of)
     return emulated

@@ -22,7 +22,6 @@ def driver(backend):
     yield driver
     driver.reset()
     driver.set_place()
-    driver.limit_scratch()
     driver.run_kernels = True
 
 
@@ -77,15 +76,20 @@ def every_option(form):
 def test_heads_go_in_parts_where_scratch_is_large(driver, form, limit, parts):
     """A key head of an entry takes 96 bytes here. No bit depends on it, nor does the gradient of alpha."""
     op, inputs, lengths, options = every_option(form)
-    results = []
-    for size in (1 << 28, limit):
-        driver.limit_scratch(size)
+
+    def run(count):
         driver.launches.clear()
         out = op(*inputs, *lengths, is_causal=True, **options)
-        results.append((out, *torch.autograd.grad(out.square().sum(), (*inputs, options["alpha"]))))
-        count = parts if size == limit else 1
+        results = out, *torch.autograd.grad(out.square().sum(), (*inputs, options["alpha"]))
         assert kernels(driver) == FORWARD * count + BACKWARD * count
-    assert_same_bits(*results)
+        return results
+
+    whole = run(1)
+    before = driver.limit_scratch(limit)
+    try:
+        assert_same_bits(whole, run(parts))
+    finally:
+        driver.limit_scratch(before)
 
 
 def test_code_is_loaded_once(driver):
