@@ -27,8 +27,8 @@ from .common import (
     hide,
     keys_of_block,
     listed_tile,
+    load_factor,
     load_rows,
-    load_signed,
     log2,
     ordered_tile,
     part_of,
@@ -36,7 +36,6 @@ from .common import (
     program,
     score_scale,
     sequence,
-    sign_of,
     slope_of,
     store_rows,
     threshold_pair,
@@ -88,9 +87,8 @@ def grad_query(
     row = first_row + tl.arange(0, BLOCK_M)
     diagonal = row + length_k - length_q
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
-    sign = sign_of(scale)
-    q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
-    do = load_signed(grad_out, first_row, length_q, grad_out_row, width_v, 1.0, BLOCK_M, PAD, STEP)
+    q = load_factor(query, first_row, length_q, query_row, width, BLOCK_M, PAD, STEP)
+    do = load_factor(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, STEP)
     EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
     inside = row < length_q  # rows from there on weigh nothing; NaN rows keep t = NaN
     m = tl.load(row_state + 2 * (first_state + row), mask=inside, other=0.0)
@@ -148,12 +146,12 @@ def grad_query(
             ahead = listed_tile(listed, index + 1, end, SPLIT)
             k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
             s = visible_scores(  # of the same rows of keys: one load for both
-                q, query, first_row, length_q, query_row, key, first_j, seen_end, key_row, width, sign,
+                q, query, first_row, length_q, query_row, key, first_j, seen_end, key_row, width,
                 first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE, seen_first,
             )  # fmt: skip
             p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA, EXACT)
             dp = products(
-                do, grad_out, first_row, length_q, grad_out_row, value, first_j, length_k, value_row, width_v, 1.0,
+                do, grad_out, first_row, length_q, grad_out_row, value, first_j, length_k, value_row, width_v,
                 BLOCK_M, BLOCK_N, PAD, STEP, EDGE,
             )  # fmt: skip
             if EXACT:
@@ -246,9 +244,8 @@ def grad_key_value(
         return
 
     key_index = first + tl.arange(0, BLOCK_N)
-    sign = sign_of(scale)
-    k = load_signed(key, first, length_k, key_row, width, sign, BLOCK_N, PAD, STEP)
-    v = load_signed(value, first, length_k, value_row, width_v, 1.0, BLOCK_N, PAD, STEP)
+    k = load_factor(key, first, length_k, key_row, width, BLOCK_N, PAD, STEP)
+    v = load_factor(value, first, length_k, value_row, width_v, BLOCK_N, PAD, STEP)
     EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
 
     SPLIT: tl.constexpr = TILE // BLOCK_M  # a tile is visited in so many steps
@@ -298,7 +295,7 @@ def grad_key_value(
                     do = tl.where(sees, do, 0.0)
                 high, low, delta, share = load_terms(terms + 4 * first_row, length_q - first_row, BLOCK_M, EDGE)
                 s = products(
-                    k, key, first, length_k, key_row, query, first_row, length_q, query_row, width, sign,
+                    k, key, first, length_k, key_row, query, first_row, length_q, query_row, width,
                     BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
                 )  # fmt: skip
                 s = far_away(s, slope, row + length_k - length_q, key_index, 1, ALPHA)
@@ -310,7 +307,7 @@ def grad_key_value(
                     p = tl.where(s == float("-inf"), 0.0, p)
                 dv = dot(cast(p, do.dtype), do, dv)
                 dp = products(
-                    v, value, first, length_k, value_row, grad_out, first_row, length_q, grad_out_row, width_v, 1.0,
+                    v, value, first, length_k, value_row, grad_out, first_row, length_q, grad_out_row, width_v,
                     BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
                 )  # fmt: skip
                 ds = u * (dp - delta[None, :])
@@ -322,9 +319,8 @@ def grad_key_value(
         terms += 4 * rows_q
         tiles += tile_rows * tile_words
 
-    store_rows(
-        grad_key, cast(dk * scale, grad_key.dtype.element_ty), first, extent_k, grad_key_row, width, BLOCK_N, PAD
-    )
+    dk *= tl.abs(scale)  # with its sign the queries came
+    store_rows(grad_key, cast(dk, grad_key.dtype.element_ty), first, extent_k, grad_key_row, width, BLOCK_N, PAD)
     store_rows(
         grad_value, cast(dv, grad_value.dtype.element_ty), first, extent_k, grad_value_row, width_v, BLOCK_N, PAD
     )

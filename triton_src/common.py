@@ -100,12 +100,12 @@ def load_rows(
 
 @triton.jit
 def products(
-    a, a_base, a_first, a_limit, a_stride, b_base, b_first, b_limit, b_stride, width, sign,
+    a, a_base, a_first, a_limit, a_stride, b_base, b_first, b_limit, b_stride, width,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
     b_start=None,
 ):  # fmt: skip
-    """sign * a_i.b_j of two blocks of rows. `a` is the block itself, sign included, if STEP == PAD; else (large fp32
-    heads, which fit neither registers nor shared memory) both go by STEP columns at a time and are read again."""
+    """a_i.b_j of two blocks of rows. `a` is the block itself if STEP == PAD; else (large fp32 heads, which fit neither
+    registers nor shared memory) both go by STEP columns at a time and are read again."""
     if STEP == PAD:
         b = load_rows(b_base, b_first, b_limit, b_stride, width, B_ROWS, PAD, MASKED, b_start)
         s = dot(a, tl.trans(b))
@@ -117,23 +117,14 @@ def products(
                 b_base + column, b_first, b_limit, b_stride, width - column, B_ROWS, STEP, MASKED, b_start
             )
             s = dot(a_part, tl.trans(b_part), s)
-        s *= sign
     return s
 
 
 @triton.jit
-def load_signed(base, first, limit, stride, width, sign, ROWS: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr):
-    """The block `a` of `products`: rows times a sign, which is exact in every type."""
-    if STEP == PAD:
-        a = load_rows(base, first, limit, stride, width, ROWS, PAD, True)
-        return cast(a.to(tl.float32) * sign, a.dtype)
-    else:
-        return 0
-
-
-@triton.jit
-def sign_of(x):
-    return tl.where(x < 0, -1.0, 1.0)
+def load_factor(base, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr):
+    """The block `a` of `products`, which matrix products read from shared memory: as it was loaded, since what is
+    computed first goes through registers again in every product."""
+    return load_rows(base, first, limit, stride, width, ROWS, PAD, True) if STEP == PAD else 0
 
 
 @triton.jit
@@ -250,14 +241,14 @@ def slope_of(slopes, given, slopes_batch, batch, head, factor, alpha, ALPHA: tl.
 
 @triton.jit
 def visible_scores(
-    q, query, first_row, limit_q, query_row, key, first_j, limit_k, key_row, width, sign,
+    q, query, first_row, limit_q, query_row, key, first_j, limit_k, key_row, width,
     first_key, end_key, diagonal, slope,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
     EDGE: tl.constexpr, start_k=None,
 ):  # fmt: skip
     """Scores q.k of a block of rows and the keys from first_j on, lowered by ALiBi; -inf where an EDGE hides keys."""
     s = products(
-        q, query, first_row, limit_q, query_row, key, first_j, limit_k, key_row, width, sign,
+        q, query, first_row, limit_q, query_row, key, first_j, limit_k, key_row, width,
         BLOCK_M, BLOCK_N, PAD, STEP, EDGE, start_k,
     )  # fmt: skip
     key_index = first_j + tl.arange(0, BLOCK_N)
@@ -278,8 +269,8 @@ def far_away(s, slope, diagonal, key, row_axis: tl.constexpr, ALPHA: tl.constexp
 
 @triton.jit
 def score_scale(scale, alpha):
-    """|scale| * (alpha - 1), by which q.k becomes z once the scale's sign went into q. Never quite zero, so that the
-    -inf of a hidden key stays -inf."""
+    """|scale| * (alpha - 1), by which q.k becomes z: for a negative scale the kernels are given -query, so that q.k
+    orders keys as z does. Never quite zero, so that the -inf of a hidden key stays -inf."""
     return tl.maximum(tl.abs(scale) * (alpha - 1.0), 1e-30)
 
 
@@ -366,18 +357,22 @@ def add(total, lost, x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def threshold_step(sum_p, sum_u, count, alpha, ALPHA: tl.constexpr):
-    """How far t should rise (or, if negative, fall), from sums over the row at t; `count` is used for alpha = 1.5 only.
+def threshold_step(sum_p, sum_u, t, near, alpha, ALPHA: tl.constexpr):
+    """(how far t should rise or, if negative, fall; sum u there), from sums over the row at t.
 
-    On a settled support sum p is a polynomial in t: of the first degree for alpha = 2, of the second for 1.5, whose
-    root is taken; where it has none, its lowest point. Otherwise `newton_step`."""
+    For alpha = 1.5 and n keys that keep their weight sum p is a polynomial of the second degree in t, whose root is
+    taken. Counting n would be a fifth of the work. Excesses spread as (1 - x/L)^b, b > -1, between 0 and the largest,
+    L = -t, as equal, uniform and exponential ones are, number n = 2 (sum u)^2 / sum p - (sum u) / L. That is for rows
+    that are `near`; for the others it is (sum u)^2 / sum p, which n never is below, and the step `newton_step`. For
+    alpha = 2 the polynomial is of the first degree, and that step its root."""
     if ALPHA == ALPHA_1_5:
-        square = sum_u * sum_u - count * (sum_p - 1.0)
-        root = tl.sqrt(tl.maximum(square, 0.0))
-        step = tl.where(square > 0.0, (sum_p - 1.0) / (sum_u + root), sum_u / count)
-        return tl.where(sum_u > 0.0, step, 0.0)
+        least = sum_u * sum_u / sum_p
+        count = tl.where(near, 2.0 * least + sum_u / t, least)
+        root = tl.sqrt(tl.maximum(sum_u * sum_u - count * (sum_p - 1.0), 0.0))
+        step = (sum_p - 1.0) / (sum_u + root)
+        return tl.where(sum_u > 0.0, step, 0.0), tl.where(sum_u > 0.0, sum_u - count * step, 0.0)
     else:
-        return newton_step(sum_p, sum_u, alpha, ALPHA)
+        return newton_step(sum_p, sum_u, alpha, ALPHA), sum_u
 
 
 @triton.jit

@@ -9,7 +9,7 @@ the row's own, and a close one. attend then walks the list of the tiles with a n
 
   1. sums over the row at t, and a step towards the solution, until the next step arrives (mostly once);
   2. the output, divided by the sum of the weights it was made with. That sum also tells whether t was good enough for
-     the type: where it was not, both are done again.
+     the type: where it was not, the output is made again, a step further.
 """
 
 import triton
@@ -32,8 +32,8 @@ from .common import (
     first_tile_row,
     keys_of_block,
     listed_tile,
+    load_factor,
     load_rows,
-    load_signed,
     max_or_nan,
     newton_step,
     ordered_tile,
@@ -41,7 +41,6 @@ from .common import (
     program,
     score_scale,
     sequence,
-    sign_of,
     slope_of,
     store_rows,
     threshold_pair,
@@ -55,7 +54,9 @@ from .common import (
 
 GROUP = tl.constexpr(16)  # rows that share a number: those of one warp in the matrix units' layout, so that none waits
 CLASSES = tl.constexpr(64)  # of keys, whose maxima scan keeps
-BOUND_STEPS = tl.constexpr(6)  # Newton steps towards tau of those; any number gives a lower bound
+# Newton steps towards tau of those: any number gives a lower bound, these come within a thousandth.
+BOUND_STEPS_1_5 = tl.constexpr(3)
+BOUND_STEPS = tl.constexpr(5)
 # How much an fp32 z - m or a bound of t may be off, relative to m or to 1: a few roundings.
 ROUNDING = tl.constexpr(2.0**-21)
 CHUNK = tl.constexpr(256)  # tiles of a row that are looked at together
@@ -90,48 +91,48 @@ def scan(
     diagonal = row + length_k - length_q
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     visible = first_key < end_key
-    sign = sign_of(scale)  # goes into q, so that q.k orders keys as z does
-    q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
+    q = load_factor(query, first_row, length_q, query_row, width, BLOCK_M, PAD, STEP)
     alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
     factor = score_scale(scale, alpha)
     slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)
 
-    PARTS: tl.constexpr = BLOCK_N // TILE
     GROUPS: tl.constexpr = BLOCK_M // GROUP
-    SPAN: tl.constexpr = TILE // PARTS  # classes that a tile's keys fall into
     group_row = first_row // GROUP + tl.arange(0, GROUPS)
     groups_q = tl.cdiv(extent_q, TILE) * (TILE // GROUP)
     first_group = first_tile_row(kind_q, batch, heads, head, offset_q, tile_rows) * (TILE // GROUP)
-    numbers += (first_group + group_row[:, None]) * tiles_k + tl.arange(0, PARTS)[None, :]
+    numbers += (first_group + group_row[:, None]) * tiles_k
+    known_rows = (group_row < groups_q)[:, None]
     never = tl.where(visible, 0.0, float("-inf"))  # rows that see nothing ask for no tile
 
+    # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
+    MANY: tl.constexpr = BLOCK_N // TILE
     first, inner_first, inner, edge = visible_tiles(
-        first_row, BLOCK_M, length_q, length_k, window_left, window_right, BLOCK_N
+        first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
     )
+    end = (inner_first + inner) // MANY * MANY
+    begin = tl.minimum(tl.cdiv(inner_first, MANY) * MANY, end)
+    edge += inner - (end - begin)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
-    largest = tl.full([BLOCK_M, PARTS, SPAN], float("-inf"), tl.float32)
+    largest = tl.full([BLOCK_M, CLASSES], float("-inf"), tl.float32)
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find m there
-        for index in range(edge if EDGE else inner):
-            tile = ordered_tile(inner + index if EDGE else index, first, inner_first, inner)
+        for index in range(edge if EDGE else (end - begin) // MANY):
+            if EDGE:
+                tile = ordered_tile(end - begin + edge - 1 - index, first, begin, end - begin)
+            else:
+                tile = begin + index * MANY
             s = visible_scores(
-                q, query, first_row, length_q, query_row, key, tile * BLOCK_N, length_k, key_row, width, sign,
-                first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
+                q, query, first_row, length_q, query_row, key, tile * TILE, length_k, key_row, width,
+                first_key, end_key, diagonal, slope, BLOCK_M, TILE if EDGE else BLOCK_N, PAD, STEP, ALPHA, EDGE,
             )  # fmt: skip
-            # Keys of one class are those that a thread holds itself: equal modulo 8.
-            here = max_or_nan(tl.reshape(s, [BLOCK_M, PARTS, SPAN // 8, PARTS, 8]), 3)
-            largest = tl.maximum(largest, tl.reshape(here, [BLOCK_M, PARTS, SPAN]))
-            tile_max = max_or_nan(tl.reshape(max_or_nan(here, 2), [BLOCK_M, PARTS, 4, 2]), 3)  # of each such thread
-            m = tl.maximum(m, max_or_nan(max_or_nan(tile_max, 1), 1), propagate_nan=tl.PropagateNan.ALL)
-            above = tile_max - m[:, None, None] + (tl.abs(m) * ROUNDING + never)[:, None, None]
-            number = largest_of_groups(above) * factor
-            part = tile * PARTS + tl.arange(0, PARTS)
-            known = (group_row < groups_q)[:, None] & (part < tiles_k)[None, :]
-            tl.store(numbers + tile * PARTS, upper_half(number), mask=known)
+            m, largest, above = maxima(s, m, largest)
+            number = largest_of_groups(above + (tl.abs(m) * ROUNDING + never)[:, None, None]) * factor
+            tiles = tile + tl.arange(0, 1 if EDGE else MANY)[None, :]
+            tl.store(numbers + tiles, upper_half(number), mask=known_rows & (tiles < tiles_k))
 
     m *= factor
     t = tl.full([BLOCK_M], -1.0, tl.float32)
-    largest = tl.reshape(largest, [BLOCK_M, CLASSES])
-    for _ in range(BOUND_STEPS):  # not unrolled: it is rarely much of the time, and would be most of the code
+    # Not unrolled: it is rarely much of the time, and would be most of the code.
+    for _ in range(BOUND_STEPS_1_5 if ALPHA == ALPHA_1_5 else BOUND_STEPS):
         p, u = weights(excess(largest, factor, (m + t)[:, None], t[:, None], False), alpha, ALPHA, False)
         t += tl.maximum(newton_step(tl.sum(p, 1), tl.sum(u, 1), alpha, ALPHA), 0.0)
     t -= (1.0 + tl.abs(m)) * ROUNDING
@@ -141,8 +142,22 @@ def scan(
 
 
 @triton.jit
+def maxima(s, m, largest):
+    """(m, largest, (rows, tiles, 4) numbers whose maximum is a tile's largest score less m) with the scores s of some
+    tiles' keys. Keys of one class are those that a thread holds itself: equal modulo 8."""
+    ROWS: tl.constexpr = s.shape[0]
+    TILES: tl.constexpr = s.shape[1] // TILE
+    SPAN: tl.constexpr = CLASSES // TILES  # classes that a tile's keys fall into
+    here = max_or_nan(tl.reshape(s, [ROWS, TILES, SPAN // 8, TILE // SPAN, 8]), 3)
+    largest = tl.maximum(largest, tl.reshape(here, [ROWS, CLASSES]))
+    of_tile = max_or_nan(tl.reshape(max_or_nan(here, 2), [ROWS, TILES, 4, 2]), 3)  # of each such thread
+    m = tl.maximum(m, max_or_nan(max_or_nan(of_tile, 1), 1), propagate_nan=tl.PropagateNan.ALL)
+    return m, largest, of_tile - m[:, None, None]
+
+
+@triton.jit
 def largest_of_groups(x):
-    """(groups, parts): the largest of (rows, parts, n) in GROUP rows of a part, NaN only where all are. x is above 0 by
+    """(groups, tiles): the largest of (rows, tiles, n) in GROUP rows of a tile, NaN only where all are. x is above 0 by
     no more than rounding. As integers, which one instruction reduces over a warp: with the sign bit set the largest
     number is the lowest one, and NaN is above all."""
     bits = x.to(tl.int32, bitcast=True) | -(2**31)
@@ -159,8 +174,7 @@ def upper_half(x):
 
 @triton.jit
 def list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge):
-    """Lists the visible tiles with a number above the lowest t of its rows: (inner ones, all), inner first. Sets the
-    numbers of all visible tiles to zero."""
+    """Lists the visible tiles with a number above the lowest t of its rows: (inner ones, all), inner first."""
     threshold = tl.min(tl.reshape(t, [TILE // GROUP, GROUP]), 1)[:, None]
     numbers += tl.arange(0, TILE // GROUP)[:, None] * tiles_k
     count = 0
@@ -170,7 +184,6 @@ def list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge
         tile = ordered_tile(index, first, inner_first, inner)
         known = index < inner + edge
         number = tl.load(numbers + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
-        tl.store(numbers + tile[None, :], tl.zeros(number.shape, tl.int16), mask=known[None, :])
         above = number.to(tl.float32, bitcast=True) > threshold
         wanted = known & (tl.max(above.to(tl.int32), 0) > 0)
         count = append(listed, count, tile, wanted)
@@ -192,15 +205,16 @@ def tolerance(DTYPE: tl.constexpr):
 
 @triton.jit
 def far(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
-    """How far from 1 the sum may be for a step that is taken unseen: what it leaves goes with the square of that, about
-    0.05 of it for alpha = 1.5, whose steps know the curve."""
-    known: tl.constexpr = 12.0 if ALPHA == ALPHA_1_5 else 1.0
+    """How far from 1 the sum may be for a step that is taken unseen: what it leaves goes with the square of that, a
+    tenth of it or less for alpha = 1.5, whose steps know the curve. Found by trying: most blocks of rows need no
+    second sum, and few a second output."""
+    KNOWN: tl.constexpr = ALPHA == ALPHA_1_5
     if DTYPE == tl.float32:  # noqa: SIM300
-        return 1e-3 * known
+        return 0.004 if KNOWN else 0.001
     elif DTYPE == tl.float16:  # noqa: SIM300
-        return 0.01 * known
+        return 0.06 if KNOWN else 0.01
     else:
-        return 0.033 * known
+        return 0.4 if KNOWN else 0.033
 
 
 @triton.jit
@@ -236,8 +250,7 @@ def attend(
     diagonal = row + length_k - length_q
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     visible = first_key < end_key
-    sign = sign_of(scale)  # goes into q, so that q.k orders keys as z does
-    q = load_signed(query, first_row, length_q, query_row, width, sign, BLOCK_M, PAD, STEP)
+    q = load_factor(query, first_row, length_q, query_row, width, BLOCK_M, PAD, STEP)
     alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
     factor = score_scale(scale, alpha)
     slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)
@@ -271,8 +284,8 @@ def attend(
     moving = finite  # rows that look for t; the others stay as they are, so that no row's bits depend on its neighbours
     attempts = 0
     while tl.max(moving.to(tl.int32), 0) > 0:
-        # 1. Sums at t, until all rows are a step away.
-        distant = moving
+        # 1. Sums at t, until all rows are a step away; those that a first output was not good enough for are.
+        distant = moving & (attempts == 0)
         while tl.max(distant.to(tl.int32), 0) > 0:
             high, low = threshold_pair(m, t, EXACT)
             part_p = tl.zeros([BLOCK_M, 8], tl.float32)
@@ -286,27 +299,25 @@ def attend(
                     first_j = tile_inside(ahead, length_k, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_N
                     ahead = listed_tile(listed, index + 1, end, SPLIT)
                     s = visible_scores(
-                        q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
+                        q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width,
                         first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
                     )  # fmt: skip
                     x = excess(s, factor, high[:, None], low[:, None], EXACT)
                     p, u = weights(x, alpha, ALPHA, EXACT)
                     part_p, lost = add(part_p, lost, column_sums(p), EXACT)
-                    if ALPHA != ALPHA_2:
-                        part_u += column_sums(u)
-                    if ALPHA != ALPHA_ANY:
+                    if ALPHA == ALPHA_2:
                         part_n += column_counts(x)
+                    else:
+                        part_u += column_sums(u)
             sum_p = tl.sum(part_p, 1)
-            number = tl.sum(part_n, 1).to(tl.float32)
-            here_u = number if ALPHA == ALPHA_2 else tl.sum(part_u, 1)
-            step = threshold_step(sum_p, here_u, number, alpha, ALPHA)
+            here_u = tl.sum(part_n, 1).to(tl.float32) if ALPHA == ALPHA_2 else tl.sum(part_u, 1)
+            near = tl.abs(sum_p - 1.0) <= far(key.dtype.element_ty, ALPHA)
+            step, here_u = threshold_step(sum_p, here_u, t, near, alpha, ALPHA)
             moved = (t + step != t) & (attempts < ATTEMPTS)
             attempts += 1
             t = tl.where(distant, t + step, t)
-            # On a settled support sum u falls by the step for each key (1.5) or stays (2).
-            here_u = here_u - number * step if ALPHA == ALPHA_1_5 else here_u
             sum_u = tl.where(distant, here_u, sum_u)
-            distant = distant & moved & (tl.abs(sum_p - 1.0) > far(key.dtype.element_ty, ALPHA))
+            distant = distant & moved & ~near
 
         # 2. The output, and its sums.
         high, low = threshold_pair(m, t, EXACT)
@@ -323,7 +334,7 @@ def attend(
                 ahead = listed_tile(listed, index + 1, end, SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
                 s = visible_scores(
-                    q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width, sign,
+                    q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width,
                     first_key, end_key, diagonal, slope, BLOCK_M, BLOCK_N, PAD, STEP, ALPHA, EDGE,
                 )  # fmt: skip
                 p, u = weights(excess(s, factor, high[:, None], low[:, None], EXACT), alpha, ALPHA, EXACT)
@@ -344,6 +355,7 @@ def attend(
         elif ALPHA == ALPHA_1_5:  # u <= -t, so this is a bound: no step passes the maximum, settled support or not
             sum_u = tl.maximum(sum_u, sum_p / -t)
         step = newton_step(sum_p, sum_u, alpha, ALPHA)
+        attempts += 1
         solved = tl.where(moving, t + step, solved)
         moved = (t + step != t) & (attempts < ATTEMPTS)
         moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(key.dtype.element_ty))
@@ -366,7 +378,7 @@ def attend(
         seen = (tile >= first) & (tile < first + inner + edge)
         number = tl.load(
             numbers + tl.arange(0, TILE // GROUP)[:, None] * tiles_k + tile[None, :], mask=seen[None, :], other=0
-        )
-        marked = seen & (spoilt | (tl.max(number.to(tl.int32), 0) > 0))
+        )  # 1 where a visited tile holds weight; those of scan are negative or NaN
+        marked = seen & (spoilt | (tl.max((number == 1).to(tl.int32), 0) > 0))
         bits = tl.reshape(marked.to(tl.int32) << (tile % WORD), [CHUNK // WORD, WORD])
         tl.store(tiles + start + words, tl.sum(bits, 1), mask=start + words < tile_words)

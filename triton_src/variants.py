@@ -118,7 +118,7 @@ HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 2
     ("attend", 64): (64, 64, 64, 4, 3, 168),
     ("attend", 128): (64, 64, 128, 4, 3, None),
     ("attend", 256): (64, 32, 256, 8, 2, None),
-    ("grad_query", 64): (64, 32, 64, 4, 3, 168),
+    ("grad_query", 64): (64, 64, 64, 4, 3, None),
     ("grad_query", 128): (64, 32, 128, 4, 3, None),
     ("grad_query", 256): (64, 32, 128, 8, 1, None),
     ("grad_key_value", 64): (64, 64, 64, 4, 3, None),

@@ -165,7 +165,7 @@ Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::T
       alphas_(as_floats(o.head_alpha)),
       slopes_(as_floats(o.alibi_slopes)),
       packed(o.packed()),
-      query(with_aligned_rows(q)),
+      query(with_aligned_rows(o.scale.value_or(1.0) < 0 ? q.neg() : q)),
       key(with_aligned_rows(k)),
       value(with_aligned_rows(v)),
       place(place_of(q.device())),

@@ -52,7 +52,7 @@ class Call {
 
  public:
   const bool packed;
-  const at::Tensor query, key, value;
+  const at::Tensor query, key, value;  // query negated for a negative scale, so that q.k orders keys as scores do
   const Place place;
   const int64_t heads, kv_heads;  // of the whole batch
   const CallArguments arguments;

@@ -78,6 +78,8 @@ def attention(
     """Forward, and with `grad` backward. Padded tensors (B, H, M, D), with `lengths` of queries and keys; or packed
     ones (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key)."""
     tiles = tiles or Tiles()
+    if scale is not None and scale < 0:
+        query = -query  # as Call (csrc/cuda/call.cpp) does
     if offsets is None:
         batch, heads, limit_q, width = query.shape
         kv_heads, limit_k = key.shape[1:3]
