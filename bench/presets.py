@@ -4,7 +4,8 @@ targets      the table of goals for the CPU, in one run; each goal is marked rea
 lengths      time and memory against the length, for the README's plot
 sweep        every setting varied around the base case, on the CPU (hours)
 gpu-targets  the table of goals for a GPU
-gpu-sweep    the same for lengths to 131,072 and every share of empty tiles
+gpu-lengths  the same inputs from 2,048 to 131,072 tokens, with heads enough to fill the GPU
+gpu-shares   every share of empty tiles, and other alphas
 quick        tiny, for continuous integration
 """
 
@@ -117,19 +118,25 @@ def gpu_targets() -> list[Entry]:
     ]
 
 
-def gpu_sweep() -> list[Entry]:
-    variations: list[dict] = [
-        {"length": 2**k, "heads": 16 if k > 13 else 32, "input": name, "head_dim": head_dim}
-        for k in range(11, 18)
-        for name in ("gaussian:1.5", "structured:0.5", "structured:0.85")
-        for head_dim in (64, 128)
-    ]
-    variations += [{"input": f"structured:{share:g}"} for share in (0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)]
-    variations += [{"alpha": alpha, "input": "structured:0.8"} for alpha in (1.25, 2.0)]
+def gpu_lengths() -> list[Entry]:
     return [
-        Entry(replace(GPU_BASE, **changes), (*GPU_PEERS, "pypi-v1"), effort=Effort(seconds=5), memory=True)
-        for changes in variations
+        Entry(
+            replace(GPU_BASE, input=name, head_dim=head_dim, length=2**k, heads=max(GPU_BASE.heads, 2 ** (18 - k))),
+            ("sdpa-flash", "sdpa-cudnn"),
+            effort=Effort(seconds=2.0),
+            memory=k == 17,
+        )
+        for head_dim in (64, 128)
+        for k in (11, 12, 13, 15, 16, 17)  # 14 is among the goals
+        for name in ("gaussian:1.5", "structured:0.5", "structured:0.85")
     ]
+
+
+def gpu_shares() -> list[Entry]:
+    variations: list[dict] = [{"input": f"structured:{share:g}"} for share in (0, 0.25, 0.6, 0.7, 0.9, 0.95)]
+    variations += [{"alpha": alpha, "input": "structured:0.8"} for alpha in (1.25, 2.0)]
+    peers = ("sdpa-flash", "sdpa-cudnn")
+    return [Entry(replace(GPU_BASE, **changes), peers, effort=Effort(seconds=2.0)) for changes in variations]
 
 
 def quick() -> list[Entry]:
@@ -149,7 +156,8 @@ PRESETS: dict[str, Callable[[], list[Entry]]] = {
     "lengths": lengths,
     "sweep": sweep,
     "gpu-targets": gpu_targets,
-    "gpu-sweep": gpu_sweep,
+    "gpu-lengths": gpu_lengths,
+    "gpu-shares": gpu_shares,
     "quick": quick,
 }
 

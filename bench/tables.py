@@ -109,23 +109,25 @@ def goals(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row], peer: str) -> str:
     """ours / peer for forward and for forward + backward: the README's table. On the CPU of the cases with a goal.
 
-    A line for each input and type, a column for each other setting; the goals of the base case beside.
+    A line for each input and type (on a GPU head size too), a column for each other setting; goals beside the first.
     """
     base = base_case(rows)
-    cells: dict[tuple[str, str], dict[str, str]] = {}  # of lines: of columns
-    supports: dict[tuple[str, str], float] = {}
-    shares: dict[tuple[str, str], float] = {}  # of empty tiles, which order the structured inputs, others after them
-    goals_of: dict[tuple[str, str], str] = {}
+    of_line = ("input", "dtype", "head_dim") if base.device == "cuda" else ("input", "dtype")
+    cells: dict[tuple, dict[str, str]] = {}  # of lines: of columns
+    supports: dict[tuple, float] = {}
+    orders: dict[tuple, tuple] = {}  # structured inputs by their share of empty tiles, others after them
+    goals_of: dict[tuple, str] = {}
     for case, of_case in _by_entry(rows):
         found = {row["what"]: row for row in of_case if row["peer"] == peer and row["what"] in (FORWARD, BOTH)}
         if not found or (case.device == "cpu" and all(row["goal"] is None for row in found.values())):
             continue
         if case.input.startswith("captured"):  # of sizes of its own
             continue
-        line = _differences(replace(base, input=case.input, dtype=case.dtype), base), case.dtype
-        column = _differences(replace(case, input=base.input, dtype=base.dtype), base).partition(", ")[2]
+        line = tuple(getattr(case, name) for name in of_line)
+        column = _differences(replace(case, **{name: getattr(base, name) for name in of_line}), base)
+        column = column.partition(", ")[2]
         kind, _, value = case.input.partition(":")
-        shares[line] = float(value) if kind == "structured" else math.inf
+        orders[line] = (case.head_dim, float(value)) if kind == "structured" else (case.head_dim, math.inf)
         cells.setdefault(line, {})[column] = " / ".join(_marked(found[what]) for what in (FORWARD, BOTH))
         if not column:
             supports[line] = of_case[0]["support"]
@@ -133,10 +135,11 @@ def summary(rows: Sequence[Row], peer: str) -> str:
     columns = list(dict.fromkeys(column for line in cells.values() for column in line))
     first, *others = sorted(columns, key=bool)  # the base case, which differs in nothing, first
     table: Table = [["input", "keys a query", first or f"N = {base.length:,}", "goal", *others]]
-    for line, of_line in sorted(cells.items(), key=lambda item: shares[item[0]]):
+    for line, found in sorted(cells.items(), key=lambda item: orders[item[0]]):
+        name = _differences(replace(base, **dict(zip(of_line, line, strict=True))), base)
         support = number(supports[line]) if line in supports else ""
-        start = [line[0], support, of_line.get(first, ""), goals_of.get(line, "")]
-        table.append(start + [of_line.get(column, "") for column in others])
+        start = [name, support, found.get(first, ""), goals_of.get(line, "")]
+        table.append(start + [found.get(column, "") for column in others])
     return markdown(table)
 
 

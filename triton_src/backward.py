@@ -23,6 +23,7 @@ from .common import (
     dot,
     excess,
     far_away,
+    first_row_that_sees,
     first_tile_row,
     hide,
     keys_of_block,
@@ -255,6 +256,8 @@ def grad_key_value(
     tiles_q = tl.cdiv(limit_q, TILE)
     key_tile_row = first_tile_row(kind_k, batch, heads // group, head_kv, offset_k, key_tile_rows) + first // TILE
     listed = lists + key_tile_row * tiles_q
+    # Rows before that see nothing: they may hold anything, and 0 * NaN would reach the sums.
+    sees_first = first_row_that_sees(length_q, length_k, window_right)
 
     dk = tl.zeros([BLOCK_N, PAD], tl.float32)
     dv = tl.zeros([BLOCK_N, PAD], tl.float32)
@@ -285,21 +288,17 @@ def grad_key_value(
             for index in range(begin, end):
                 first_row = tile_inside(ahead, length_q, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_M
                 ahead = listed_tile(listed, index + 1, end, SPLIT)
-                q = load_rows(query, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE)
-                do = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE)
+                q = load_rows(query, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE, sees_first)
+                do = load_rows(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE, sees_first)
                 row = first_row + tl.arange(0, BLOCK_M)
-                if EDGE:  # rows that see nothing may hold anything, and 0 * NaN would reach the sums
-                    first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
-                    sees = (first_key < end_key)[:, None]
-                    q = tl.where(sees, q, 0.0)
-                    do = tl.where(sees, do, 0.0)
                 high, low, delta, share = load_terms(terms + 4 * first_row, length_q - first_row, BLOCK_M, EDGE)
                 s = products(
                     k, key, first, length_k, key_row, query, first_row, length_q, query_row, width,
-                    BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
+                    BLOCK_N, BLOCK_M, PAD, STEP, EDGE, sees_first,
                 )  # fmt: skip
                 s = far_away(s, slope, row + length_k - length_q, key_index, 1, ALPHA)
                 if EDGE:
+                    first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
                     s = hide(s, first_key, end_key, 1, key_index)
                 p, u = weights(excess(s, factor, high[None, :], low[None, :], EXACT), own_alpha, ALPHA, EXACT)
                 p = p * share[None, :] if EXACT else p + share[None, :]
@@ -308,7 +307,7 @@ def grad_key_value(
                 dv = dot(cast(p, do.dtype), do, dv)
                 dp = products(
                     v, value, first, length_k, value_row, grad_out, first_row, length_q, grad_out_row, width_v,
-                    BLOCK_N, BLOCK_M, PAD, STEP, EDGE,
+                    BLOCK_N, BLOCK_M, PAD, STEP, EDGE, sees_first,
                 )  # fmt: skip
                 ds = u * (dp - delta[None, :])
                 if EDGE:

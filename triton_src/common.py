@@ -172,6 +172,12 @@ def visible_keys(row, length_q, length_k, window_left, window_right):
 
 
 @triton.jit
+def first_row_that_sees(length_q, length_k, window_right):
+    """The first row that sees a key, if there is one: what `visible_keys` says, solved for the row. All after it do."""
+    return tl.maximum(length_q - length_k - window_right, 0)
+
+
+@triton.jit
 def visible_tiles(row, rows, length_q, length_k, window_left, window_right, WIDTH: tl.constexpr):
     """The key tiles (WIDTH keys each) that a block of query rows sees: `inner` of them, from `inner_first` on, seen
     whole by all rows, and `edge` more around them, from `first` on (see ordered_tile)."""

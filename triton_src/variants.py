@@ -133,7 +133,7 @@ HALF_80 = {  # sm_80: operands of matrix products are registers
     ("attend", 128): (64, 32, 128, 8, 2, None),
     ("grad_query", 64): (64, 64, 64, 4, 2, None),
     ("grad_query", 128): (64, 64, 128, 8, 2, None),
-    ("grad_key_value", 64): (64, 64, 64, 4, 2, None),
+    ("grad_key_value", 64): (32, 64, 64, 4, 2, None),
     ("grad_key_value", 128): (32, 64, 128, 8, 2, None),
 }
 HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
