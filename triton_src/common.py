@@ -210,10 +210,12 @@ def keys_of_block(row, rows, length_q, length_k, window_left, window_right):
 
 @triton.jit
 def hide(s, first, end, row_axis: tl.constexpr, key):
-    """-inf for the scores of keys that their row does not see. `first`, `end` belong to the rows along `row_axis`."""
+    """-inf for the scores of keys that their row does not see. `first`, `end` belong to the rows along `row_axis`.
+    One comparison for both ends: as an unsigned number what is before the first is above all."""
     other: tl.constexpr = 1 - row_axis
-    key = tl.expand_dims(key, row_axis)
-    return tl.where((key >= tl.expand_dims(first, other)) & (key < tl.expand_dims(end, other)), s, float("-inf"))
+    place = tl.expand_dims(key, row_axis) - tl.expand_dims(first, other)
+    count = tl.expand_dims(tl.maximum(end - first, 0), other)
+    return tl.where(place.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True), s, float("-inf"))
 
 
 # ---- what a score weighs ---------------------------------------------------------------------------------------------
