@@ -366,21 +366,26 @@ def add(total, lost, x, EXACT: tl.constexpr):
 
 @triton.jit
 def threshold_step(sum_p, sum_u, t, near, alpha, ALPHA: tl.constexpr):
-    """(how far t should rise or, if negative, fall; sum u there), from sums over the row at t.
+    """(how far t should rise or, if negative, fall; the sum of u there as a + b P of the sum P of p there: a, b), from
+    sums over the row at t.
 
     For alpha = 1.5 and n keys that keep their weight sum p is a polynomial of the second degree in t, whose root is
     taken. Counting n would be a fifth of the work. Excesses spread as (1 - x/L)^b, b > -1, between 0 and the largest,
     L = -t, as equal, uniform and exponential ones are, number n = 2 (sum u)^2 / sum p - (sum u) / L. That is for rows
-    that are `near`; for the others it is (sum u)^2 / sum p, which n never is below, and the step `newton_step`. For
-    alpha = 2 the polynomial is of the first degree, and that step its root."""
+    that are `near`; for the others it is (sum u)^2 / sum p, which n never is below, and the step `newton_step`. What P
+    becomes tells the slope between, -2 times the mean of both sums of u; after small steps n does better. For alpha = 2
+    the polynomial is of the first degree, and its root that step."""
     if ALPHA == ALPHA_1_5:
         least = sum_u * sum_u / sum_p
         count = tl.where(near, 2.0 * least + sum_u / t, least)
         root = tl.sqrt(tl.maximum(sum_u * sum_u - count * (sum_p - 1.0), 0.0))
         step = (sum_p - 1.0) / (sum_u + root)
-        return tl.where(sum_u > 0.0, step, 0.0), tl.where(sum_u > 0.0, sum_u - count * step, 0.0)
+        large = tl.abs(sum_p - 1.0) > 0.01
+        there = tl.where(large, sum_p / step - sum_u, sum_u - count * step)
+        some = sum_u > 0.0
+        return tl.where(some, step, 0.0), tl.where(some, there, 0.0), tl.where(some & large, -1.0 / step, 0.0)
     else:
-        return newton_step(sum_p, sum_u, alpha, ALPHA), sum_u
+        return newton_step(sum_p, sum_u, alpha, ALPHA), sum_u, tl.zeros(sum_u.shape, tl.float32)
 
 
 @triton.jit

@@ -280,6 +280,7 @@ def attend(
     acc = tl.zeros([BLOCK_M, PAD], tl.float32)
     sum_p = tl.zeros([BLOCK_M], tl.float32)
     sum_u = tl.zeros([BLOCK_M], tl.float32)
+    slope_u = tl.zeros([BLOCK_M], tl.float32)
     solved = t
     moving = finite  # rows that look for t; the others stay as they are, so that no row's bits depend on its neighbours
     attempts = 0
@@ -312,11 +313,12 @@ def attend(
             sum_p = tl.sum(part_p, 1)
             here_u = tl.sum(part_n, 1).to(tl.float32) if ALPHA == ALPHA_2 else tl.sum(part_u, 1)
             near = tl.abs(sum_p - 1.0) <= far(key.dtype.element_ty, ALPHA)
-            step, here_u = threshold_step(sum_p, here_u, t, near, alpha, ALPHA)
+            step, here_u, here_slope = threshold_step(sum_p, here_u, t, near, alpha, ALPHA)
             moved = (t + step != t) & (attempts < ATTEMPTS)
             attempts += 1
             t = tl.where(distant, t + step, t)
             sum_u = tl.where(distant, here_u, sum_u)
+            slope_u = tl.where(distant, here_slope, slope_u)
             distant = distant & moved & ~near
 
         # 2. The output, and its sums.
@@ -350,11 +352,10 @@ def attend(
                 weight = tl.maximum(weight, tl.max(here, 1))  # as integers, which order as numbers from 0 on do
                 tl.store(group_numbers + tile, (weight > 0).to(tl.int16))
         sum_p = tl.sum(part_p, 1)
-        if ALPHA == ALPHA_ANY:
-            sum_u = tl.sum(part_u, 1)
-        elif ALPHA == ALPHA_1_5:  # u <= -t, so this is a bound: no step passes the maximum, settled support or not
-            sum_u = tl.maximum(sum_u, sum_p / -t)
-        step = newton_step(sum_p, sum_u, alpha, ALPHA)
+        here_u = tl.sum(part_u, 1) if ALPHA == ALPHA_ANY else sum_u + slope_u * sum_p
+        if ALPHA == ALPHA_1_5:  # u <= -t, so this is a bound: no step passes the maximum, settled support or not
+            here_u = tl.maximum(here_u, sum_p / -t)
+        step = newton_step(sum_p, here_u, alpha, ALPHA)
         attempts += 1
         solved = tl.where(moving, t + step, solved)
         moved = (t + step != t) & (attempts < ATTEMPTS)
