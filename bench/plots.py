@@ -1,6 +1,7 @@
 """Pictures from rows of result files."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -121,6 +122,13 @@ def against_empty_tiles(axes: Axes, rows: Sequence[Row], what: str) -> None:
     _clean(axes, f"ours / theirs, {what}\nN = {base.length:,}, D = {base.head_dim}, H = {base.heads}, {base.dtype}")
 
 
+def _sign(figure: Figure, rows: Sequence[Row]) -> None:
+    """What was measured where, below the axes; wrapped, as long text would widen the picture."""
+    width = int(15 * figure.get_size_inches()[0])
+    text = textwrap.fill(tables.heading(rows), width)
+    figure.text(0.005, -0.01, text, fontsize=7, color="#555555", verticalalignment="top")
+
+
 def overview(rows: Sequence[Row]) -> Figure:
     """The README's picture: on the CPU the ratios by input, and time and memory against N; on a GPU the ratios by
     empty tiles, and time against N."""
@@ -133,7 +141,7 @@ def overview(rows: Sequence[Row]) -> Figure:
         ratios(axes[0], rows, "sdpa")
         against_length(axes[1], rows, BOTH, "Forward + backward", "ms")
         against_length(axes[2], rows, PEAK_MEMORY, "Peak memory beyond inputs, outputs, gradients", "MiB", 1024)
-    figure.text(0.005, -0.03, tables.heading(rows), fontsize=7, color="#555555")
+    _sign(figure, rows)
     return figure
 
 

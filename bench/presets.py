@@ -6,6 +6,7 @@ sweep        every setting varied around the base case, on the CPU (hours)
 gpu-targets  the table of goals for a GPU
 gpu-lengths  the same inputs from 2,048 to 131,072 tokens, with heads enough to fill the GPU
 gpu-shares   every share of empty tiles, and other alphas
+gpu-peers    FlexAttention and the adasplash package at other lengths (they compile and tune for minutes a case)
 quick        tiny, for continuous integration
 """
 
@@ -118,10 +119,15 @@ def gpu_targets() -> list[Entry]:
     ]
 
 
+def _full(k: int, **changes) -> Case:
+    """2^k tokens, and heads enough to fill the GPU."""
+    return replace(GPU_BASE, length=2**k, heads=max(GPU_BASE.heads, 2 ** (18 - k)), **changes)
+
+
 def gpu_lengths() -> list[Entry]:
     return [
         Entry(
-            replace(GPU_BASE, input=name, head_dim=head_dim, length=2**k, heads=max(GPU_BASE.heads, 2 ** (18 - k))),
+            _full(k, input=name, head_dim=head_dim),
             ("sdpa-flash", "sdpa-cudnn"),
             effort=Effort(seconds=2.0),
             memory=k == 17,
@@ -129,6 +135,15 @@ def gpu_lengths() -> list[Entry]:
         for head_dim in (64, 128)
         for k in (11, 12, 13, 15, 16, 17)  # 14 is among the goals
         for name in ("gaussian:1.5", "structured:0.5", "structured:0.85")
+    ]
+
+
+def gpu_peers() -> list[Entry]:
+    peers = ("flex", "pypi-v2", "pypi-v1")
+    return [
+        Entry(_full(k, input="structured:0.5", head_dim=head_dim), peers, effort=Effort(seconds=2.0))
+        for head_dim in (64, 128)
+        for k in (12, 16)
     ]
 
 
@@ -158,6 +173,7 @@ PRESETS: dict[str, Callable[[], list[Entry]]] = {
     "gpu-targets": gpu_targets,
     "gpu-lengths": gpu_lengths,
     "gpu-shares": gpu_shares,
+    "gpu-peers": gpu_peers,
     "quick": quick,
 }
 

@@ -44,8 +44,7 @@ def block(rows: Sequence[Row], plot: Path, full: Path) -> str:
     device = rows[0]["device"]
     peer = "sdpa" if device == "cpu" else "sdpa-flash"
     base = tables.base_case(rows).title.split(", ", 1)[1]
-    on_gpu = "other lines and other columns have none"
-    goals = "on the right of the goals, 1.2 times them" if device == "cpu" else on_gpu
+    goals = "on the right of the goals, 1.2 times them" if device == "cpu" else "goals are the first column's"
     parts = [
         f"![Time{' and memory' if device == 'cpu' else ''} beside the peers]({plot.relative_to(ROOT)})",
         f"Time as a share of that of softmax attention (torch `scaled_dot_product_attention`), forward / forward + "

@@ -20,12 +20,19 @@ def markdown(table: Table, left: int = 1) -> str:
 
 def heading(rows: Sequence[Row]) -> str:
     """What was measured where, in one sentence. What other machines or days measured is named with them."""
-    measured: dict[str, set[str]] = {}
+    measured: dict[str, list[Row]] = {}
     for row in rows:
-        measured.setdefault(_where(row), set()).add(row["what"])
+        measured.setdefault(_where(row), []).append(row)
     first, *others = measured
-    parts = [first, *(f"some of it ({', '.join(sorted(measured[where]))}): {where}" for where in others)]
-    return "; ".join(parts) + "."
+    return "; ".join([first, *(f"some of it ({_which(measured[where])}): {where}" for where in others)]) + "."
+
+
+def _which(rows: Sequence[Row]) -> str:
+    """What some rows measured: of which peers and inputs, if it is time."""
+    if all(row["what"] not in (FORWARD, BACKWARD, BOTH) for row in rows):
+        return ", ".join(sorted({row["what"] for row in rows}))
+    peers = dict.fromkeys(PEERS[row["peer"]].label for row in rows if row["peer"] != OURS)
+    return ", ".join([*peers, *dict.fromkeys(input_name(row["input"]) for row in rows)])
 
 
 def _where(row: Row) -> str:

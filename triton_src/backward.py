@@ -104,9 +104,7 @@ def grad_query(
     tile_row = first_tile_row(kind_q, batch, heads, head, offset_q, tile_rows) + first_row // TILE
     listed = lists + tile_row * tiles_k
     tiles += tile_row * tile_words
-    first, inner_first, inner, edge = visible_tiles(
-        first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
-    )
+    first, inner_first, inner, edge = visible_tiles(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
     seen_first, seen_end = keys_of_block(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
     count = 0
     inner_count = 0
@@ -318,7 +316,7 @@ def grad_key_value(
         terms += 4 * rows_q
         tiles += tile_rows * tile_words
 
-    dk *= tl.abs(scale)  # with its sign the queries came
+    dk *= tl.abs(scale)  # with its sign the queries came; dq takes it as it is, as the keys did not
     store_rows(grad_key, cast(dk, grad_key.dtype.element_ty), first, extent_k, grad_key_row, width, BLOCK_N, PAD)
     store_rows(
         grad_value, cast(dv, grad_value.dtype.element_ty), first, extent_k, grad_value_row, width_v, BLOCK_N, PAD

@@ -178,16 +178,16 @@ def first_row_that_sees(length_q, length_k, window_right):
 
 
 @triton.jit
-def visible_tiles(row, rows, length_q, length_k, window_left, window_right, WIDTH: tl.constexpr):
-    """The key tiles (WIDTH keys each) that a block of query rows sees: `inner` of them, from `inner_first` on, seen
-    whole by all rows, and `edge` more around them, from `first` on (see ordered_tile)."""
+def visible_tiles(row, rows, length_q, length_k, window_left, window_right):
+    """The key tiles that a block of query rows sees: `inner` of them, from `inner_first` on, seen whole by all rows,
+    and `edge` more around them, from `first` on (see ordered_tile)."""
     last_row = tl.minimum(row + rows, length_q) - 1
     first_key, end_low = visible_keys(row, length_q, length_k, window_left, window_right)
     first_high, end_key = visible_keys(last_row, length_q, length_k, window_left, window_right)
-    first = first_key // WIDTH
-    end = tl.where(row < length_q, tl.maximum(tl.cdiv(tl.maximum(end_key, 0), WIDTH), first), first)
-    inner_first = tl.minimum(tl.cdiv(first_high, WIDTH), end)
-    inner = tl.maximum(tl.minimum(tl.maximum(end_low, 0) // WIDTH, end) - inner_first, 0)
+    first = first_key // TILE
+    end = tl.where(row < length_q, tl.maximum(tl.cdiv(tl.maximum(end_key, 0), TILE), first), first)
+    inner_first = tl.minimum(tl.cdiv(first_high, TILE), end)
+    inner = tl.maximum(tl.minimum(tl.maximum(end_low, 0) // TILE, end) - inner_first, 0)
     return first, inner_first, inner, end - first - inner
 
 
@@ -370,11 +370,11 @@ def threshold_step(sum_p, sum_u, t, near, alpha, ALPHA: tl.constexpr):
     sums over the row at t.
 
     For alpha = 1.5 and n keys that keep their weight sum p is a polynomial of the second degree in t, whose root is
-    taken. Counting n would be a fifth of the work. Excesses spread as (1 - x/L)^b, b > -1, between 0 and the largest,
-    L = -t, as equal, uniform and exponential ones are, number n = 2 (sum u)^2 / sum p - (sum u) / L. That is for rows
-    that are `near`; for the others it is (sum u)^2 / sum p, which n never is below, and the step `newton_step`. What P
-    becomes tells the slope between, -2 times the mean of both sums of u; after small steps n does better. For alpha = 2
-    the polynomial is of the first degree, and its root that step."""
+    taken. Counting n would be a quarter of the instructions. Excesses spread as (1 - x/L)^b, b > -1, between 0 and the
+    largest, L = -t, as equal, uniform and exponential ones are, number n = 2 (sum u)^2 / sum p - (sum u) / L. That is
+    for rows that are `near`; for the others it is (sum u)^2 / sum p, which n never is below, and the step
+    `newton_step`. What P becomes tells the slope between, -2 times the mean of both sums of u; after small steps n does
+    better. For alpha = 2 the polynomial is of the first degree, and its root that step."""
     if ALPHA == ALPHA_1_5:
         least = sum_u * sum_u / sum_p
         count = tl.where(near, 2.0 * least + sum_u / t, least)

@@ -9,7 +9,7 @@ the row's own, and a close one. attend then walks the list of the tiles with a n
 
   1. sums over the row at t, and a step towards the solution, until the next step arrives (mostly once);
   2. the output, divided by the sum of the weights it was made with. That sum also tells whether t was good enough for
-     the type: where it was not, the output is made again, a step further.
+     the type: where it was not, the output is made again, a step further, and if need be sums again.
 """
 
 import triton
@@ -106,20 +106,17 @@ def scan(
 
     # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
     MANY: tl.constexpr = BLOCK_N // TILE
-    first, inner_first, inner, edge = visible_tiles(
-        first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
-    )
-    end = (inner_first + inner) // MANY * MANY
-    begin = tl.minimum(tl.cdiv(inner_first, MANY) * MANY, end)
-    edge += inner - (end - begin)
+    first, inner_first, inner, edge = visible_tiles(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
+    whole = inner // MANY * MANY
+    edge += inner - whole
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     largest = tl.full([BLOCK_M, CLASSES], float("-inf"), tl.float32)
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find m there
-        for index in range(edge if EDGE else (end - begin) // MANY):
+        for index in range(edge if EDGE else whole // MANY):
             if EDGE:
-                tile = ordered_tile(end - begin + edge - 1 - index, first, begin, end - begin)
+                tile = ordered_tile(whole + edge - 1 - index, first, inner_first, whole)
             else:
-                tile = begin + index * MANY
+                tile = inner_first + index * MANY
             s = visible_scores(
                 q, query, first_row, length_q, query_row, key, tile * TILE, length_k, key_row, width,
                 first_key, end_key, diagonal, slope, BLOCK_M, TILE if EDGE else BLOCK_N, PAD, STEP, ALPHA, EDGE,
@@ -127,7 +124,7 @@ def scan(
             m, largest, above = maxima(s, m, largest)
             number = largest_of_groups(above + (tl.abs(m) * ROUNDING + never)[:, None, None]) * factor
             tiles = tile + tl.arange(0, 1 if EDGE else MANY)[None, :]
-            tl.store(numbers + tiles, upper_half(number), mask=known_rows & (tiles < tiles_k))
+            tl.store(numbers + tiles, upper_half(number), mask=known_rows)
 
     m *= factor
     t = tl.full([BLOCK_M], -1.0, tl.float32)
@@ -205,12 +202,12 @@ def tolerance(DTYPE: tl.constexpr):
 
 @triton.jit
 def far(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
-    """How far from 1 the sum may be for a step that is taken unseen: what it leaves goes with the square of that, a
-    tenth of it or less for alpha = 1.5, whose steps know the curve. Found by trying: most blocks of rows need no
-    second sum, and few a second output."""
+    """How far from 1 the sum may be for a step that is taken unseen. What it leaves goes with the square of that, on
+    usual inputs a tenth of it or less for alpha = 1.5, whose steps know the curve. Found by trying: most blocks of rows
+    need no second sum, and few a second output."""
     KNOWN: tl.constexpr = ALPHA == ALPHA_1_5
     if DTYPE == tl.float32:  # noqa: SIM300
-        return 0.004 if KNOWN else 0.001
+        return 0.001
     elif DTYPE == tl.float16:  # noqa: SIM300
         return 0.06 if KNOWN else 0.01
     else:
@@ -267,9 +264,7 @@ def attend(
     group_numbers = numbers + tl.arange(0, TILE // GROUP) * tiles_k
     listed = lists + place
     SPLIT: tl.constexpr = TILE // BLOCK_N  # a tile is visited in so many steps
-    first, inner_first, inner, edge = visible_tiles(
-        first_row, BLOCK_M, length_q, length_k, window_left, window_right, TILE
-    )
+    first, inner_first, inner, edge = visible_tiles(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
     seen_first, seen_end = keys_of_block(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
     inner_count, count = list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge)
     # Half the code, where hiding keys is little of the time: every tile counts as an edge.
@@ -284,9 +279,11 @@ def attend(
     solved = t
     moving = finite  # rows that look for t; the others stay as they are, so that no row's bits depend on its neighbours
     attempts = 0
+    outputs = 0
     while tl.max(moving.to(tl.int32), 0) > 0:
-        # 1. Sums at t, until all rows are a step away; those that a first output was not good enough for are.
-        distant = moving & (attempts == 0)
+        # 1. Sums at t, until all rows are a step away. Before a second output they mostly are; for a third it takes new
+        # sums, as what sum u is guessed from then is two steps old.
+        distant = moving & (outputs % 2 == 0)
         while tl.max(distant.to(tl.int32), 0) > 0:
             high, low = threshold_pair(m, t, EXACT)
             part_p = tl.zeros([BLOCK_M, 8], tl.float32)
@@ -357,6 +354,7 @@ def attend(
             here_u = tl.maximum(here_u, sum_p / -t)
         step = newton_step(sum_p, here_u, alpha, ALPHA)
         attempts += 1
+        outputs += 1
         solved = tl.where(moving, t + step, solved)
         moved = (t + step != t) & (attempts < ATTEMPTS)
         moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(key.dtype.element_ty))

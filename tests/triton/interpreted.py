@@ -119,9 +119,11 @@ def attention(
         row_state = torch.full((heads, rows_q, 2), garbage)
     key_tiles = math.ceil(limit_k / 64)
     many = () if offsets else (batch,)
-    numbers = torch.full((*many, heads, 4 * tile_rows, key_tiles), 12345, dtype=torch.int16)
+    numbers = torch.ones((*many, heads, 4 * tile_rows, key_tiles), dtype=torch.int16)  # as if every tile were marked
     lists = torch.full((*many, heads, tile_rows, key_tiles), 1 << 30, dtype=torch.int32)
-    bits = torch.zeros(*many, heads, tile_rows, tile_words, dtype=torch.int32)
+    bits = torch.full((*many, heads, tile_rows, tile_words), -1, dtype=torch.int32)
+    if offsets or tile_rows != counts[0]:
+        bits.zero_()  # as forward (csrc/cuda/forward.cpp) does: attend does not write all of it
     launch("scan", *rows(query, key), row_state, numbers, block_m=tiles.block_m, block_n=tiles.block_n)
     launch("attend", *rows(query, key, value, out), row_state, bits, numbers, lists)
     if grad is None:

@@ -126,6 +126,27 @@ def test_window(window, is_causal, m, n):
     check(make_inputs(1, 1, m, n, size=16), 1.5, is_causal, window=window, tiles=BIG)
 
 
+def test_window_over_many_tiles():
+    """scan takes four tiles at a time, from wherever the first is that all rows see."""
+    check(make_inputs(1, 1, 200, 900, size=16), 1.5, window=(500, 70), tiles=Tiles(block_n=256))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_one_key_above_a_flat_crowd(dtype):
+    """Steps guess from the sums how many keys are above tau, and guess wrong here; the weights still add up to one."""
+    m, n = 64, 512
+    query = torch.zeros(1, 1, m, 16)
+    query[..., 0] = torch.linspace(0.5, 1.0, m)
+    key = torch.zeros(1, 1, n, 16)
+    key[..., 0] = torch.linspace(-0.06, -0.04, n)
+    key[..., 7, 0] = 1.0
+    query, key, value = (x.to(dtype) for x in (query, key, torch.randn(1, 1, n, 16)))
+    state = attention(query, key, value, 1.5, scale=1.8).row_state.double()
+    z = 0.9 * query.double() @ key.double().transpose(-1, -2)
+    total = (z - state.sum(-1, keepdim=True)).clamp(min=0).square().sum(-1)
+    assert (total - 1).abs().max() < {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+
+
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
 @pytest.mark.parametrize("tiles", (SMALL, BIG, PARTS), ids=("small", "big", "parts"))
 def test_padded_batches(is_causal, tiles):
