@@ -164,7 +164,8 @@ def first_tile_row(kind, batch, heads, head, offset, tile_rows):
 
 @triton.jit
 def visible_keys(row, length_q, length_k, window_left, window_right):
-    """Row i sees keys first <= j < end. The one place that knows causal order, window and lengths."""
+    """Row i sees keys first <= j < end. Causal order, window and lengths are known here, and solved for the row in
+    `first_row_that_sees`; everything else asks these two."""
     diagonal = row + length_k - length_q
     first = tl.maximum(diagonal - window_left, 0)
     end = tl.minimum(diagonal + window_right + 1, length_k)

@@ -54,7 +54,7 @@ from .common import (
 
 GROUP = tl.constexpr(16)  # rows that share a number: those of one warp in the matrix units' layout, so that none waits
 CLASSES = tl.constexpr(64)  # of keys, whose maxima scan keeps
-# Newton steps towards tau of those: any number gives a lower bound, these come within a thousandth.
+# Newton steps towards tau of those: any number gives a lower bound, these come within about a thousandth.
 BOUND_STEPS_1_5 = tl.constexpr(3)
 BOUND_STEPS = tl.constexpr(5)
 # How much an fp32 z - m or a bound of t may be off, relative to m or to 1: a few roundings.

@@ -58,8 +58,8 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   const at::Tensor state = training ? saved_state : at::empty_symint(sizes.row_state, saved_state.options());
   const at::Tensor tiles = training ? saved_tiles : at::empty_symint(sizes.tiles, saved_tiles.options());
   // attend writes the tile rows of all queries; others round the shape up, or lie between packed sequences.
-  const auto queries = AttentionShape::of(query, key, value, options).queries.expect_int();
-  if (options.packed() || count_tiles(queries) % 2 != 0) tiles.zero_();
+  const int64_t queries = AttentionShape::of(query, key, value, options).queries.expect_int();
+  if (options.packed() || sizes.tiles.rbegin()[1].expect_int() > count_tiles(queries)) tiles.zero_();
   if (options.packed()) state.zero_();                       // as out is
   if (support.numel() > 0) support.fill_(kSupportOverflow);  // its rows are never listed here; the backward walks tiles
   for (const Part& part : Part::all(query, key, options)) {
