@@ -119,7 +119,8 @@ def attention(
         row_state = torch.full((heads, rows_q, 2), garbage)
     key_tiles = math.ceil(limit_k / 64)
     many = () if offsets else (batch,)
-    numbers = torch.ones((*many, heads, 4 * tile_rows, key_tiles), dtype=torch.int16)  # as if every tile were marked
+    # The upper half of -inf: a tile that scan forgets is lost.
+    numbers = torch.full((*many, heads, 4 * tile_rows, key_tiles), -128, dtype=torch.int16)
     lists = torch.full((*many, heads, tile_rows, key_tiles), 1 << 30, dtype=torch.int32)
     bits = torch.full((*many, heads, tile_rows, tile_words), -1, dtype=torch.int32)
     if offsets or tile_rows != counts[0]:

@@ -133,18 +133,17 @@ def test_window_over_many_tiles():
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_one_key_above_a_flat_crowd(dtype):
-    """Steps guess from the sums how many keys are above tau, and guess wrong here; the weights still add up to one."""
+    """Steps guess from the sums how many keys are above tau, and guess wrong here: a first output is not good enough,
+    and the threshold that is kept is better than it has to be for the output."""
     m, n = 64, 512
-    query = torch.zeros(1, 1, m, 16)
-    query[..., 0] = torch.linspace(0.5, 1.0, m)
-    key = torch.zeros(1, 1, n, 16)
-    key[..., 0] = torch.linspace(-0.06, -0.04, n)
+    query, key = torch.zeros(1, 1, m, 16), torch.zeros(1, 1, n, 16)
+    query[..., 0] = torch.linspace(0.9, 0.999, m)  # how far the key is above the others
     key[..., 7, 0] = 1.0
     query, key, value = (x.to(dtype) for x in (query, key, torch.randn(1, 1, n, 16)))
-    state = attention(query, key, value, 1.5, scale=1.8).row_state.double()
-    z = 0.9 * query.double() @ key.double().transpose(-1, -2)
+    state = attention(query, key, value, 1.5, scale=2.0).row_state.double()
+    z = query.double() @ key.double().transpose(-1, -2)
     total = (z - state.sum(-1, keepdim=True)).clamp(min=0).square().sum(-1)
-    assert (total - 1).abs().max() < {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert (total - 1).abs().max() < {torch.float16: 2e-4, torch.bfloat16: 1e-3}[dtype]
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
