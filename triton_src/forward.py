@@ -1,11 +1,11 @@
-"""The forward: scan looks at every visible tile once, attend solves for tau and gathers the output where it must.
+"""The forward: a program looks at every key tile its rows see once, solves for tau, and gathers where it must.
 
 For a block of query rows and the keys j that a row sees,
     m = max_j z_j,    p_j = [z_j - tau]+^(1/(alpha-1)) with sum_j p_j = 1,    out = sum_j p_j v_j,
-and only keys with z_j > m - 1 can have weight. A running maximum knows a superset of those, so scan, while it finds m,
+and only keys with z_j > m - 1 can have weight. A running maximum knows a superset of those: while it finds m, `scan`
 writes four numbers a tile, one for 16 rows: the largest (row's maximum in the tile - row's running maximum). It also
 keeps the largest score of each of CLASSES classes of keys: a subset of the row's keys, whose tau is a lower bound of
-the row's own, and a close one. attend then walks the list of the tiles with a number above that bound of t = tau - m:
+the row's own, and a close one. `attend` then walks the list of the tiles with a number above that bound of t = tau - m:
 
   1. sums over the row at t, and a step towards the solution, until the next step arrives (mostly once);
   2. the output, divided by the sum of the weights it was made with. That sum also tells whether t was good enough for
@@ -59,56 +59,23 @@ BOUND_STEPS_1_5 = tl.constexpr(3)
 BOUND_STEPS = tl.constexpr(5)
 # How much an fp32 z - m or a bound of t may be off, relative to m or to 1: a few roundings.
 ROUNDING = tl.constexpr(2.0**-21)
-CHUNK = tl.constexpr(256)  # tiles of a row that are looked at together
+CHUNK = tl.constexpr(128)  # tiles of a row that are looked at together
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 
 @triton.jit
 def scan(
-    query, query_batch, query_head, query_row,
-    key, key_batch, key_head, key_row,
-    row_state, numbers,
-    lengths_q, lengths_k, alphas, slopes, slopes_batch, state_batch,
-    heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
-    kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
+    q, query, first_row, length_q, query_row, key, length_k, key_row, width, numbers,
+    first_key, end_key, diagonal, first, inner_first, inner, edge, slope, factor, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """m and a lower bound of t of each row into row_state, and the numbers of each visible (64 rows) x (64 keys) tile
-    into `numbers`, (4 ceil(limit_q / 64), ceil(limit_k / 64)) a head, as the upper half of an fp32.
-
-    Programs: ceil(limit_q / BLOCK_M) * heads * batch. BLOCK_N is a multiple of TILE."""
-    block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
-    offset_q, length_q, extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
-    offset_k, length_k, _extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
-    query += batch * query_batch + head * query_head + offset_q * query_row
-    key += batch * key_batch + (head // group) * key_head + offset_k * key_row
-    tiles_k = tl.cdiv(limit_k, TILE)
-    first_row = (tl.cdiv(limit_q, BLOCK_M) - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
-    if first_row >= extent_q:
-        return
-
-    row = first_row + tl.arange(0, BLOCK_M)
-    diagonal = row + length_k - length_q
-    first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
-    visible = first_key < end_key
-    q = load_factor(query, first_row, length_q, query_row, width, BLOCK_M, PAD, STEP)
-    alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
-    factor = score_scale(scale, alpha)
-    slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)
-
-    GROUPS: tl.constexpr = BLOCK_M // GROUP
-    group_row = first_row // GROUP + tl.arange(0, GROUPS)
-    groups_q = tl.cdiv(extent_q, TILE) * (TILE // GROUP)
-    first_group = first_tile_row(kind_q, batch, heads, head, offset_q, tile_rows) * (TILE // GROUP)
-    numbers += (first_group + group_row[:, None]) * tiles_k
-    known_rows = (group_row < groups_q)[:, None]
-    never = tl.where(visible, 0.0, float("-inf"))  # rows that see nothing ask for no tile
-
+    """(m, a lower bound of t) of each row. Writes the numbers of each visible tile, as the upper half of an fp32;
+    `numbers` are pointers to those of tile 0. BLOCK_N is a multiple of TILE."""
     # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
     MANY: tl.constexpr = BLOCK_N // TILE
-    first, inner_first, inner, edge = visible_tiles(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
     whole = inner // MANY * MANY
     edge += inner - whole
+    never = tl.where(first_key < end_key, 0.0, float("-inf"))  # rows that see nothing ask for no tile
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     largest = tl.full([BLOCK_M, CLASSES], float("-inf"), tl.float32)
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find m there
@@ -123,8 +90,8 @@ def scan(
             )  # fmt: skip
             m, largest, above = maxima(s, m, largest)
             number = largest_of_groups(above + (tl.abs(m) * ROUNDING + never)[:, None, None]) * factor
-            tiles = tile + tl.arange(0, 1 if EDGE else MANY)[None, :]
-            tl.store(numbers + tiles, upper_half(number), mask=known_rows)
+            tiles = tile + tl.arange(0, 1 if EDGE else MANY)
+            tl.store(numbers[:, None] + tiles[None, :], upper_half(number))
 
     m *= factor
     t = tl.full([BLOCK_M], -1.0, tl.float32)
@@ -132,10 +99,7 @@ def scan(
     for _ in range(BOUND_STEPS_1_5 if ALPHA == ALPHA_1_5 else BOUND_STEPS):
         p, u = weights(excess(largest, factor, (m + t)[:, None], t[:, None], False), alpha, ALPHA, False)
         t += tl.maximum(newton_step(tl.sum(p, 1), tl.sum(u, 1), alpha, ALPHA), 0.0)
-    t -= (1.0 + tl.abs(m)) * ROUNDING
-    row_state += 2 * (batch * state_batch + head * rows_q + offset_q)
-    tl.store(row_state + 2 * row, m, mask=row < extent_q)
-    tl.store(row_state + 2 * row + 1, t, mask=row < extent_q)
+    return m, t - (1.0 + tl.abs(m)) * ROUNDING
 
 
 @triton.jit
@@ -170,17 +134,16 @@ def upper_half(x):
 
 
 @triton.jit
-def list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge):
+def list_candidates(listed, numbers, t, first, inner_first, inner, edge):
     """Lists the visible tiles with a number above the lowest t of its rows: (inner ones, all), inner first."""
     threshold = tl.min(tl.reshape(t, [TILE // GROUP, GROUP]), 1)[:, None]
-    numbers += tl.arange(0, TILE // GROUP)[:, None] * tiles_k
     count = 0
     inner_count = 0
     for start in range(0, inner + edge, CHUNK):
         index = start + tl.arange(0, CHUNK)
         tile = ordered_tile(index, first, inner_first, inner)
         known = index < inner + edge
-        number = tl.load(numbers + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
+        number = tl.load(numbers[:, None] + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
         above = number.to(tl.float32, bitcast=True) > threshold
         wanted = known & (tl.max(above.to(tl.int32), 0) > 0)
         count = append(listed, count, tile, wanted)
@@ -225,11 +188,13 @@ def attend(
     heads, group, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words, width, width_v,
     kind_q, kind_k, kind_alpha, has_slopes, window_left, window_right, scale, alpha,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
+    SCAN_N: tl.constexpr,
 ):  # fmt: skip
-    """Completes row_state with t = tau - m, writes the output and one bit for each tile that holds weight.
+    """m and t = tau - m of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
+    holds weight.
 
-    Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE. `numbers` comes from scan and is used up,
-    `lists` is scratch."""
+    Programs: ceil(limit_q / BLOCK_M) * heads * batch; BLOCK_M is TILE. scan takes SCAN_N keys at a time. Scratch:
+    `numbers`, (4 ceil(limit_q / 64), ceil(limit_k / 64)) a head, and `lists`, one entry where those have four."""
     block, head, batch = program(tl.cdiv(limit_q, BLOCK_M), heads)
     offset_q, length_q, extent_q = sequence(lengths_q, kind_q, batch, rows_q, limit_q)
     offset_k, length_k, _extent_k = sequence(lengths_k, kind_k, batch, rows_k, limit_k)
@@ -251,27 +216,29 @@ def attend(
     alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
     factor = score_scale(scale, alpha)
     slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)
-    EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
-    m = tl.load(row_state + 2 * row, mask=row < extent_q, other=0.0)
-    t = tl.load(row_state + 2 * row + 1, mask=row < extent_q, other=0.0)
+    first, inner_first, inner, edge = visible_tiles(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
+    seen_first, seen_end = keys_of_block(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
+    tile_row = first_tile_row(kind_q, batch, heads, head, offset_q, tile_rows) + first_row // TILE
+    numbers += (tile_row * (TILE // GROUP) + tl.arange(0, TILE // GROUP)) * tiles_k
+    listed = lists + tile_row * tiles_k
+
+    m, t = scan(
+        q, query, first_row, length_q, query_row, key, length_k, key_row, width, numbers,
+        first_key, end_key, diagonal, first, inner_first, inner, edge, slope, factor, alpha,
+        BLOCK_M, SCAN_N, PAD, STEP, ALPHA,
+    )  # fmt: skip
     finite = visible & (tl.abs(m) + alpha < float("inf"))  # alpha may be NaN
     m = tl.where(finite, m, 0.0)
     t = tl.where(finite, t, float("inf"))  # rows that see nothing, and rows that are NaN, weigh nothing below
-
-    tile_row = first_tile_row(kind_q, batch, heads, head, offset_q, tile_rows) + first_row // TILE
-    place = tile_row * tiles_k
-    numbers += place * (TILE // GROUP)
-    group_numbers = numbers + tl.arange(0, TILE // GROUP) * tiles_k
-    listed = lists + place
-    SPLIT: tl.constexpr = TILE // BLOCK_N  # a tile is visited in so many steps
-    first, inner_first, inner, edge = visible_tiles(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
-    seen_first, seen_end = keys_of_block(first_row, BLOCK_M, length_q, length_k, window_left, window_right)
-    inner_count, count = list_candidates(listed, numbers, tiles_k, t, first, inner_first, inner, edge)
+    tl.debug_barrier()  # what other threads wrote is read from here on
+    inner_count, count = list_candidates(listed, numbers, t, first, inner_first, inner, edge)
     # Half the code, where hiding keys is little of the time: every tile counts as an edge.
     FIRST: tl.constexpr = 1 if ALPHA == ALPHA_ANY else 0
     if FIRST:
         inner_count = 0
 
+    EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
+    SPLIT: tl.constexpr = TILE // BLOCK_N  # a tile is visited in so many steps
     acc = tl.zeros([BLOCK_M, PAD], tl.float32)
     sum_p = tl.zeros([BLOCK_M], tl.float32)
     sum_u = tl.zeros([BLOCK_M], tl.float32)
@@ -280,7 +247,8 @@ def attend(
     moving = finite  # rows that look for t; the others stay as they are, so that no row's bits depend on its neighbours
     attempts = 0
     outputs = 0
-    while tl.max(moving.to(tl.int32), 0) > 0:
+    more = 1
+    while more > 0:
         # 1. Sums at t, until all rows are a step away. Before a second output they mostly are; for a third it takes new
         # sums, as what sum u is guessed from then is two steps old.
         distant = moving & (outputs % 2 == 0)
@@ -347,7 +315,7 @@ def attend(
                 weight = tl.where(part_of(index, SPLIT) > 0, weight, 0)
                 here = tl.reshape(here.to(tl.int32, bitcast=True), [TILE // GROUP, GROUP * 8])
                 weight = tl.maximum(weight, tl.max(here, 1))  # as integers, which order as numbers from 0 on do
-                tl.store(group_numbers + tile, (weight > 0).to(tl.int16))
+                tl.store(numbers + tile, (weight > 0).to(tl.int16))
         sum_p = tl.sum(part_p, 1)
         here_u = tl.sum(part_u, 1) if ALPHA == ALPHA_ANY else sum_u + slope_u * sum_p
         if ALPHA == ALPHA_1_5:  # u <= -t, so this is a bound: no step passes the maximum, settled support or not
@@ -359,6 +327,7 @@ def attend(
         moved = (t + step != t) & (attempts < ATTEMPTS)
         moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(key.dtype.element_ty))
         t = tl.where(moving, t + step, t)
+        more = tl.max(moving.to(tl.int32), 0)
 
     broken = visible & ~finite
     m = tl.where(broken, float("nan"), m)
@@ -375,9 +344,8 @@ def attend(
     for start in range(0, tile_words, CHUNK // WORD):
         tile = start * WORD + tl.arange(0, CHUNK)
         seen = (tile >= first) & (tile < first + inner + edge)
-        number = tl.load(
-            numbers + tl.arange(0, TILE // GROUP)[:, None] * tiles_k + tile[None, :], mask=seen[None, :], other=0
-        )  # 1 where a visited tile holds weight; those of scan are negative or NaN
+        # 1 where a visited tile holds weight; those of scan are negative or NaN
+        number = tl.load(numbers[:, None] + tile[None, :], mask=seen[None, :], other=0)
         marked = seen & (spoilt | (tl.max((number == 1).to(tl.int32), 0) > 0))
         bits = tl.reshape(marked.to(tl.int32) << (tile % WORD), [CHUNK // WORD, WORD])
         tl.store(tiles + start + words, tl.sum(bits, 1), mask=start + words < tile_words)

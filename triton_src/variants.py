@@ -27,7 +27,6 @@ ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
 ALIGNMENT = 16
 
 ATTENTION = {
-    "scan": forward.scan,
     "attend": forward.attend,
     "grad_query": backward.grad_query,
     "grad_key_value": backward.grad_key_value,
@@ -52,7 +51,6 @@ ARGUMENT_TYPES = {
 }
 # What each kernel writes; all other pointers are const in C++.
 WRITTEN = {
-    "scan": ("row_state", "numbers"),
     "attend": ("out", "row_state", "tiles", "numbers", "lists"),
     "grad_query": ("grad_query", "terms", "alpha_terms", "lists"),
     "grad_key_value": ("grad_key", "grad_value", "lists"),
@@ -76,7 +74,8 @@ class Variant:
     warps: int
     stages: int
     registers: int | None  # at most so many a thread, so that more programs fit a multiprocessor; None: no limit
-    hot: bool  # most used: has limits of its own in limits.json
+    scan_n: int | None = None  # keys that attend scans at a time
+    hot: bool = False  # most used: has limits of its own in limits.json
 
     @property
     def name(self):
@@ -84,7 +83,8 @@ class Variant:
 
     @property
     def constants(self):
-        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, PAD=self.pad, STEP=self.step, ALPHA=ALPHAS[self.alpha])
+        found = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, PAD=self.pad, STEP=self.step, ALPHA=ALPHAS[self.alpha])
+        return found if self.scan_n is None else {**found, "SCAN_N": self.scan_n}
 
     def arguments(self):
         """[(name, Triton's type)] of the run-time arguments, in order."""
@@ -108,16 +108,13 @@ class Variant:
         return divisors
 
 
-# (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers); sm_90 as `python -m triton_src.tune` found them.
-# scan's BLOCK_M and BLOCK_N are multiples of TILE. The others take a tile of rows (grad_key_value: of keys), and along
-# the other side a tile or part of one at a time.
+# (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers; for attend also how many keys it scans at a time).
+# Those of sm_90 are what `python -m triton_src.tune` found. A program takes a tile of rows (grad_key_value: of keys),
+# and along the other side a tile or part of one at a time; what attend scans at a time are whole tiles.
 HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
-    ("scan", 64): (64, 256, 64, 4, 3, None),
-    ("scan", 128): (64, 128, 128, 4, 3, None),
-    ("scan", 256): (64, 128, 256, 8, 1, None),
-    ("attend", 64): (64, 64, 64, 4, 3, 168),
-    ("attend", 128): (64, 64, 128, 4, 3, None),
-    ("attend", 256): (64, 32, 256, 8, 2, None),
+    ("attend", 64): (64, 64, 64, 4, 3, 168, 128),
+    ("attend", 128): (64, 64, 128, 4, 3, None, 128),
+    ("attend", 256): (64, 32, 256, 8, 2, None, 128),
     ("grad_query", 64): (64, 64, 64, 4, 3, None),
     ("grad_query", 128): (64, 32, 128, 4, 3, None),
     ("grad_query", 256): (64, 32, 128, 8, 1, None),
@@ -127,10 +124,8 @@ HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 2
 }
 HALF_80 = {  # sm_80: operands of matrix products are registers
     **HALF_90,
-    ("scan", 64): (128, 64, 64, 4, 3, None),
-    ("scan", 128): (128, 64, 128, 8, 2, None),
-    ("attend", 64): (64, 64, 64, 4, 2, None),
-    ("attend", 128): (64, 32, 128, 8, 2, None),
+    ("attend", 64): (64, 64, 64, 4, 2, None, 64),
+    ("attend", 128): (64, 32, 128, 8, 2, None, 128),
     ("grad_query", 64): (64, 64, 64, 4, 2, None),
     ("grad_query", 128): (64, 64, 128, 8, 2, None),
     ("grad_key_value", 64): (32, 64, 64, 4, 2, None),
@@ -138,20 +133,26 @@ HALF_80 = {  # sm_80: operands of matrix products are registers
 }
 HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
     **HALF_80,
-    ("scan", 256): (64, 64, 256, 8, 1, None),
-    ("attend", 256): (64, 32, 128, 8, 1, None),
+    ("attend", 256): (64, 32, 128, 8, 1, None, 64),
 }
 HALF = dict.fromkeys((90, 100, 103), HALF_90) | {80: HALF_80} | dict.fromkeys((86, 89, 120), HALF_SMALL)
-ANY_ALPHA = {  # half types: powers want registers
-    "scan": (64, 64, 4, 3, 168),
-    "attend": (64, 32, 4, 3, 168),
-    "grad_query": (64, 32, 4, 3, None),
-    "grad_key_value": (32, 64, 4, 3, None),
+ANY_90 = {  # half types and any alpha: powers want registers
+    ("attend", 64): (64, 32, 64, 4, 3, 168, 128),
+    ("attend", 128): (64, 32, 128, 4, 3, 168, 64),
+    ("grad_query", 64): (64, 32, 64, 4, 3, None),
+    ("grad_query", 128): (64, 32, 128, 4, 3, None),
+    ("grad_key_value", 64): (32, 64, 64, 4, 3, None),
+    ("grad_key_value", 128): (32, 64, 128, 4, 3, None),
 }
+ANY_80 = {
+    **ANY_90,
+    ("attend", 64): (64, 32, 64, 8, 2, None, 64),
+    ("attend", 128): (64, 32, 128, 8, 2, None, 64),
+}
+ANY = dict.fromkeys((90, 100, 103), ANY_90) | dict.fromkeys((80, 86, 89, 120), ANY_80)
 FP32 = {  # six bf16 products for one: large code and many registers, so small blocks
     (kernel, pad): {
-        "scan": (64, 64, 32, 8, 1, None),
-        "attend": (64, 32, 32, 8, 1, None),
+        "attend": (64, 32, 32, 8, 1, None, 64),
         "grad_query": (64, 32, 32, 8, 1, None),
         "grad_key_value": (32, 64, 32, 8, 1, None),
     }[kernel]
@@ -163,10 +164,7 @@ FP32 = {  # six bf16 products for one: large code and many registers, so small b
 def tile(arch, kernel, dtype, pad, alpha):
     if dtype == "fp32":
         return FP32[kernel, pad]
-    if alpha == "any" and pad <= 128:
-        block_m, block_n, *rest = ANY_ALPHA[kernel]
-        return block_m, block_n, pad, *rest
-    return HALF[arch][kernel, pad]
+    return (ANY if alpha == "any" and pad <= 128 else HALF)[arch][kernel, pad]
 
 
 def specialisations():

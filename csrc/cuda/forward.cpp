@@ -18,17 +18,8 @@ void forward_part(const Call& call, const at::Tensor& out, const at::Tensor& sta
   const at::Tensor numbers = call.empty_by_query_tile(at::kLong);  // four of 16 bits
   const at::Tensor lists = call.empty_by_query_tile(at::kInt);
 
-  const Variant &first = call.variant(Kernel::kScan), &rest = call.variant(Kernel::kAttend);
-  TORCH_INTERNAL_ASSERT(first.block_m % rest.block_m == 0, "attend would read tiles that scan did not visit");
-  scan(first, call.place, call.query_programs(first),
-       {
-           .query = rows_of(call.query),
-           .key = rows_of(call.key),
-           .row_state = state.mutable_data_ptr<float>(),
-           .numbers = static_cast<int16_t*>(numbers.mutable_data_ptr()),
-           .call = call.arguments,
-       });
-  attend(rest, call.place, call.query_programs(rest),
+  const Variant& variant = call.variant(Kernel::kAttend);
+  attend(variant, call.place, call.query_programs(variant),
          {
              .query = rows_of(call.query),
              .key = rows_of(call.key),

@@ -11,8 +11,8 @@
 namespace adasplash::cuda {
 
 // The names and their order are those of triton_src/variants.py, by way of the generated launchers.
-enum class Kernel { kScan, kAttend, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
-constexpr const char* kKernelNames[] = {"scan", "attend", "grad_query", "grad_key_value", "activate", "activate_grad"};
+enum class Kernel { kAttend, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
+constexpr const char* kKernelNames[] = {"attend", "grad_query", "grad_key_value", "activate", "activate_grad"};
 enum class Alpha { kAny, k15, k2 };
 
 // How kernels take sequence lengths.

@@ -50,21 +50,6 @@ struct CallArguments {
   Exactly<float> alpha;
 };
 
-struct ScanArguments {
-  Rows query;
-  Rows key;
-  Exactly<float*> row_state;
-  Exactly<int16_t*> numbers;
-  CallArguments call;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
-};
-static_assert(sizeof(ScanArguments) == 224);
-inline void scan(const Variant& variant, const Place& place, int64_t programs,
-                 const ScanArguments& arguments) {
-  launch(Kernel::kScan, variant, place, programs, &arguments, sizeof arguments);
-}
-
 struct AttendArguments {
   Rows query;
   Rows key;

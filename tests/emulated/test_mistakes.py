@@ -78,8 +78,8 @@ def test_untampered_it_is_right(driver):
 @pytest.mark.parametrize(
     "kernel, one, other",
     (
-        ("scan", "query_head", "key_head"),
-        ("scan", "key_batch", "key_head"),
+        ("attend", "query_head", "key_head"),
+        ("attend", "key_batch", "key_head"),
         ("attend", "key", "value"),
         ("attend", "scale", "alpha"),
         ("attend", "window_left", "window_right"),
@@ -102,7 +102,7 @@ def test_swapped_arguments(tamper, kernel, one, other):
     assert not is_right()
 
 
-@pytest.mark.parametrize("kernel", ("scan", "attend", "grad_query", "grad_key_value"))
+@pytest.mark.parametrize("kernel", ("attend", "grad_query", "grad_key_value"))
 def test_too_few_programs(tamper, kernel):
     tamper(lambda variant, arguments, programs: programs - 1 if variant["kernel"] == kernel else programs)
     assert not is_right()
@@ -159,7 +159,7 @@ def test_a_symbol_that_the_manifest_does_not_have(driver, monkeypatch):
     driver.set_place(2)
     monkeypatch.setattr(driver, "manifest", {"variants": []})
     inputs = make_inputs(1, 1, 5, 6, size=200, dtype=torch.float16)  # not loaded by another test on this device
-    with pytest.raises(RuntimeError, match=r"cuLibraryGetKernel failed for scan_fp16_d256.*NOT_FOUND"):
+    with pytest.raises(RuntimeError, match=r"cuLibraryGetKernel failed for attend_fp16_d256.*NOT_FOUND"):
         torch.ops.adasplash.entmax_attn(*inputs)
 
 
@@ -189,7 +189,8 @@ def test_what_the_stand_in_refuses(driver, change, error):
 
     attend()
     driver.run_kernels = False
-    handle, variant = next((i, v) for i, v in enumerate(driver.kernels, 1) if v["kernel"] == "scan" and v["arch"] == 90)
+    found = ((i, v) for i, v in enumerate(driver.kernels, 1) if v["kernel"] == "attend" and v["arch"] == 90)
+    handle, variant = next(found)
     config = Config((1, 1, 1), (variant["warps"] * 32, 1, 1), variant["shared"])
     for name, value in change.items():
         setattr(config, name, type(getattr(config, name))(*value) if isinstance(value, tuple) else value)
@@ -205,9 +206,11 @@ def test_what_the_stand_in_refuses(driver, change, error):
 LAUNCH = """
 #include "cuda/launchers.h"
 using namespace adasplash::cuda;
-void test(const Variant& variant, const Rows& rows, float* floats, int16_t* numbers, const CallArguments& call) {
-  scan(variant, Place{0, nullptr}, 1, {
-      .query = rows, .key = rows, .row_state = floats, .numbers = numbers, .call = call});
+void test(const Variant& variant, const Rows& rows, const MutableRows& out, float* floats, int32_t* words,
+          int16_t* numbers, const CallArguments& call) {
+  attend(variant, Place{0, nullptr}, 1, {
+      .query = rows, .key = rows, .value = rows, .out = out, .row_state = floats, .tiles = words, .numbers = numbers,
+      .lists = words, .call = call});
   activate(variant, Place{0, nullptr}, 1, {
       .input = static_cast<const void*>(floats), .out = static_cast<void*>(floats),
       .row_alpha = static_cast<const float*>(floats), .own_alphas = int64_t{1}, .rows = int64_t{1},
@@ -222,7 +225,7 @@ void test(const Variant& variant, const Rows& rows, float* floats, int16_t* numb
         (None, None),
         (".numbers = numbers,", ""),
         (".rows = int64_t{1}", ".rows = 1"),
-        (".row_state = floats, .numbers = numbers", ".numbers = numbers, .row_state = floats"),
+        (".row_state = floats, .tiles = words", ".tiles = words, .row_state = floats"),
         (".numbers = numbers", ".numbers = floats"),
     ),
     ids=("right", "dropped", "narrow", "swapped", "mistyped"),

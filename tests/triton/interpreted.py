@@ -26,10 +26,9 @@ TILE = common.TILE.value
 
 @dataclass(frozen=True)
 class Tiles:
-    """Block sides of scan, the side along which the others walk tiles, and columns at a time (None: all)."""
+    """Keys that attend scans at a time, the side along which kernels walk tiles, and columns at a time (None: all)."""
 
-    block_m: int = 64
-    block_n: int = 64
+    scan_n: int = 64
     walk: int = 64
     step: int | None = None
 
@@ -103,12 +102,12 @@ def attention(
     pad = max(16, 1 << (max(width, width_v) - 1).bit_length())
     step = tiles.step or pad
 
-    def launch(name, *arguments, block_m=TILE, block_n=tiles.walk):
+    def launch(name, *arguments, block_m=TILE, block_n=tiles.walk, **others):
         rows, programs = (limit_k, block_n) if name == "grad_key_value" else (limit_q, block_m)
         programs = math.ceil(rows / programs) * (kv_heads if name == "grad_key_value" else heads) * batch
         constants = (block_m, block_n, pad, step, variants.ALPHAS[kind])
         with patched_once():
-            variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants)
+            variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants, **others)
 
     # Filled with what must not stay: everything is to be written.
     garbage = 12345.0
@@ -119,14 +118,13 @@ def attention(
         row_state = torch.full((heads, rows_q, 2), garbage)
     key_tiles = math.ceil(limit_k / 64)
     many = () if offsets else (batch,)
-    # The upper half of -inf: a tile that scan forgets is lost.
+    # The upper half of -inf: a tile that the scan forgets is lost.
     numbers = torch.full((*many, heads, 4 * tile_rows, key_tiles), -128, dtype=torch.int16)
     lists = torch.full((*many, heads, tile_rows, key_tiles), 1 << 30, dtype=torch.int32)
     bits = torch.full((*many, heads, tile_rows, tile_words), -1, dtype=torch.int32)
     if offsets or tile_rows != counts[0]:
         bits.zero_()  # as forward (csrc/cuda/forward.cpp) does: attend does not write all of it
-    launch("scan", *rows(query, key), row_state, numbers, block_m=tiles.block_m, block_n=tiles.block_n)
-    launch("attend", *rows(query, key, value, out), row_state, bits, numbers, lists)
+    launch("attend", *rows(query, key, value, out), row_state, bits, numbers, lists, SCAN_N=tiles.scan_n)
     if grad is None:
         return Result(out, row_state, bits)
 

@@ -10,7 +10,7 @@ from common import HALF, assert_accurate, assert_same_bits, gradients, make_inpu
 pytestmark = pytest.mark.backends("cpu")
 
 SMALL = Tiles()
-BIG = Tiles(block_m=128, block_n=128)
+BIG = Tiles(scan_n=128)
 PARTS = Tiles(walk=16, step=16)
 TYPES = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -127,8 +127,8 @@ def test_window(window, is_causal, m, n):
 
 
 def test_window_over_many_tiles():
-    """scan takes four tiles at a time, from wherever the first is that all rows see."""
-    check(make_inputs(1, 1, 200, 900, size=16), 1.5, window=(500, 70), tiles=Tiles(block_n=256))
+    """Four tiles are scanned at a time, from wherever the first is that all rows see."""
+    check(make_inputs(1, 1, 200, 900, size=16), 1.5, window=(500, 70), tiles=Tiles(scan_n=256))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -53,7 +53,7 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
         assert one["registers"] > 0 and one["size"] <= limits["cubin_bytes"], one["name"]
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
         assert not one["hot"] or one["spilled"] <= limits["spilled_bytes"][one["kernel"]], one["name"]
-    assert sum(one["hot"] for one in found.values()) == 64
+    assert sum(one["hot"] for one in found.values()) == 48
 
 
 @pytest.mark.slow
@@ -73,7 +73,7 @@ def test_other_architectures_compile(tmp_path, outside, arch):
 import sys
 from triton_src import compile, variants
 largest = [v for v in variants.variants({arch}) if v.name.endswith("bf16_d256_aany")]
-assert len(largest) == 4, [v.name for v in largest]
+assert len(largest) == 3, [v.name for v in largest]
 for variant in largest:
     one, _ = compile.compile_variant(variant, {arch}, sys.argv[1])
     assert one["shared"] <= variants.SHARED_KIB[{arch}] * 1024, one["name"]
@@ -92,9 +92,8 @@ def test_tables_are_consistent():
             for side, length in enumerate(sides):
                 assert 64 % length == 0 if side == walked else length % 64 == 0, variant.name
             assert variant.pad % variant.step == 0
-            if variant.kernel == "attend":
-                first = table[f"scan_{variant.dtype}_d{variant.pad}_a{variant.alpha}"]
-                assert first.block_m % variant.block_m == 0, "attend would read tiles that scan did not visit"
+            assert (variant.scan_n is not None) == (variant.kernel == "attend")
+            assert variant.scan_n in (None, 64, 128, 256), variant.name
 
 
 def test_rows_of_activations_fit():
