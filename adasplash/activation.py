@@ -33,6 +33,9 @@ def entmax(input: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> T
         RuntimeError: an argument does not fit; the message names it. IndexError for dim. NotImplementedError for double
             backward and forward-mode AD.
     """
+    if not torch.jit.is_scripting():  # an eager call that names no overload takes longer than the op: torch tries them
+        op = torch.ops.adasplash.entmax
+        return op.tensor_alpha(input, alpha, dim) if isinstance(alpha, Tensor) else op.default(input, alpha, dim)
     if isinstance(alpha, Tensor):
         return torch.ops.adasplash.entmax(input, alpha, dim)
     return torch.ops.adasplash.entmax(input, alpha, dim)
@@ -40,9 +43,9 @@ def entmax(input: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> T
 
 def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
     """`entmax` with α = 2: the Euclidean projection of the scores onto the simplex (Martins and Astudillo, 2016)."""
-    return torch.ops.adasplash.entmax(input, 2.0, dim)
+    return entmax(input, 2.0, dim)
 
 
 def entmax15(input: Tensor, dim: int = -1) -> Tensor:
     """`entmax` with α = 1.5."""
-    return torch.ops.adasplash.entmax(input, 1.5, dim)
+    return entmax(input, 1.5, dim)

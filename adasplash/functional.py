@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def _overload(op, alpha):
+    """The overload of an op (``OpOverloadPacket``) that takes this alpha. An eager call that names none has torch try
+    them in turn, which takes longer than the op does."""
+    return op.per_head if isinstance(alpha, Tensor) else op.default
+
+
 def entmax_attn(
     query: Tensor,
     key: Tensor,
@@ -58,6 +64,19 @@ def entmax_attn(
         RuntimeError: an argument does not fit; the message names it. NotImplementedError, a subclass, for options that
             a backend does not have yet, for double backward and for forward-mode AD.
     """
+    if not torch.jit.is_scripting():
+        return _overload(torch.ops.adasplash.entmax_attn, alpha)(
+            query,
+            key,
+            value,
+            alpha,
+            is_causal,
+            scale=scale,
+            q_seqlens=q_seqlens,
+            kv_seqlens=kv_seqlens,
+            window=window,
+            alibi_slopes=alibi_slopes,
+        )
     # The same call twice: TorchScript chooses the overload for each branch by the type that alpha has there.
     if isinstance(alpha, Tensor):
         return torch.ops.adasplash.entmax_attn(
@@ -130,7 +149,22 @@ def entmax_attn_varlen(
         RuntimeError: an argument does not fit; the message names it. NotImplementedError, a subclass, for options that
             a backend does not have yet, for double backward and for forward-mode AD.
     """
-    if isinstance(alpha, Tensor):
+    if not torch.jit.is_scripting():
+        return _overload(torch.ops.adasplash.entmax_attn_varlen, alpha)(
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            alpha,
+            is_causal,
+            scale=scale,
+            window=window,
+            alibi_slopes=alibi_slopes,
+        )
+    if isinstance(alpha, Tensor):  # as above
         return torch.ops.adasplash.entmax_attn_varlen(
             query,
             key,
