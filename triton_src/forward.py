@@ -19,6 +19,7 @@ from .common import (
     ALPHA_1_5,
     ALPHA_2,
     ALPHA_ANY,
+    EDGE_STAGES,
     TILE,
     WORD,
     add,
@@ -78,8 +79,9 @@ def scan(
     never = tl.where(first_key < end_key, 0.0, float("-inf"))  # rows that see nothing ask for no tile
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     largest = tl.full([BLOCK_M, CLASSES], float("-inf"), tl.float32)
+    STAGES: tl.constexpr = None if ALPHA == ALPHA_ANY else EDGE_STAGES
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find m there
-        for index in range(edge if EDGE else whole // MANY):
+        for index in tl.range(edge if EDGE else whole // MANY, num_stages=STAGES if EDGE else None):
             if EDGE:
                 tile = ordered_tile(whole + edge - 1 - index, first, inner_first, whole)
             else:
@@ -234,6 +236,7 @@ def attend(
     inner_count, count = list_candidates(listed, numbers, t, first, inner_first, inner, edge)
     # Half the code, where hiding keys is little of the time: every tile counts as an edge.
     FIRST: tl.constexpr = 1 if ALPHA == ALPHA_ANY else 0
+    STAGES: tl.constexpr = None if FIRST else EDGE_STAGES
     if FIRST:
         inner_count = 0
 
@@ -261,7 +264,7 @@ def attend(
             for EDGE in tl.static_range(FIRST, 2):
                 begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
                 ahead = listed_tile(listed, begin, end, SPLIT)
-                for index in range(begin, end):
+                for index in tl.range(begin, end, num_stages=STAGES if EDGE else None):
                     first_j = tile_inside(ahead, length_k, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_N
                     ahead = listed_tile(listed, index + 1, end, SPLIT)
                     s = visible_scores(
@@ -296,7 +299,7 @@ def attend(
         for EDGE in tl.static_range(FIRST, 2):
             begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
             ahead = listed_tile(listed, begin, end, SPLIT)
-            for index in range(begin, end):
+            for index in tl.range(begin, end, num_stages=STAGES if EDGE else None):
                 tile = tile_inside(ahead, length_k, EDGE)
                 ahead = listed_tile(listed, index + 1, end, SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
