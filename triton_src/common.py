@@ -11,6 +11,7 @@ from triton.language.extra import libdevice
 
 TILE = tl.constexpr(64)  # side of the tiles that the op's tile bits speak of
 WORD = tl.constexpr(32)  # tile bits in a word
+CHUNK = tl.constexpr(128)  # tiles of a row or column that are looked at together
 EDGE_STAGES = tl.constexpr(2)  # of loops over edges, mostly a step or two: deeper ones only begin and end for longer
 UNLIMITED = 1 << 30  # a window bound that never binds, small enough that adding a row index does not overflow
 

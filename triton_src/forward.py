@@ -19,6 +19,7 @@ from .common import (
     ALPHA_1_5,
     ALPHA_2,
     ALPHA_ANY,
+    CHUNK,
     EDGE_STAGES,
     TILE,
     WORD,
@@ -60,7 +61,6 @@ BOUND_STEPS_1_5 = tl.constexpr(3)
 BOUND_STEPS = tl.constexpr(5)
 # How much an fp32 z - m or a bound of t may be off, relative to m or to 1: a few roundings.
 ROUNDING = tl.constexpr(2.0**-21)
-CHUNK = tl.constexpr(128)  # tiles of a row that are looked at together
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 
