@@ -77,7 +77,7 @@ def entmax_attn(
             window=window,
             alibi_slopes=alibi_slopes,
         )
-    # The same call twice: TorchScript chooses the overload for each branch by the type that alpha has there.
+    # TorchScript knows no overload by name; it chooses one for each branch by the type that alpha has there.
     if isinstance(alpha, Tensor):
         return torch.ops.adasplash.entmax_attn(
             query,

@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -48,7 +49,7 @@ def peers(alpha: float) -> dict[str, Function]:
 
 class Runner(LocalRunner):
     def __init__(self, function: Function, x: Tensor, grad: Tensor) -> None:
-        self._attention = function
+        self._attention, self._within = function, nullcontext
         self._inputs, self._leaves, self._grad = (x,), (x.detach().requires_grad_(),), grad
         self._clock = _CudaClock() if x.is_cuda else _CpuClock()
 

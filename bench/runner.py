@@ -44,7 +44,7 @@ class LocalRunner:
 
     def __init__(self, peer: Peer, case: Case, inputs: Inputs, grad: Tensor) -> None:
         self.peer = peer
-        self._attention = peer.build(case)
+        self._attention, self._within = peer.build(case), peer.within
         self._inputs = inputs
         self._leaves = Inputs(*(x.detach().requires_grad_() for x in inputs))
         self._grad = grad
@@ -52,11 +52,16 @@ class LocalRunner:
 
     def results(self, grad: Tensor) -> tuple[Tensor, ...]:
         """out, dq, dk, dv for a gradient of out; the tensors (B, H, N, D) of the case."""
-        out = self._attention(*self._leaves)
-        return out.detach(), *torch.autograd.grad(out, self._leaves, grad)
+        with self._within():
+            out = self._attention(*self._leaves)
+            return out.detach(), *torch.autograd.grad(out, self._leaves, grad)
 
     def sample(self, calls: int) -> Seconds:
         """Times `calls` forward calls, then as many training steps, whose two halves are timed separately."""
+        with self._within():
+            return self._sample(calls)
+
+    def _sample(self, calls: int) -> Seconds:
         forward = backward = both = 0.0
         clock = self._clock
         enabled = gc.isenabled()

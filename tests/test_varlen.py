@@ -238,6 +238,15 @@ def test_contradictions_are_no_stray_access(backend, case):
 
 
 @pytest.mark.backends("emulated", "cuda")
+def test_sequences_that_share_tile_rows(backend):
+    """Where cu_seqlens decrease, two sequences have scratch and tile bits in common: wrong rows, but numbers."""
+    tensors = [torch.randn(300, 2, 16, device=backend.device).requires_grad_() for _ in range(3)]
+    ends = torch.tensor([0, 300, 0, 300], dtype=torch.int32, device=backend.device)
+    out = entmax_attn_varlen(*tensors, ends, ends, 300, 300)
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), tensors)))
+
+
+@pytest.mark.backends("emulated", "cuda")
 def test_tokens_too_far_apart_for_a_gpu(backend):
     inputs = [torch.zeros(2, heads, 256, dtype=torch.float16, device=backend.device) for heads in (2**15 + 1,) * 3]
     ends = torch.tensor([0, 2], dtype=torch.int32, device=backend.device)

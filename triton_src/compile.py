@@ -164,8 +164,8 @@ def broken_limits(descriptions):
             yield f"{where}: {one['shared']} bytes of shared memory, the architecture has {SHARED_KIB[one['arch']]} KiB"
         if one["size"] > LIMITS["cubin_bytes"]:
             yield f"{where}: {one['size']} bytes of machine code, the limit is {LIMITS['cubin_bytes']}"
-        if one["hot"] and one["spilled"] > LIMITS["spilled_bytes"][one["kernel"]]:
-            yield f"{where}: hot, but spills {one['spilled']} bytes"
+        if one["spilled"] > LIMITS["spilled_bytes"][one["kernel"] if one["hot"] else "not hot"]:
+            yield f"{where}: spills {one['spilled']} bytes"
     default = sum(len(variants(arch)) for arch in DEFAULT_ARCHS)
     if default > LIMITS["default_variants"]:
         yield f"{default} default variants, the limit is {LIMITS['default_variants']}"

@@ -109,8 +109,9 @@ class Variant:
 
 
 # (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers; for attend also how many keys it scans at a time).
-# Those of sm_90 are what `python -m triton_src.tune` found. A program takes a tile of rows (grad_key_value: of keys),
-# and along the other side a tile or part of one at a time; what attend scans at a time are whole tiles.
+# Those of sm_90 were the fastest on a GPU, those of sm_80 are the ones that spill little. `python -m triton_src.tune`
+# tries shapes. A program takes a tile of rows (grad_key_value: of keys), and along the other side a tile or part of one
+# at a time; what attend scans at a time are whole tiles.
 HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
     ("attend", 64): (64, 64, 64, 4, 3, 168, 128),
     ("attend", 128): (64, 64, 128, 4, 3, None, 128),
@@ -148,6 +149,8 @@ ANY_80 = {
     **ANY_90,
     ("attend", 64): (64, 32, 64, 8, 2, None, 64),
     ("attend", 128): (64, 32, 128, 8, 2, None, 64),
+    ("grad_query", 128): (64, 32, 64, 8, 2, None),
+    ("grad_key_value", 128): (32, 64, 128, 8, 2, None),
 }
 ANY = dict.fromkeys((90, 100, 103), ANY_90) | dict.fromkeys((80, 86, 89, 120), ANY_80)
 FP32 = {  # six bf16 products for one: large code and many registers, so small blocks

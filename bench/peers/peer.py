@@ -1,6 +1,7 @@
 """The interface of whatever is timed."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Peer:
     refuses: says why it cannot do a case, None if it can.
     package_path: environment variable that names the folder to import it from, for a peer that cannot share a process
         with this project; None for all others.
+    within: makes the context that it is called in. It is entered outside of what is timed.
     """
 
     name: str
@@ -31,3 +33,4 @@ class Peer:
     build: Callable[[Case], Attention]
     refuses: Callable[[Case], str | None] = _always
     package_path: str | None = None
+    within: Callable[[], AbstractContextManager] = nullcontext

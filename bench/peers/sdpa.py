@@ -1,5 +1,7 @@
 """torch's own softmax attention: as it chooses by itself, and each of its backends by name."""
 
+from functools import partial
+
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -7,18 +9,11 @@ from bench.case import Case
 from bench.peers.peer import Attention, Peer
 
 
-def _default(case: Case) -> Attention:
+def _build(case: Case) -> Attention:
     return lambda query, key, value: scaled_dot_product_attention(query, key, value, is_causal=case.causal)
 
 
 def _backend(name: str, label: str, backend: SDPBackend, devices: tuple[str, ...], half_only: bool = False) -> Peer:
-    def build(case: Case) -> Attention:
-        def attention(query, key, value):
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(query, key, value, is_causal=case.causal)
-
-        return attention
-
     def refuses(case: Case) -> str | None:
         if case.device not in devices:
             return f"not on {case.device}"
@@ -26,11 +21,11 @@ def _backend(name: str, label: str, backend: SDPBackend, devices: tuple[str, ...
             return "half types only"
         return None
 
-    return Peer(name, label, "softmax", build, refuses)
+    return Peer(name, label, "softmax", _build, refuses, within=partial(sdpa_kernel, backend))
 
 
 PEERS = [
-    Peer("sdpa", "torch SDPA (softmax)", "softmax", _default),
+    Peer("sdpa", "torch SDPA (softmax)", "softmax", _build),
     _backend("sdpa-flash", "SDPA flash", SDPBackend.FLASH_ATTENTION, ("cpu", "cuda"), half_only=True),
     _backend("sdpa-efficient", "SDPA efficient", SDPBackend.EFFICIENT_ATTENTION, ("cuda",)),
     _backend("sdpa-cudnn", "SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, ("cuda",), half_only=True),

@@ -7,7 +7,7 @@ namespace adasplash::cuda {
 namespace {
 
 std::atomic<int64_t> scratch_limit{int64_t{1} << 28};  // bytes
-constexpr int64_t kScratchOfTile = 12;                 // bytes: attend's numbers, and an entry of its list
+constexpr int64_t kScratchOfTile = 12;                 // bytes: attend's four numbers, and an entry of its list
 
 }  // namespace
 

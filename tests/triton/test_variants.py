@@ -52,7 +52,7 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
     for one in found.values():
         assert one["registers"] > 0 and one["size"] <= limits["cubin_bytes"], one["name"]
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
-        assert not one["hot"] or one["spilled"] <= limits["spilled_bytes"][one["kernel"]], one["name"]
+        assert one["spilled"] <= limits["spilled_bytes"][one["kernel"] if one["hot"] else "not hot"], one["name"]
     assert sum(one["hot"] for one in found.values()) == 48
 
 
@@ -90,7 +90,7 @@ def test_tables_are_consistent():
             sides = (variant.block_m, variant.block_n)
             walked = {"attend": 1, "grad_query": 1, "grad_key_value": 0}.get(variant.kernel)
             for side, length in enumerate(sides):
-                assert 64 % length == 0 if side == walked else length % 64 == 0, variant.name
+                assert 64 % length == 0 if side == walked else length == 64, variant.name
             assert variant.pad % variant.step == 0
             assert (variant.scan_n is not None) == (variant.kernel == "attend")
             assert variant.scan_n in (None, 64, 128, 256), variant.name
