@@ -13,7 +13,6 @@ from .common import (
     ALPHA_ANY,
     ALPHA_NUMBER,
     CHUNK,
-    EDGE_STAGES,
     TILE,
     WORD,
     add,
@@ -40,6 +39,7 @@ from .common import (
     score_scale,
     sequence,
     slope_of,
+    stages,
     store_rows,
     threshold_pair,
     tile_bit,
@@ -116,7 +116,6 @@ def grad_query(
         inner_count += tl.sum((wanted & (index < inner)).to(tl.int32), 0)
     tl.debug_barrier()
     FIRST: tl.constexpr = 1 if ALPHA == ALPHA_ANY else 0  # every tile counts as an edge, as in `attend`
-    STAGES: tl.constexpr = None if FIRST else EDGE_STAGES
     if FIRST:
         inner_count = 0
 
@@ -141,7 +140,7 @@ def grad_query(
     for EDGE in tl.static_range(FIRST, 2):
         begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
         ahead = listed_tile(listed, begin, end, SPLIT)
-        for index in tl.range(begin, end, num_stages=STAGES if EDGE else None):
+        for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
             first_j = tile_inside(ahead, length_k, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_N
             ahead = listed_tile(listed, index + 1, end, SPLIT)
             k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
@@ -250,7 +249,6 @@ def grad_key_value(
 
     SPLIT: tl.constexpr = TILE // BLOCK_M  # a tile is visited in so many steps
     FIRST: tl.constexpr = 1 if ALPHA == ALPHA_ANY else 0  # every tile counts as an edge, as in `attend`
-    STAGES: tl.constexpr = None if FIRST else EDGE_STAGES
     tiles += first_tile_row(kind_q, batch, heads, first_head, offset_q, tile_rows) * tile_words + first // TILE // WORD
     bit = first // TILE % WORD
     tiles_q = tl.cdiv(limit_q, TILE)
@@ -285,7 +283,7 @@ def grad_key_value(
         for EDGE in tl.static_range(FIRST, 2):
             begin, end = ((tiles_q - edge_count) * SPLIT, tiles_q * SPLIT) if EDGE else (0, inner_count * SPLIT)
             ahead = listed_tile(listed, begin, end, SPLIT)
-            for index in tl.range(begin, end, num_stages=STAGES if EDGE else None):
+            for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
                 first_row = tile_inside(ahead, length_q, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_M
                 ahead = listed_tile(listed, index + 1, end, SPLIT)
                 q = load_rows(query, first_row, length_q, query_row, width, BLOCK_M, PAD, EDGE, sees_first)

@@ -12,7 +12,6 @@ from triton.language.extra import libdevice
 TILE = tl.constexpr(64)  # side of the tiles that the op's tile bits speak of
 WORD = tl.constexpr(32)  # tile bits in a word
 CHUNK = tl.constexpr(128)  # tiles of a row or column that are looked at together
-EDGE_STAGES = tl.constexpr(2)  # of loops over edges, mostly a step or two: deeper ones only begin and end for longer
 UNLIMITED = 1 << 30  # a window bound that never binds, small enough that adding a row index does not overflow
 
 # How lengths are given (`Lengths` in csrc/cuda/kernels.h says the same).
@@ -137,6 +136,13 @@ def store_rows(base, x, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl
     mask = (column < width)[None, :] & (first + row < limit)[:, None]
     offset = row[:, None] * stride.to(tl.int32) + column[None, :]
     tl.store(base + first.to(tl.int64) * stride + offset, x, mask=mask)
+
+
+@triton.constexpr_function
+def stages(EDGE, ALPHA):
+    """How deep a loop over tiles is pipelined; None: as the variant says. Over edges it is mostly a step or two, and a
+    deeper one only begins and ends for longer. For any alpha all candidates count as edges."""
+    return 2 if EDGE and ALPHA != ALPHA_ANY else None
 
 
 # ---- which keys a row sees -------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def table(descriptions):
             f"{one['name'] + (' *' if one['hot'] else ''):44} {code_name(one['arch']):7} {one['registers']:4} "
             f"{one['spilled']:5} {one['stack']:5} {one['shared']:7} {one['size']:7}"
         )
-    return "\n".join([*lines, "* hot: has a limit on spills, see limits.json", ""])
+    return "\n".join([*lines, "* hot: has a limit of its own on spills, see limits.json", ""])
 
 
 def write_if_changed(path, content):

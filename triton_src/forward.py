@@ -20,7 +20,6 @@ from .common import (
     ALPHA_2,
     ALPHA_ANY,
     CHUNK,
-    EDGE_STAGES,
     TILE,
     WORD,
     add,
@@ -44,6 +43,7 @@ from .common import (
     score_scale,
     sequence,
     slope_of,
+    stages,
     store_rows,
     threshold_pair,
     threshold_step,
@@ -79,9 +79,8 @@ def scan(
     never = tl.where(first_key < end_key, 0.0, float("-inf"))  # rows that see nothing ask for no tile
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     largest = tl.full([BLOCK_M, CLASSES], float("-inf"), tl.float32)
-    STAGES: tl.constexpr = None if ALPHA == ALPHA_ANY else EDGE_STAGES
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find m there
-        for index in tl.range(edge if EDGE else whole // MANY, num_stages=STAGES if EDGE else None):
+        for index in tl.range(edge if EDGE else whole // MANY, num_stages=stages(EDGE, ALPHA)):
             if EDGE:
                 tile = ordered_tile(whole + edge - 1 - index, first, inner_first, whole)
             else:
@@ -236,7 +235,6 @@ def attend(
     inner_count, count = list_candidates(listed, numbers, t, first, inner_first, inner, edge)
     # Half the code, where hiding keys is little of the time: every tile counts as an edge.
     FIRST: tl.constexpr = 1 if ALPHA == ALPHA_ANY else 0
-    STAGES: tl.constexpr = None if FIRST else EDGE_STAGES
     if FIRST:
         inner_count = 0
 
@@ -264,7 +262,7 @@ def attend(
             for EDGE in tl.static_range(FIRST, 2):
                 begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
                 ahead = listed_tile(listed, begin, end, SPLIT)
-                for index in tl.range(begin, end, num_stages=STAGES if EDGE else None):
+                for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
                     first_j = tile_inside(ahead, length_k, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_N
                     ahead = listed_tile(listed, index + 1, end, SPLIT)
                     s = visible_scores(
@@ -299,7 +297,7 @@ def attend(
         for EDGE in tl.static_range(FIRST, 2):
             begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
             ahead = listed_tile(listed, begin, end, SPLIT)
-            for index in tl.range(begin, end, num_stages=STAGES if EDGE else None):
+            for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
                 tile = tile_inside(ahead, length_k, EDGE)
                 ahead = listed_tile(listed, index + 1, end, SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N

@@ -208,9 +208,7 @@ def activations():
         for longest, (rows, block, warps) in ACTIVATIONS.items():
             for kernel, alphas in (("activate", ("any", "1_5", "2")), ("activate_grad", ("any",))):
                 for alpha in alphas:
-                    yield ActivationVariant(
-                        kernel, dtype, longest, alpha, rows, block, block, warps, 1, None, hot=False
-                    )
+                    yield ActivationVariant(kernel, dtype, longest, alpha, rows, block, block, warps, 1, None)
 
 
 def variants(arch):
