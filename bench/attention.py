@@ -204,14 +204,18 @@ def line_of(row: Row) -> str:
 
 def _entries(options: argparse.Namespace) -> list[Entry]:
     if options.preset:
-        return [_narrowed(entry, options) for entry in entries_of(options.preset)]
+        return [
+            _narrowed(entry, options)
+            for entry in entries_of(options.preset)
+            if options.head_dims is None or entry.case.head_dim in options.head_dims
+        ]
     cases = grid(
         device=[options.device],
         input=options.inputs,
         batch=options.batches,
         heads=options.heads,
         length=options.lengths,
-        head_dim=options.head_dims,
+        head_dim=options.head_dims or [64],
         dtype=options.dtypes,
         alpha=options.alphas,
         causal=[{"yes": True, "no": False}[word] for word in options.causal],
@@ -246,13 +250,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"of {', '.join(PEERS)}; of a preset's only these"
     )
+    parser.add_argument(
+        "--head-dims", nargs="+", type=int, metavar="D", help="of a preset's only these (default: all; 64 without one)"
+    )
     parser.add_argument("--seconds", type=float, help="of rounds a case (default: the preset's, else 10)")
     parser.add_argument("--no-memory", action="store_true", help="leave out a preset's peak memory")
     own = parser.add_argument_group("a sweep of one's own: every combination of what is listed")
     own.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     own.add_argument("--inputs", nargs="+", metavar="KIND:VALUE", help="gaussian:σ, structured:share, captured:file")
     own.add_argument("--lengths", nargs="+", type=int, metavar="N", help="queries, and keys")
-    own.add_argument("--head-dims", nargs="+", type=int, default=[64], metavar="D")
     own.add_argument("--heads", nargs="+", type=int, default=[4], metavar="H")
     own.add_argument("--batches", nargs="+", type=int, default=[1], metavar="B")
     own.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"])

@@ -140,7 +140,8 @@ def grad_query(
     for EDGE in tl.static_range(FIRST, 2):
         begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
         ahead = listed_tile(listed, begin, end, SPLIT)
-        for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
+        # where a step takes a whole tile, fewer stages for edges cost more than they saved (docs/cuda.md)
+        for index in tl.range(begin, end, num_stages=stages(EDGE and SPLIT > 1, ALPHA)):
             first_j = tile_inside(ahead, length_k, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_N
             ahead = listed_tile(listed, index + 1, end, SPLIT)
             k = load_rows(key, first_j, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)

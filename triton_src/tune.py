@@ -193,14 +193,14 @@ def main():
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     alpha = {1.5: "1_5", 2.0: "2"}.get(args.alpha, "any")
     base = {
-        (v.kernel, v.pad): v
+        (v.kernel, v.pad): replace(v, hot=False)  # so that it equals the candidate of its shape
         for v in variants.variants(arch)
         if v.kernel in variants.ATTENTION and v.dtype == "bf16" and v.alpha == alpha
     }
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor() as pool:
         tried = {
             place: list(dict.fromkeys([v, *(
-                replace(v, **dict(zip(SHAPE, shape, strict=False)), hot=False)
+                replace(v, **dict(zip(SHAPE, shape, strict=False)))
                 for shape in (candidates(*place) if place[0] in args.kernels else ())
             )]))
             for place, v in base.items()
@@ -255,7 +255,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
                     if error >= 2e-2:
                         print(f"{variant.name} {shape_of(variant)} {name}: off by {error:.1e}")
             problem.run(compiled[group[0]][0])  # for the kernels after it
-    for kernel in variants.ATTENTION:
+    for kernel in args.kernels:
         mine = {v: times for (k, v), times in results.items() if k == kernel}
         ranked = sorted(mine, key=lambda v: sum(mine[v].values()))
         print(f"\n{kernel}, head size {head_dim}, milliseconds: {', '.join(args.inputs)}")
@@ -267,7 +267,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
             print(
                 f"  {shape_of(variant)!s:30} {times}   {about['registers']} registers, {about['spilled']} spilled{mark}"
             )
-        if args.write and kernel in args.kernels:
+        if args.write:
             write(arch, kernel, head_dim, shape_of(ranked[0]))
 
 
