@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 
-def _overload(op, alpha):
-    """The overload of an op (``OpOverloadPacket``) that takes this alpha. An eager call that names none has torch try
-    them in turn, which takes longer than the op does."""
-    return op.per_head if isinstance(alpha, Tensor) else op.default
+def _call(op, *args, alpha, window, **options):
+    """An eager call of an op (``OpOverloadPacket``), by the overload that takes this alpha and with the options that
+    say something: torch tries overloads that are not named in turn and reads all options, which on small tensors takes
+    as long as the op does."""
+    overload = op.per_head if isinstance(alpha, Tensor) else op.default
+    given = {name: option for name, option in options.items() if option is not None}
+    if window != (-1, -1):
+        given["window"] = window
+    return overload(*args, **given)
 
 
 def entmax_attn(
@@ -65,16 +70,18 @@ def entmax_attn(
             a backend does not have yet, for double backward and for forward-mode AD.
     """
     if not torch.jit.is_scripting():
-        return _overload(torch.ops.adasplash.entmax_attn, alpha)(
+        return _call(
+            torch.ops.adasplash.entmax_attn,
             query,
             key,
             value,
             alpha,
             is_causal,
+            alpha=alpha,
+            window=window,
             scale=scale,
             q_seqlens=q_seqlens,
             kv_seqlens=kv_seqlens,
-            window=window,
             alibi_slopes=alibi_slopes,
         )
     # TorchScript knows no overload by name; it chooses one for each branch by the type that alpha has there.
@@ -150,7 +157,8 @@ def entmax_attn_varlen(
             a backend does not have yet, for double backward and for forward-mode AD.
     """
     if not torch.jit.is_scripting():
-        return _overload(torch.ops.adasplash.entmax_attn_varlen, alpha)(
+        return _call(
+            torch.ops.adasplash.entmax_attn_varlen,
             query,
             key,
             value,
@@ -160,8 +168,9 @@ def entmax_attn_varlen(
             max_seqlen_k,
             alpha,
             is_causal,
-            scale=scale,
+            alpha=alpha,
             window=window,
+            scale=scale,
             alibi_slopes=alibi_slopes,
         )
     if isinstance(alpha, Tensor):  # as above
