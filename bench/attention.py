@@ -61,7 +61,6 @@ class Bench:
             kind, _, path = case.input.partition(":")
             name = f"captured:{Path(path).name}" if kind == "captured" else case.input
             common = {**case.to_dict(), "input": name, "threads_used": threads, "support": round(check.support, 2)}
-            common["empty_tiles"] = round(empty_tiles(case, inputs), 4)
             peers = [name for name in (OURS, *entry.peers) if self._can(name, case)]
             rows: list[Row] = []
             contenders: list[Contender] = []
@@ -75,6 +74,7 @@ class Bench:
                     contender.runner.close()
             if entry.memory:
                 rows += self._memory(entry, peers, inputs.numel() * 8 / 3 * grad.element_size() / 2**20)
+            common["empty_tiles"] = round(empty_tiles(case, inputs), 4)  # calls our op, whose first call is timed above
         self._bar.n = start + 1
         return [{**common, **row} for row in rows]
 
@@ -290,6 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns 1 if anything failed or was wrong, else 0; a goal that was missed is no failure."""
     options = parse(arguments)
     entries = _entries(options)
+    if not entries:
+        sys.exit("error: no such case among those of the preset")
     devices = {entry.case.device for entry in entries}
     if "cuda" in devices and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device here")

@@ -44,12 +44,13 @@ def block(rows: Sequence[Row], plot: Path, full: Path) -> str:
     device = rows[0]["device"]
     peer = "sdpa" if device == "cpu" else "sdpa-flash"
     base = tables.base_case(rows).title.split(", ", 1)[1]
-    goals = "on the right of the goals, 1.2 times them" if device == "cpu" else "goals are the first column's"
+    goals = "on the right of the goals, 1.2 times them" if device == "cpu" else "goals are for the first column"
+    backend = "" if device == "cpu" else ", its flash backend: FlashAttention-2"
     parts = [
         f"![Time{' and memory' if device == 'cpu' else ''} beside the peers]({plot.relative_to(ROOT)})",
-        f"Time as a share of that of softmax attention (torch `scaled_dot_product_attention`), forward / forward + "
-        f"backward; {base} unless said otherwise; σ: entries of query and key are from N(0, σ²). Bold: goal missed "
-        f"({goals}). [Every number]({full.relative_to(ROOT)}).",
+        f"Time as a share of that of softmax attention (torch `scaled_dot_product_attention`{backend}), forward / "
+        f"forward + backward; {base} unless said otherwise; σ: entries of query and key are from N(0, σ²). Bold: goal "
+        f"missed ({goals}). [Every number]({full.relative_to(ROOT)}).",
         tables.summary(rows, peer),
         tables.other_goals(rows, peer),
         tables.heading(rows),

@@ -45,11 +45,12 @@ def _where(row: Row) -> str:
 
 
 def _by_entry(rows: Iterable[Row]) -> list[tuple[Case, list[Row]]]:
-    """The rows that were measured together. A case may come several times, with other peers."""
-    entries: dict[tuple[str, int], list[Row]] = {}
+    """The rows that were measured together. A case may come several times, with other peers; runs on several GPUs may
+    have begun in the same second."""
+    entries: dict[tuple, list[Row]] = {}
     for row in rows:
-        entries.setdefault((row["date"], row["entry"]), []).append(row)
-    return [(case_of(of_entry[0]), of_entry) for of_entry in entries.values()]
+        entries.setdefault((case_of(row), row["date"], row["preset"], row["entry"]), []).append(row)
+    return [(case, of_entry) for (case, *_), of_entry in entries.items()]
 
 
 def _differences(case: Case, base: Case) -> str:

@@ -191,6 +191,19 @@ def test_from_the_command_to_the_report(tmp_path, capsys):
     assert (tmp_path / "plots" / "cpu-overview.png").stat().st_size > 10_000
 
 
+def test_parts_that_began_in_the_same_second_stay_apart():
+    row = {**Case().to_dict(), "date": "2026-01-01T00:00:00+00:00", "preset": "own", "entry": 0, "peer": OURS}
+    rows = [{**row, "head_dim": size} for size in (64, 128, 64)]
+    assert [(case.head_dim, len(found)) for case, found in tables._by_entry(rows)] == [(64, 2), (128, 1)]
+
+
+def test_a_part_of_a_preset():
+    options = attention.parse(["--preset", "targets", "--head-dims", "128"])
+    assert {entry.case.head_dim for entry in attention._entries(options)} == {128}
+    with pytest.raises(SystemExit, match="no such case"):
+        attention.main(["--preset", "targets", "--head-dims", "32"])
+
+
 def test_the_readme_block_alone_is_replaced():
     text = "before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nafter"
     new = report.replace_block(text, "bench:cpu", "new")

@@ -189,13 +189,13 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the fastest into variants.py")
     args = parser.parse_args()
     if args.write and args.alpha not in (1.5, 2.0):
-        parser.error("--write knows the tables of alpha = 1.5 and 2 only; those of any alpha are written by hand")
+        parser.error("--write knows the tables that alpha = 1.5 and 2 use; those of any alpha are written by hand")
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     alpha = {1.5: "1_5", 2.0: "2"}.get(args.alpha, "any")
     base = {
         (v.kernel, v.pad): replace(v, hot=False)  # so that it equals the candidate of its shape
         for v in variants.variants(arch)
-        if v.kernel in variants.ATTENTION and v.dtype == "bf16" and v.alpha == alpha
+        if v.kernel in variants.ATTENTION and v.dtype == "bf16" and v.alpha in ("any", alpha)  # its own come last
     }
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor() as pool:
         tried = {
