@@ -83,13 +83,11 @@ class EntmaxAttnBackward : public torch::autograd::Function<EntmaxAttnBackward> 
 class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
  public:
   static Variable forward(AutogradContext* ctx, const Variable& query, const Variable& key, const Variable& value,
-                          const OptionalTensor& /*head_alpha*/, const AttentionOptions& options, int64_t capacity) {
+                          const OptionalTensor& /*head_alpha*/, const AttentionOptions& options) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, row_state, support, tiles] = call_forward(query, key, value, options, capacity);
-    if (capacity != kInference) {
-      const auto kept = cuda::serves(query.device()) ? OptionalTensor(out) : std::nullopt;
-      save_for_backward(ctx, query, key, value, {row_state, support, tiles, kept}, options);
-    }
+    auto [out, row_state, support, tiles] = call_forward(query, key, value, options, support_capacity(query));
+    const auto kept = cuda::serves(query.device()) ? OptionalTensor(out) : std::nullopt;
+    save_for_backward(ctx, query, key, value, {row_state, support, tiles, kept}, options);
     return out;
   }
 
@@ -98,7 +96,7 @@ class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
     const AttentionOptions options = load_options(ctx, v);
     const SavedForBackward saved{v[3], v[4], v[5], if_defined(v[6])};
     const auto g = EntmaxAttnBackward::apply(grad[0], v[0], v[1], v[2], options.head_alpha, saved, options);
-    return {g[0], g[1], g[2], options.head_alpha ? g[3] : Variable(), Variable(), Variable()};
+    return {g[0], g[1], g[2], options.head_alpha ? g[3] : Variable(), Variable()};
   }
 };
 
@@ -157,8 +155,9 @@ at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, co
   training &= at::GradMode::is_enabled();
   TORCH_CHECK(!at::GradMode::is_enabled() || !options.alibi_slopes || !options.alibi_slopes->requires_grad(),
               public_name(options), ": alibi_slopes have no gradient; detach them");
-  return EntmaxAttn::apply(query, key, value, options.head_alpha, options,
-                           training ? support_capacity(query) : kInference);
+  if (training) return EntmaxAttn::apply(query, key, value, options.head_alpha, options);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return std::get<0>(call_forward(query, key, value, options, kInference));
 }
 
 at::Tensor attention_inference(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

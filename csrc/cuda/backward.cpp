@@ -41,7 +41,7 @@ void backward_part(const Call& call, const at::Tensor& given_grad, const SavedFo
 
   if (dq.numel() > 0) {
     const Variant& variant = call.variant(Kernel::kGradQuery);
-    const at::Tensor lists = call.empty_by_query_tile(at::kInt);
+    const at::Tensor lists = call.empty_ints(call.query_tile_pairs());
     grad_query(variant, call.place, call.query_programs(variant),
                {
                    .query = rows_of(call.query),
@@ -63,7 +63,7 @@ void backward_part(const Call& call, const at::Tensor& given_grad, const SavedFo
     of_value.rows.zero_();
   } else if (dk.numel() > 0) {
     const Variant& variant = call.variant(Kernel::kGradKeyValue);
-    const at::Tensor lists = call.empty_by_key_tile(at::kInt);
+    const at::Tensor lists = call.empty_ints(call.key_tile_pairs());
     grad_key_value(variant, call.place, call.key_programs(variant),
                    {
                        .query = rows_of(call.query),

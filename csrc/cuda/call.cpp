@@ -180,14 +180,21 @@ const Variant& Call::variant(Kernel kernel) const {
                       general ? Alpha::kAny : alpha_kind(arguments.alpha.value), place.device);
 }
 
-at::Tensor Call::empty_by_query_tile(at::ScalarType type) const {
-  const int64_t rows = (packed ? arguments.heads.value : heads) * int64_t{arguments.tile_rows.value};
-  return at::empty({rows, count_tiles(arguments.limit_k.value)}, query.options().dtype(type));
+int64_t Call::query_tile_rows() const {
+  return (packed ? arguments.heads.value : heads) * int64_t{arguments.tile_rows.value};
 }
 
-at::Tensor Call::empty_by_key_tile(at::ScalarType type) const {
-  const int64_t rows = (packed ? key.size(1) : kv_heads) * int64_t{arguments.key_tile_rows.value};
-  return at::empty({rows, count_tiles(arguments.limit_q.value)}, query.options().dtype(type));
+int64_t Call::query_tile_pairs() const { return query_tile_rows() * count_tiles(arguments.limit_k.value); }
+
+int64_t Call::key_tile_pairs() const {
+  return (packed ? key.size(1) : kv_heads) * int64_t{arguments.key_tile_rows.value} *
+         count_tiles(arguments.limit_q.value);
 }
+
+int64_t Call::state_rows() const { return (packed ? arguments.heads.value : heads) * int64_t{arguments.rows_q.value}; }
+
+int64_t Call::tile_words() const { return query_tile_rows() * arguments.tile_words.value; }
+
+at::Tensor Call::empty_ints(int64_t count) const { return at::empty({count}, query.options().dtype(at::kInt)); }
 
 }  // namespace adasplash::cuda

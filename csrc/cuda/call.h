@@ -41,11 +41,17 @@ class Call {
     return (arguments.limit_k.value + v.block_n - 1) / v.block_n * kv_heads;
   }
 
-  // One number for every pair of a query tile and a key tile: laid out by query tiles, or by key tiles.
-  at::Tensor empty_by_query_tile(at::ScalarType type) const;
-  at::Tensor empty_by_key_tile(at::ScalarType type) const;
+  // Of all heads: pairs of a query tile and a key tile, laid out by query tiles or by key tiles; rows of row_state;
+  // words of tile bits.
+  int64_t query_tile_pairs() const;
+  int64_t key_tile_pairs() const;
+  int64_t state_rows() const;
+  int64_t tile_words() const;
+  at::Tensor empty_ints(int64_t count) const;
 
  private:
+  int64_t query_tile_rows() const;
+
   c10::DeviceGuard guard_;
   // What the kernels are given as int32 and float32, kept alive.
   const at::Tensor lengths_q_, lengths_k_, alphas_, slopes_;

@@ -7,7 +7,13 @@ namespace adasplash::cuda {
 namespace {
 
 std::atomic<int64_t> scratch_limit{int64_t{1} << 28};  // bytes
-constexpr int64_t kScratchOfTile = 12;                 // bytes: attend's four numbers, and an entry of its list
+
+// The largest of as few parts of `total` as have at most `most` each, or else one, and differ little.
+int64_t evenly(int64_t total, int64_t most) {
+  const int64_t allowed = std::clamp<int64_t>(most, 1, total);
+  const int64_t parts = (total + allowed - 1) / allowed;
+  return (total + parts - 1) / parts;
+}
 
 }  // namespace
 
@@ -18,13 +24,13 @@ std::vector<Part> Part::all(const at::Tensor& query, const at::Tensor& key, cons
   const int64_t group = part.group_ = key_heads ? query.size(1) / key_heads : 0;
   const int64_t tile_rows = saved_sizes(query, key, options, 0).tiles.rbegin()[1].expect_int();
   const int64_t keys = longest_sequence(options, options.max_seqlen_k, key.size(packed ? 0 : 2)).expect_int();
-  const int64_t of_head = group * tile_rows * count_tiles(keys) * kScratchOfTile;
+  const int64_t of_head = group * tile_rows * count_tiles(keys) * kScratchOfPair * int64_t{sizeof(int32_t)};
   const int64_t limit = scratch_limit;
   if (of_head == 0 || of_head * key_heads * batch <= limit) return {part};
 
   part.whole_ = false;
-  part.entries_ = std::clamp<int64_t>(limit / (of_head * key_heads), 1, batch);
-  part.key_heads_ = part.entries_ > 1 ? key_heads : std::clamp<int64_t>(limit / of_head, 1, key_heads);
+  part.entries_ = evenly(batch, limit / (of_head * key_heads));
+  part.key_heads_ = part.entries_ > 1 ? key_heads : evenly(key_heads, limit / of_head);
   std::vector<Part> parts;
   for (int64_t entry = 0; entry < batch; entry += part.entries_) {
     for (int64_t head = 0; head < key_heads; head += part.key_heads_) {

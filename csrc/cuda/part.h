@@ -7,6 +7,10 @@
 
 namespace adasplash::cuda {
 
+// Numbers of 32 bits that the forward needs for every pair of tiles, the backward fewer: attend's four of 16 bits, and
+// an entry of its list.
+constexpr int64_t kScratchOfPair = 3;
+
 class Part {
  public:
   // The parts of a call, which together cover its heads. The scratch of each stays below a limit, if that of a single

@@ -92,6 +92,20 @@ def test_heads_go_in_parts_where_scratch_is_large(driver, form, limit, parts):
         driver.limit_scratch(before)
 
 
+@torch.no_grad()
+def test_parts_are_as_large_as_each_other(driver):
+    """Scratch for three of four heads, of 48 bytes each, makes two parts of two heads."""
+    inputs = make_inputs(1, 4, 70, 90)
+    whole = attend(inputs)
+    driver.launches.clear()
+    before = driver.limit_scratch(150)
+    try:
+        assert_same_bits(whole, attend(inputs))
+    finally:
+        driver.limit_scratch(before)
+    assert [launch.programs for launch in driver.launches] == [4, 4]
+
+
 def test_code_is_loaded_once(driver):
     inputs = make_inputs(1, 1, 5, 6, size=8, dtype=torch.float16)
     attend(inputs)
