@@ -180,9 +180,9 @@ const Variant& Call::variant(Kernel kernel) const {
                       general ? Alpha::kAny : alpha_kind(arguments.alpha.value), place.device);
 }
 
-int64_t Call::query_tile_rows() const {
-  return (packed ? arguments.heads.value : heads) * int64_t{arguments.tile_rows.value};
-}
+int64_t Call::stored_heads() const { return packed ? int64_t{arguments.heads.value} : heads; }
+
+int64_t Call::query_tile_rows() const { return stored_heads() * arguments.tile_rows.value; }
 
 int64_t Call::query_tile_pairs() const { return query_tile_rows() * count_tiles(arguments.limit_k.value); }
 
@@ -191,7 +191,7 @@ int64_t Call::key_tile_pairs() const {
          count_tiles(arguments.limit_q.value);
 }
 
-int64_t Call::state_rows() const { return (packed ? arguments.heads.value : heads) * int64_t{arguments.rows_q.value}; }
+int64_t Call::state_rows() const { return stored_heads() * arguments.rows_q.value; }
 
 int64_t Call::tile_words() const { return query_tile_rows() * arguments.tile_words.value; }
 

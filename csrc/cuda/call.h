@@ -50,6 +50,7 @@ class Call {
   at::Tensor empty_ints(int64_t count) const;
 
  private:
+  int64_t stored_heads() const;  // of row_state and tile bits, which the sequences of a packed batch share
   int64_t query_tile_rows() const;
 
   c10::DeviceGuard guard_;
