@@ -1,5 +1,6 @@
 """What the tests share: inputs, the accuracy rule, and Python processes of their own."""
 
+import ctypes
 import fcntl
 import os
 import subprocess
@@ -24,6 +25,7 @@ LEAST = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.fl
 FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
 
+MANY = 1 << 29  # more keys than there are
 CUDA_KERNELS = False  # whether they run the tests, on a GPU or emulated: the `backend` fixture says so
 
 
@@ -120,6 +122,14 @@ def assert_same_values(actual: Tensor, expected: Tensor) -> None:
     """Values copied through a product with 1: to the bit, but for fp32 as six bf16 products, whose sums round."""
     rtol = 2.0**-21 if actual.dtype == torch.float32 and actual.is_cuda else 0.0
     torch.testing.assert_close(actual, expected, atol=0, rtol=rtol)
+
+
+def gather(length: int, below: int = 101) -> None:
+    """From how many queries and keys on, and below what per cent of weighing ones, the GPU's backward gathers."""
+    import adasplash
+
+    library = ctypes.CDLL(str(Path(adasplash.__file__).parent / "lib" / "libadasplash.so"))
+    library.adasplash_gather(ctypes.c_int32(length), ctypes.c_int32(below))
 
 
 def gradients(inputs: Inputs, grad: Tensor, function, *options, **keywords) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import torch
 
 import adasplash
 from adasplash.info import collect
-from common import ROOT, assert_same_bits, build_once, gradients, make_inputs, run
+from common import MANY, ROOT, assert_same_bits, build_once, gather, gradients, make_inputs, run
 
 pytestmark = [pytest.mark.backends("cpu", "cuda"), pytest.mark.slow]
 
@@ -126,6 +126,13 @@ def test_the_linker_keeps_the_library(programs):
     """run_model refers to no symbol of ours; without care the linker drops what nobody refers to."""
     assert "libadasplash" in run("readelf", "-d", programs / "run_model").stdout
     assert "adasplash" not in run("nm", "-uC", programs / "run_model").stdout
+
+
+@pytest.fixture
+def gathering(request):
+    """What is compared with another process goes as it goes there."""
+    if request.config.getoption("--backend") != "cpu":
+        gather(MANY)
 
 
 def test_the_op_and_its_gradients(backend, programs, tmp_path):

@@ -12,7 +12,14 @@ from triton.language.extra import libdevice
 TILE = tl.constexpr(64)  # side of the tiles that the op's tile bits speak of
 WORD = tl.constexpr(32)  # tile bits in a word
 CHUNK = tl.constexpr(128)  # tiles of a row or column that are looked at together
-UNLIMITED = 1 << 30  # a window bound that never binds, small enough that adding a row index does not overflow
+GROUP = tl.constexpr(16)  # rows of one warp in the matrix units' layout: what is kept for each group, none waits for
+PROBED = tl.constexpr(
+    16
+)  # every so manieth block of rows is probed, at about so many tiles of it (kProbed in backward.cpp)
+LISTED = tl.constexpr(32)  # tiles whose marked rows are listed together
+ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for (kMarkedRoom in csrc/cuda/backward.cpp)
+# A window bound that never binds, small enough that adding a row index does not overflow; as a row it is beyond all.
+UNLIMITED = tl.constexpr(1 << 30)
 
 # How lengths are given (`Lengths` in csrc/cuda/kernels.h says the same).
 LENGTHS_NONE = tl.constexpr(0)
@@ -82,21 +89,31 @@ def program(blocks, heads):
 
 
 @triton.jit
+def numbers_of(first, ROWS: tl.constexpr):
+    """The numbers of a block's rows: `first` itself if it is a vector of them, else first, first + 1, ..."""
+    return first if len(first.shape) > 0 else first + tl.arange(0, ROWS)
+
+
+@triton.jit
 def load_rows(
     base, first, limit, stride, width, ROWS: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr, start=None
 ):  # fmt: skip
-    """Rows first, first + 1, ... of a matrix as a (ROWS, PAD) block; zeros right of `width` and, if MASKED, before row
-    `start` and from row `limit` on. The block's own place is 64 bits wide; offsets inside it are 32, which the host
-    sees to (kLongestRow in csrc/cuda/call.cpp)."""
-    row = tl.arange(0, ROWS)
+    """Rows of a matrix as a (ROWS, PAD) block: first, first + 1, ..., or those that a vector `first` names. Zeros right
+    of `width` and, if MASKED, before row `start` and from row `limit` on. A row's place is 64 bits wide; offsets inside
+    a block of neighbours are 32, which the host sees to (kLongestRow in csrc/cuda/call.cpp)."""
     column = tl.arange(0, PAD)
     mask = (column < width)[None, :]
     if MASKED:
-        mask = mask & (first + row < limit)[:, None]
+        row = numbers_of(first, ROWS)
+        mask = mask & (row < limit)[:, None]
         if start is not None:
-            mask = mask & (first + row >= start)[:, None]
-    offset = row[:, None] * stride.to(tl.int32) + column[None, :]
-    return tl.load(base + first.to(tl.int64) * stride + offset, mask=mask, other=0.0)
+            mask = mask & (row >= start)[:, None]
+    if len(first.shape) > 0:  # both factors fit 32 bits: one instruction
+        place = (base + column)[None, :] + (first.to(tl.int64) * stride.to(tl.int32).to(tl.int64))[:, None]
+    else:
+        offset = tl.arange(0, ROWS)[:, None] * stride.to(tl.int32) + column[None, :]
+        place = base + first.to(tl.int64) * stride + offset
+    return tl.load(place, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -106,7 +123,7 @@ def products(
     b_start=None,
 ):  # fmt: skip
     """a_i.b_j of two blocks of rows. `a` is the block itself if STEP == PAD; else (large fp32 heads, which fit neither
-    registers nor shared memory) both go by STEP columns at a time and are read again."""
+    registers nor shared memory) both go by STEP columns at a time and are read again. Rows as in load_rows."""
     if STEP == PAD:
         b = load_rows(b_base, b_first, b_limit, b_stride, width, B_ROWS, PAD, MASKED, b_start)
         s = dot(a, tl.trans(b))
@@ -263,12 +280,13 @@ def visible_scores(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr, STEP: tl.constexpr, ALPHA: tl.constexpr,
     EDGE: tl.constexpr, start_k=None,
 ):  # fmt: skip
-    """Scores q.k of a block of rows and the keys from first_j on, lowered by ALiBi; -inf where an EDGE hides keys."""
+    """Scores q.k of a block of rows and the keys from first_j on, or those that a vector first_j names, lowered by
+    ALiBi; -inf where an EDGE hides keys."""
     s = products(
         q, query, first_row, limit_q, query_row, key, first_j, limit_k, key_row, width,
         BLOCK_M, BLOCK_N, PAD, STEP, EDGE, start_k,
     )  # fmt: skip
-    key_index = first_j + tl.arange(0, BLOCK_N)
+    key_index = numbers_of(first_j, BLOCK_N)
     s = far_away(s, slope, diagonal, key_index, 0, ALPHA)
     return hide(s, first_key, end_key, 0, key_index) if EDGE else s
 
@@ -424,6 +442,22 @@ def append(listed, count, entry, wanted, STEP: tl.constexpr = 1):
 
 
 @triton.jit
+def list_weighing(listed, tiles, first, inner_first, inner, edge, ANY: tl.constexpr, every=1):
+    """Lists the visible tiles whose bit is set, or of `every` so many only one: (inner ones, all), inner first; all are
+    edges for ANY alpha."""
+    count = 0
+    inner_count = 0
+    for start in range(0, inner + edge, CHUNK):
+        index = start + tl.arange(0, CHUNK)
+        tile = ordered_tile(index, first, inner_first, inner)
+        wanted = tile_bit(tiles, tile, index < inner + edge) & (index % every == 0)
+        count = append(listed, count, tile, wanted)
+        inner_count += tl.sum((wanted & (index < inner)).to(tl.int32), 0)
+    tl.debug_barrier()  # what other threads wrote is read from here on
+    return 0 if ANY else inner_count, count
+
+
+@triton.jit
 def listed_tile(listed, index, end, PARTS: tl.constexpr):
     """The entry for the index-th step of a loop over a list, 0 from `end` on, where none is wanted. Loops read it a
     step ahead: waiting for what addresses come from took a fifth of their time."""
@@ -450,3 +484,108 @@ def tile_bit(words, tile, mask):
     """Whether the tile's bit is set in a row of words."""
     word = tl.load(words + tile // WORD, mask=mask, other=0)
     return ((word >> (tile % WORD)) & 1) != 0
+
+
+# ---- marks: which keys of a tile weigh, and for whom -----------------------------------------------------------------
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def any_bits(x, axis: tl.constexpr):
+    """The bits that are set in any number along an axis."""
+    if INTERPRETED:  # as in max_or_nan
+        bit = tl.arange(0, WORD)
+        return tl.sum(tl.max((tl.expand_dims(x, len(x.shape)) >> bit) & 1, axis) << bit, len(x.shape) - 1)
+    else:
+        return tl.reduce(x, axis, _or)
+
+
+@triton.jit
+def bits_set(x):
+    """How many bits of a number are set."""
+    if INTERPRETED:
+        return tl.sum((tl.expand_dims(x, len(x.shape)) >> tl.arange(0, WORD)) & 1, len(x.shape))
+    else:
+        return libdevice.popc(x)
+
+
+@triton.jit
+def marks_of(s, factor, high, low, weighs_all, EXACT: tl.constexpr):
+    """Of a block of rows and keys with scores s: ((groups of rows, words) bits of the keys that a row of the group
+    weighs, (groups,) bits of the rows that weigh a key). What `excess` takes the positive part of is negated here, so
+    that its sign is the mark: a key weighs by these bits if and only if it does by `excess`."""
+    ROWS: tl.constexpr = s.shape[0]
+    WORDS: tl.constexpr = s.shape[1] // WORD
+    below = (high[:, None] - s * factor) + low[:, None] if EXACT else high[:, None] - s * factor
+    bit = tl.full([s.shape[1]], 1, tl.int32) << (tl.arange(0, s.shape[1]) % WORD)
+    weighs = (below.to(tl.int32, bitcast=True) >> 31) & bit[None, :]
+    words = any_bits(tl.reshape(weighs, [ROWS, WORDS, WORD]), 2)
+    row_bit = tl.full([ROWS], 1, tl.int32) << (tl.arange(0, ROWS) % GROUP)
+    rows = tl.where((any_bits(words, 1) != 0) | weighs_all, row_bit, 0)
+    groups = tl.reshape(words, [ROWS // GROUP, GROUP, WORDS])
+    return any_bits(groups, 1), any_bits(tl.reshape(rows, [ROWS // GROUP, GROUP]), 1)
+
+
+@triton.jit
+def gathers(shares, head, below):
+    """Whether of the probed keys of a key head less than `below` per cent weigh, so that to gather them pays. 0 per
+    cent: nothing was probed."""
+    weigh = tl.load(shares + 2 * head, mask=below > 0, other=0)
+    probed = tl.load(shares + 2 * head + 1, mask=below > 0, other=0)
+    return weigh.to(tl.int64) * 100 < probed.to(tl.int64) * below
+
+
+@triton.jit
+def list_marked(chosen, listed, gap, marks, stride, start, inner, count, length):
+    """Lists in `chosen` the marked rows of the tiles listed from the start-th on, as long as there is room: (how many,
+    how many of them in the `inner` tiles, which come first, the tile to go on with). The list of tiles has a `gap`
+    after the inner ones. `marks` of a tile are two words, `stride` pairs of words apart from tile to tile."""
+    n = 0
+    inner_n = 0
+    bit = tl.arange(0, WORD)
+    below = (tl.full([WORD], 1, tl.int32) << bit) - 1
+    half = tl.arange(0, TILE // WORD)
+    tl.debug_barrier()  # the old list may still be read
+    while (start < count) & (n <= ROOM - LISTED * TILE):
+        index = start + tl.arange(0, LISTED)
+        known = index < count
+        tile = tl.load(listed + index + tl.where(index < inner, 0, gap), mask=known, other=0)
+        tile = tile_inside(tile, length, True)
+        place = (tile.to(tl.int64) * stride)[:, None] * (TILE // WORD) + half[None, :]
+        words = tl.reshape(tl.load(marks + place, mask=known[:, None], other=0), [LISTED * TILE // WORD])
+        first = tl.reshape(tile[:, None] * TILE + half[None, :] * WORD, [LISTED * TILE // WORD])
+        counts = bits_set(words)
+        before = n + tl.cumsum(counts, 0) - counts
+        row_place = before[:, None] + bits_set(words[:, None] & below[None, :])
+        tl.store(chosen + row_place, first[:, None] + bit[None, :], mask=((words[:, None] >> bit[None, :]) & 1) != 0)
+        of_tile = tl.sum(tl.reshape(counts, [LISTED, TILE // WORD]), 1)
+        inner_n += tl.sum(tl.where(index < inner, of_tile, 0), 0)
+        n += tl.sum(of_tile, 0)
+        start += LISTED
+    tl.debug_barrier()  # what other threads wrote is read from here on
+    return n, inner_n, start
+
+
+@triton.jit
+def listed_step(chosen, listed, index, n, ROWS: tl.constexpr, MARKED: tl.constexpr):
+    """What the index-th step of a loop over n rows takes: the entries of ROWS chosen ones, far beyond all rows where
+    there is none, or of the tile that they are in. Read a step ahead, as in listed_tile."""
+    first = index * ROWS
+    if MARKED:
+        place = tl.arange(0, ROWS)
+        return tl.load(chosen + first + place, mask=place < n - first, other=UNLIMITED)
+    else:
+        return tl.load(listed + index // (TILE // ROWS), mask=first < n, other=0)
+
+
+@triton.jit
+def rows_of_step(entry, index, length, ROWS: tl.constexpr, MARKED: tl.constexpr, EDGE: tl.constexpr):
+    """The rows of that step as load_rows takes them; inside `length` as in tile_inside, or masked by it."""
+    if MARKED:
+        return entry if EDGE else tl.minimum(entry, length - 1)
+    else:
+        return tile_inside(entry, length, EDGE) * TILE + part_of(index, TILE // ROWS) * ROWS

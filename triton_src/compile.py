@@ -113,6 +113,7 @@ def compile_variant(variant, arch, cache):
         "dtype": variant.dtype,
         "pad": variant.pad,
         "alpha": variant.alpha,
+        "marked": variant.marked,
         "hot": variant.hot,
         "warps": metadata.num_warps,
         "shared": metadata.shared,

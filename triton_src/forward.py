@@ -20,6 +20,7 @@ from .common import (
     ALPHA_2,
     ALPHA_ANY,
     CHUNK,
+    GROUP,
     TILE,
     WORD,
     add,
@@ -54,7 +55,6 @@ from .common import (
     weights,
 )
 
-GROUP = tl.constexpr(16)  # rows that share a number: those of one warp in the matrix units' layout, so that none waits
 CLASSES = tl.constexpr(64)  # of keys, whose maxima scan keeps
 # Newton steps towards tau of those: any number gives a lower bound, these come within about a thousandth.
 BOUND_STEPS_1_5 = tl.constexpr(3)

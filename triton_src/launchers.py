@@ -112,7 +112,7 @@ def source(manifest):
         constants = one["constants"]
         rows.append(
             f'    {{"{one["name"]}", "{one["symbol"]}", Kernel::k{camel(one["kernel"])}, {TYPES[one["dtype"]][1]}, '
-            f"{one['pad']}, Alpha::k{camel(one['alpha'])}, {one['arch']}, "
+            f"{one['pad']}, Alpha::k{camel(one['alpha'])}, {str(one['marked']).lower()}, {one['arch']}, "
             f"{constants['BLOCK_M']}, {constants['BLOCK_N']}, {one['warps']}, {one['shared']}, "
             f"{one['offset']}, {one['size']}, {one.get('ptx_offset', 0)}, {one.get('ptx_size', 0)}}},\n"
         )

@@ -22,7 +22,7 @@ from bench.case import Case
 from bench.inputs import make_grad, make_inputs
 
 from . import variants
-from .common import TILE, UNLIMITED
+from .common import ROOM, TILE, UNLIMITED
 from .compile import SOURCE, compile_variant
 from .launchers import packing
 
@@ -40,6 +40,7 @@ SHAPE = ("block_m", "block_n", "step", "warps", "stages", "registers", "scan_n")
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 WRITTEN = {
     "attend": ("out", "row_state", "tiles"),
+    "mark": (),  # of tiles without weight it writes nothing; what it leaves out grad_query would lack
     "grad_query": ("grad_query", "terms"),
     "grad_key_value": ("grad_key", "grad_value"),
 }
@@ -88,7 +89,7 @@ class Kernel:
 class Problem:
     """Tensors of one case, and what the kernels are given."""
 
-    def __init__(self, case):
+    def __init__(self, case, marked):
         self.case = case
         query, key, value = make_inputs(case)
         batch, heads, length, head_dim = query.shape
@@ -103,6 +104,10 @@ class Problem:
             "terms": torch.empty(batch, heads, length, 4, **like),
             "numbers": torch.empty(batch, heads, 4 * tile_rows, tiles, dtype=torch.int16, **like),
             "lists": torch.empty(batch, heads, tile_rows, tiles, dtype=torch.int32, **like),
+            "key_marks": torch.empty(batch, heads, tile_rows, tiles, 2, dtype=torch.int32, **like),
+            "row_marks": torch.empty(batch, heads, tile_rows, tiles, 4, dtype=torch.int16, **like),
+            "shares": torch.tensor([0, 1], dtype=torch.int32, **like).repeat(batch * heads),  # none of one probed key
+            "chosen": torch.empty(batch, heads, tile_rows, ROOM.value, dtype=torch.int32, **like),
             "tiles": torch.zeros(
                 batch, heads, tile_rows, 2 * -(-length // 4096), dtype=torch.int32, **like
             ),
@@ -116,14 +121,15 @@ class Problem:
             "rows_q": length, "rows_k": length, "key_tile_rows": tile_rows,
             "limit_q": length, "limit_k": length, "tile_rows": tile_rows,
             "tile_words": self.tensors["tiles"].shape[3], "width": head_dim, "width_v": head_dim,
-            "window_left": UNLIMITED, "window_right": 0 if case.causal else UNLIMITED, "scale": head_dim**-0.5,
-            "alpha": case.alpha,
+            "window_left": UNLIMITED.value, "window_right": 0 if case.causal else UNLIMITED.value,
+            "scale": head_dim**-0.5, "alpha": case.alpha, "gather_below": 101 if marked else 0,
         }  # fmt: skip
 
     def run(self, kernel):
         v = kernel.variant
         side = v.block_n if v.kernel == "grad_key_value" else v.block_m
-        kernel.launch(-(-self.case.length // side) * self.case.batch * self.case.heads, self.values)
+        marks = self.values["key_marks" if v.kernel == "grad_query" else "row_marks"]
+        kernel.launch(-(-self.case.length // side) * self.case.batch * self.case.heads, self.values | {"marks": marks})
 
 
 def milliseconds(problem, kernel, times=7):
@@ -185,6 +191,7 @@ def main():
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=1.5)
+    parser.add_argument("--marked", action="store_true", help="of the backward, the code that gathers")
     parser.add_argument("--show", type=int, default=6, help="candidates to print for each kernel")
     parser.add_argument("--write", action="store_true", help="put the fastest into variants.py")
     args = parser.parse_args()
@@ -196,6 +203,7 @@ def main():
         (v.kernel, v.pad): replace(v, hot=False)  # so that it equals the candidate of its shape
         for v in variants.variants(arch)
         if v.kernel in variants.ATTENTION and v.dtype == "bf16" and v.alpha in ("any", alpha)  # its own come last
+        if v.marked == (args.marked and v.kernel in variants.MARKED)
     }
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor() as pool:
         tried = {
@@ -240,7 +248,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
             dtype="bf16",
             alpha=args.alpha,
         )
-        problem = Problem(case)
+        problem = Problem(case, args.marked)
         for kernel in variants.ATTENTION:
             group = tried[kernel, head_dim]
             problem.run(compiled[group[0]][0])
@@ -268,7 +276,8 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
                 f"  {shape_of(variant)!s:30} {times}   {about['registers']} registers, {about['spilled']} spilled{mark}"
             )
         if args.write:
-            write(arch, kernel, head_dim, shape_of(ranked[0]))
+            name = f"{kernel}_marked" if ranked[0].marked else kernel
+            write(arch, name, head_dim, shape_of(ranked[0]))
 
 
 if __name__ == "__main__":

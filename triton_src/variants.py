@@ -1,10 +1,10 @@
 """Which specialisations exist. The one place that says so: tile shapes, warps and stages are data here, and the table
 from which C++ picks a variant at run time is generated from it.
 
-A variant is (kernel, element type, padded head size, kind of alpha). Everything else is a run-time value: causal,
-window, lengths, grouped queries, scale, M and N, head sizes below the padded one; and, in the code for any alpha, alpha
-itself, its gradient and ALiBi, which the code for one alpha leaves out to stay short. All take rows that start at
-multiples of ALIGNMENT, which the host sees to.
+A variant is (kernel, element type, padded head size, kind of alpha), and of two kernels whether they walk tiles or
+gather what is marked. Everything else is a run-time value: causal, window, lengths, grouped queries, scale, M and N,
+head sizes below the padded one; and, in the code for any alpha, alpha itself, its gradient and ALiBi, which the code
+for one alpha leaves out to stay short. All take rows that start at multiples of ALIGNMENT, which the host sees to.
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,11 @@ ALIGNMENT = 16
 
 ATTENTION = {
     "attend": forward.attend,
+    "mark": backward.mark,
     "grad_query": backward.grad_query,
     "grad_key_value": backward.grad_key_value,
 }
+MARKED = ("grad_query", "grad_key_value")  # kernels with code for what `mark` marked as well
 KERNELS = ATTENTION | {
     "activate": activation.activate,
     "activate_grad": activation.activate_grad,
@@ -44,16 +46,17 @@ ARGUMENT_TYPES = {
     **dict.fromkeys(("input", "output", "grad_input"), "*T"),
     **dict.fromkeys(("row_state", "terms", "alpha_terms", "alphas", "slopes", "row_alpha", "grad_alpha"), "*fp32"),
     **dict.fromkeys(("rows", "own_alphas"), "i64"),
-    "numbers": "*i16",
-    **dict.fromkeys(("tiles", "lists", "lengths_q", "lengths_k"), "*i32"),
+    **dict.fromkeys(("numbers", "row_marks"), "*i16"),
+    **dict.fromkeys(("tiles", "lists", "key_marks", "marks", "chosen", "shares", "lengths_q", "lengths_k"), "*i32"),
     **dict.fromkeys(("scale", "alpha"), "fp32"),
     **dict.fromkeys(("slopes_batch", "state_batch"), "i64"),
 }
 # What each kernel writes; all other pointers are const in C++.
 WRITTEN = {
     "attend": ("out", "row_state", "tiles", "numbers", "lists"),
-    "grad_query": ("grad_query", "terms", "alpha_terms", "lists"),
-    "grad_key_value": ("grad_key", "grad_value", "lists"),
+    "mark": ("lists", "key_marks", "row_marks", "shares"),
+    "grad_query": ("grad_query", "terms", "alpha_terms", "lists", "chosen"),
+    "grad_key_value": ("grad_key", "grad_value", "lists", "chosen"),
     "activate": ("out",),
     "activate_grad": ("grad_input", "grad_alpha"),
 }
@@ -75,16 +78,21 @@ class Variant:
     stages: int
     registers: int | None  # at most so many a thread, so that more programs fit a multiprocessor; None: no limit
     scan_n: int | None = None  # keys that attend scans at a time
+    marked: bool = False  # gathers what `mark` marked; else whole tiles
     hot: bool = False  # most used: has limits of its own in limits.json
 
     @property
     def name(self):
-        return f"{self.kernel}_{self.dtype}_d{self.pad}_a{self.alpha}"
+        return f"{self.kernel}_{self.dtype}_d{self.pad}_a{self.alpha}{'_marked' if self.marked else ''}"
 
     @property
     def constants(self):
         found = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, PAD=self.pad, STEP=self.step, ALPHA=ALPHAS[self.alpha])
-        return found if self.scan_n is None else {**found, "SCAN_N": self.scan_n}
+        if self.scan_n is not None:
+            found["SCAN_N"] = self.scan_n
+        if self.kernel in MARKED:
+            found["MARKED"] = self.marked
+        return found
 
     def arguments(self):
         """[(name, Triton's type)] of the run-time arguments, in order."""
@@ -111,35 +119,48 @@ class Variant:
 # (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers; for attend also how many keys it scans at a time).
 # Those of sm_90 were the fastest on a GPU, those of sm_80 are the ones that spill little. `python -m triton_src.tune`
 # tries shapes. A program takes a tile of rows (grad_key_value: of keys), and along the other side a tile or part of one
-# at a time; what attend scans at a time are whole tiles.
+# at a time; what attend scans at a time are whole tiles. Code that
+# gathers has a shape of its own where there is one for "marked".
 HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
     ("attend", 64): (64, 64, 64, 4, 3, 168, 128),
     ("attend", 128): (64, 64, 128, 4, 3, None, 128),
     ("attend", 256): (64, 32, 256, 8, 2, None, 128),
+    ("mark", 64): (64, 64, 64, 4, 3, None),
+    ("mark", 128): (64, 64, 128, 4, 3, None),
+    ("mark", 256): (64, 32, 256, 8, 2, None),
     ("grad_query", 64): (64, 64, 64, 4, 3, None),
     ("grad_query", 128): (64, 32, 128, 4, 3, None),
     ("grad_query", 256): (64, 32, 128, 8, 1, None),
     ("grad_key_value", 64): (64, 64, 64, 4, 3, None),
     ("grad_key_value", 128): (32, 64, 128, 4, 3, None),
     ("grad_key_value", 256): (32, 64, 128, 8, 1, None),
+    ("grad_query_marked", 64): (64, 32, 64, 4, 3, 168),
+    ("grad_key_value_marked", 64): (32, 64, 64, 4, 3, 168),
 }
 HALF_80 = {  # sm_80: operands of matrix products are registers
     **HALF_90,
     ("attend", 64): (64, 64, 64, 4, 2, None, 64),
     ("attend", 128): (64, 32, 128, 8, 2, None, 128),
+    ("mark", 64): (64, 64, 64, 4, 2, None),
+    ("mark", 128): (64, 64, 128, 4, 2, None),
     ("grad_query", 64): (64, 64, 64, 4, 2, None),
     ("grad_query", 128): (64, 64, 128, 8, 2, None),
     ("grad_key_value", 64): (32, 64, 64, 4, 2, None),
     ("grad_key_value", 128): (32, 64, 128, 8, 2, None),
+    ("grad_query_marked", 64): (64, 64, 64, 4, 2, None),
+    ("grad_key_value_marked", 64): (32, 64, 64, 4, 2, None),
 }
 HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
     **HALF_80,
     ("attend", 256): (64, 32, 128, 8, 1, None, 64),
+    ("mark", 256): (64, 32, 128, 8, 1, None),
 }
 HALF = dict.fromkeys((90, 100, 103), HALF_90) | {80: HALF_80} | dict.fromkeys((86, 89, 120), HALF_SMALL)
 ANY_90 = {  # half types and any alpha: powers want registers
     ("attend", 64): (64, 32, 64, 4, 3, 168, 128),
     ("attend", 128): (64, 32, 128, 4, 3, 168, 64),
+    ("mark", 64): (64, 64, 64, 4, 3, None),
+    ("mark", 128): (64, 64, 128, 4, 3, None),
     ("grad_query", 64): (64, 32, 64, 4, 3, None),
     ("grad_query", 128): (64, 32, 128, 4, 3, None),
     ("grad_key_value", 64): (32, 64, 64, 4, 3, None),
@@ -149,6 +170,8 @@ ANY_80 = {
     **ANY_90,
     ("attend", 64): (64, 32, 64, 8, 2, None, 64),
     ("attend", 128): (64, 32, 128, 8, 2, None, 64),
+    ("mark", 64): (64, 64, 64, 4, 2, None),
+    ("mark", 128): (64, 64, 128, 4, 2, None),
     ("grad_query", 128): (64, 32, 64, 8, 2, None),
     ("grad_key_value", 128): (32, 64, 128, 8, 2, None),
 }
@@ -156,6 +179,7 @@ ANY = dict.fromkeys((90, 100, 103), ANY_90) | dict.fromkeys((80, 86, 89, 120), A
 FP32 = {  # six bf16 products for one: large code and many registers, so small blocks
     (kernel, pad): {
         "attend": (64, 32, 32, 8, 1, None, 64),
+        "mark": (64, 32, 32, 8, 1, None),
         "grad_query": (64, 32, 32, 8, 1, None),
         "grad_key_value": (32, 64, 32, 8, 1, None),
     }[kernel]
@@ -164,10 +188,11 @@ FP32 = {  # six bf16 products for one: large code and many registers, so small b
 }
 
 
-def tile(arch, kernel, dtype, pad, alpha):
+def tile(arch, kernel, dtype, pad, alpha, marked=False):
     if dtype == "fp32":
         return FP32[kernel, pad]
-    return (ANY if alpha == "any" and pad <= 128 else HALF)[arch][kernel, pad]
+    table = (ANY if alpha == "any" and pad <= 128 else HALF)[arch]
+    return table.get((f"{kernel}_marked", pad) if marked else None, table[kernel, pad])
 
 
 def specialisations():
@@ -217,6 +242,8 @@ def variants(arch):
     for dtype, pad, alpha in specialisations():
         hot = arch in DEFAULT_ARCHS and pad <= 128 and alpha in ("1_5", "2")
         for kernel in ATTENTION:
-            variant = Variant(kernel, dtype, pad, alpha, *tile(arch, kernel, dtype, pad, alpha), hot=hot)
-            found[variant.name] = variant
+            for marked in (False, True) if kernel in MARKED else (False,):
+                shape = tile(arch, kernel, dtype, pad, alpha, marked)
+                variant = Variant(kernel, dtype, pad, alpha, *shape, marked=marked, hot=hot)
+                found[variant.name] = variant
     return [*found.values(), *activations()]

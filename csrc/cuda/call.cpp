@@ -173,11 +173,11 @@ Call::Call(const char* op, const at::Tensor& q, const at::Tensor& k, const at::T
       kv_heads(AttentionShape::of(q, k, v, o).batch.expect_int() * k.size(1)),
       arguments(arguments_of(op, q, k, v, o, lengths_q_, lengths_k_, alphas_, slopes_)) {}
 
-const Variant& Call::variant(Kernel kernel) const {
+const Variant& Call::variant(Kernel kernel, bool marked) const {
   // The code for any alpha is also that for the other options.
   const bool general = alphas_.defined() || slopes_.defined();
   return find_variant(kernel, query.scalar_type(), std::max(arguments.width.value, arguments.width_v.value),
-                      general ? Alpha::kAny : alpha_kind(arguments.alpha.value), place.device);
+                      general ? Alpha::kAny : alpha_kind(arguments.alpha.value), place.device, marked);
 }
 
 int64_t Call::stored_heads() const { return packed ? int64_t{arguments.heads.value} : heads; }
@@ -186,10 +186,11 @@ int64_t Call::query_tile_rows() const { return stored_heads() * arguments.tile_r
 
 int64_t Call::query_tile_pairs() const { return query_tile_rows() * count_tiles(arguments.limit_k.value); }
 
-int64_t Call::key_tile_pairs() const {
-  return (packed ? key.size(1) : kv_heads) * int64_t{arguments.key_tile_rows.value} *
-         count_tiles(arguments.limit_q.value);
+int64_t Call::key_tile_rows() const {
+  return (packed ? key.size(1) : kv_heads) * int64_t{arguments.key_tile_rows.value};
 }
+
+int64_t Call::key_tile_pairs() const { return key_tile_rows() * count_tiles(arguments.limit_q.value); }
 
 int64_t Call::state_rows() const { return stored_heads() * arguments.rows_q.value; }
 

@@ -33,7 +33,7 @@ class Call {
   Call(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
        const AttentionOptions& options);
 
-  const Variant& variant(Kernel kernel) const;
+  const Variant& variant(Kernel kernel, bool marked = false) const;
   int64_t query_programs(const Variant& v) const {
     return (arguments.limit_q.value + v.block_m - 1) / v.block_m * heads;
   }
@@ -41,8 +41,10 @@ class Call {
     return (arguments.limit_k.value + v.block_n - 1) / v.block_n * kv_heads;
   }
 
-  // Of all heads: pairs of a query tile and a key tile, laid out by query tiles or by key tiles; rows of row_state;
-  // words of tile bits.
+  // Of all heads: rows of tiles; pairs of a query tile and a key tile, laid out by query tiles or by key tiles; rows of
+  // row_state; words of tile bits.
+  int64_t query_tile_rows() const;
+  int64_t key_tile_rows() const;
   int64_t query_tile_pairs() const;
   int64_t key_tile_pairs() const;
   int64_t state_rows() const;
@@ -51,7 +53,6 @@ class Call {
 
  private:
   int64_t stored_heads() const;  // of row_state and tile bits, which the sequences of a packed batch share
-  int64_t query_tile_rows() const;
 
   c10::DeviceGuard guard_;
   // What the kernels are given as int32 and float32, kept alive.

@@ -8,6 +8,9 @@ namespace adasplash::cuda {
 
 namespace {
 
+// Four numbers of 16 bits, and an entry of a list.
+constexpr Scratch kScratch{.of_pair = 2 + 1, .of_tile_row = 0};
+
 // The output of one part's heads, and in training their row_state and tile bits; else these are undefined.
 void forward_part(const Call& call, const at::Tensor& out, const at::Tensor& state, const at::Tensor& tiles) {
   if (out.numel() == 0) return;
@@ -17,7 +20,7 @@ void forward_part(const Call& call, const at::Tensor& out, const at::Tensor& sta
   const bool training = state.defined();
   const int64_t pairs = call.query_tile_pairs();
   const int64_t state_size = training ? 0 : 2 * call.state_rows(), words = training ? 0 : call.tile_words();
-  const at::Tensor scratch = call.empty_ints(kScratchOfPair * pairs + state_size + words);
+  const at::Tensor scratch = call.empty_ints(kScratch.of_pair * pairs + state_size + words);
   int32_t* const numbers = scratch.mutable_data_ptr<int32_t>();  // four of 16 bits a pair
   int32_t* const scratch_state = numbers + 2 * pairs;
   int32_t* const lists = scratch_state + state_size;
@@ -55,7 +58,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
     if (options.packed()) state.zero_();                       // as out is
     if (support.numel() > 0) support.fill_(kSupportOverflow);  // its rows are not listed here: the backward walks tiles
   }
-  for (const Part& part : Part::all(query, key, options)) {
+  for (const Part& part : Part::all(query, key, options, kScratch)) {
     const Call call(name, part.queries(query), part.keys(key), part.keys(value), part.options(options));
     forward_part(call, part.queries(out), training ? part.rows(state) : at::Tensor(),
                  training ? part.rows(tiles) : at::Tensor());

@@ -11,8 +11,8 @@
 namespace adasplash::cuda {
 
 // The names and their order are those of triton_src/variants.py, by way of the generated launchers.
-enum class Kernel { kAttend, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
-constexpr const char* kKernelNames[] = {"attend", "grad_query", "grad_key_value", "activate", "activate_grad"};
+enum class Kernel { kAttend, kMark, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
+constexpr const char* kKernelNames[] = {"attend", "mark", "grad_query", "grad_key_value", "activate", "activate_grad"};
 enum class Alpha { kAny, k15, k2 };
 
 // How kernels take sequence lengths.
@@ -29,6 +29,7 @@ struct Variant {
   at::ScalarType dtype;
   int pad;  // largest head size, or longest row of an activation
   Alpha alpha;
+  bool marked;  // gathers what `mark` marked
   int arch;
   int block_m, block_n;  // rows of query (or of an activation), and keys, that a program works on
   int warps, shared_bytes;
@@ -60,9 +61,10 @@ using PlaceOf = void (*)(int device, Place* place);
 Place place_of(c10::Device device);
 void replace_place_of(PlaceOf replacement);
 
-// The best variant for a call on this device: the smallest head size that fits, then made for this alpha.
-// Throws if the device's architecture was not built for.
-const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, int device);
+// The best variant for a call on this device: the smallest head size that fits, then made for this alpha; of kernels
+// that gather, the one for what is marked or not. Throws if the device's architecture was not built for.
+const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, int device,
+                            bool marked = false);
 
 // The code that is best for alpha as a number.
 inline Alpha alpha_kind(double alpha) { return alpha == 1.5 ? Alpha::k15 : alpha == 2 ? Alpha::k2 : Alpha::kAny; }

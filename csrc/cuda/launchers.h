@@ -69,6 +69,27 @@ inline void attend(const Variant& variant, const Place& place, int64_t programs,
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
 }
 
+struct MarkArguments {
+  Rows query;
+  Rows key;
+  Exactly<const float*> row_state;
+  Exactly<const int32_t*> tiles;
+  Exactly<int32_t*> lists;
+  Exactly<int32_t*> key_marks;
+  Exactly<int16_t*> row_marks;
+  Exactly<int32_t*> shares;
+  Exactly<int32_t> gather_below;
+  Exactly<int32_t> probe_from;
+  CallArguments call;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(MarkArguments) == 264);
+inline void mark(const Variant& variant, const Place& place, int64_t programs,
+                 const MarkArguments& arguments) {
+  launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
+}
+
 struct GradQueryArguments {
   Rows query;
   Rows key;
@@ -81,11 +102,15 @@ struct GradQueryArguments {
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> lists;
+  Exactly<const int32_t*> marks;
+  Exactly<int32_t*> chosen;
+  Exactly<const int32_t*> shares;
+  Exactly<int32_t> gather_below;
   CallArguments call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 376);
+static_assert(sizeof(GradQueryArguments) == 408);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -101,11 +126,15 @@ struct GradKeyValueArguments {
   Exactly<const float*> terms;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> lists;
+  Exactly<const int32_t*> marks;
+  Exactly<int32_t*> chosen;
+  Exactly<const int32_t*> shares;
+  Exactly<int32_t> gather_below;
   CallArguments call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 360);
+static_assert(sizeof(GradKeyValueArguments) == 392);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);

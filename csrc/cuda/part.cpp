@@ -6,7 +6,7 @@
 namespace adasplash::cuda {
 namespace {
 
-std::atomic<int64_t> scratch_limit{int64_t{1} << 28};  // bytes
+std::atomic<int64_t> scratch_limit{int64_t{1} << 26};  // bytes
 
 // The largest of as few parts of `total` as have at most `most` each, or else one, and differ little.
 int64_t evenly(int64_t total, int64_t most) {
@@ -17,14 +17,17 @@ int64_t evenly(int64_t total, int64_t most) {
 
 }  // namespace
 
-std::vector<Part> Part::all(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options) {
+std::vector<Part> Part::all(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options,
+                            const Scratch& scratch) {
   Part part;
   const bool packed = part.packed_ = options.packed();
   const int64_t batch = packed ? 1 : query.size(0), key_heads = key.size(1);
   const int64_t group = part.group_ = key_heads ? query.size(1) / key_heads : 0;
   const int64_t tile_rows = saved_sizes(query, key, options, 0).tiles.rbegin()[1].expect_int();
   const int64_t keys = longest_sequence(options, options.max_seqlen_k, key.size(packed ? 0 : 2)).expect_int();
-  const int64_t of_head = group * tile_rows * count_tiles(keys) * kScratchOfPair * int64_t{sizeof(int32_t)};
+  const int64_t pairs = group * tile_rows * count_tiles(keys);
+  const int64_t rows = std::max(group * tile_rows, count_tiles(key.size(packed ? 0 : 2)));
+  const int64_t of_head = (pairs * scratch.of_pair + rows * scratch.of_tile_row) * int64_t{sizeof(int32_t)};
   const int64_t limit = scratch_limit;
   if (of_head == 0 || of_head * key_heads * batch <= limit) return {part};
 

@@ -7,15 +7,18 @@
 
 namespace adasplash::cuda {
 
-// Numbers of 32 bits that the forward needs for every pair of tiles, the backward fewer: attend's four of 16 bits, and
-// an entry of its list.
-constexpr int64_t kScratchOfPair = 3;
+// Numbers of 32 bits that the kernels of a part need for each pair of a query tile and a key tile, and for each tile of
+// the longer side.
+struct Scratch {
+  int64_t of_pair, of_tile_row;
+};
 
 class Part {
  public:
   // The parts of a call, which together cover its heads. The scratch of each stays below a limit, if that of a single
   // key head does.
-  static std::vector<Part> all(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options);
+  static std::vector<Part> all(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options,
+                               const Scratch& scratch);
 
   // The part of a tensor with the dimensions of query, of key, or of row_state, whose heads come before the rows.
   at::Tensor queries(const at::Tensor& t) const { return narrowed(t, 1, group_); }

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import reference
-from common import Inputs, assert_same_bits, gradients, make_inputs, run_python
+from common import MANY, Inputs, assert_same_bits, gather, gradients, make_inputs, run_python
 
 pytestmark = pytest.mark.backends("emulated")
 FORWARD, BACKWARD = ["attend"], ["grad_query", "grad_key_value"]
+GATHERING = ["mark", "mark", "grad_query", "grad_query", "grad_key_value", "grad_key_value"]
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def driver(backend):
     driver = install()
     driver.reset()
     driver.set_place()
+    gather(MANY)
     yield driver
     driver.reset()
     driver.set_place()
@@ -70,26 +72,58 @@ def every_option(form):
     return torch.ops.adasplash.entmax_attn, inputs, (), dict(alpha=alpha, alibi_slopes=slopes, **lengths)
 
 
+@pytest.mark.parametrize("below", (0, 101), ids=("tiles", "gathered"))
 @pytest.mark.parametrize(
-    "form, limit, parts", (("padded", 1, 6), ("padded", 200, 3), ("padded", 400, 2), ("packed", 1, 2)), ids=str
+    "form, limit, parts",
+    (("padded", 1, (6, 6)), ("padded", 200, (3, 1)), ("padded", 400, (2, 1)), ("packed", 1, (2, 2))),
+    ids=str,
 )
-def test_heads_go_in_parts_where_scratch_is_large(driver, form, limit, parts):
-    """A key head of an entry takes 96 bytes here. No bit depends on it, nor does the gradient of alpha."""
+def test_heads_go_in_parts_where_scratch_is_large(driver, form, limit, parts, below):
+    """A key head of an entry takes 96 bytes here forward, backward 32, and thousands to gather. No bit depends on it,
+    nor does the gradient of alpha."""
     op, inputs, lengths, options = every_option(form)
+    gather(1 if below else MANY, below)
+    backward = GATHERING if below else BACKWARD
 
-    def run(count):
+    def run(of_forward, of_backward):
         driver.launches.clear()
         out = op(*inputs, *lengths, is_causal=True, **options)
         results = out, *torch.autograd.grad(out.square().sum(), (*inputs, options["alpha"]))
-        assert kernels(driver) == FORWARD * count + BACKWARD * count
+        assert kernels(driver) == FORWARD * of_forward + backward * of_backward
         return results
 
-    whole = run(1)
+    whole = run(1, 1)
     before = driver.limit_scratch(limit)
     try:
-        assert_same_bits(whole, run(parts))
+        assert_same_bits(whole, run(parts[0], (2 if form == "packed" else 6) if below else parts[1]))
     finally:
         driver.limit_scratch(before)
+
+
+def test_heads_that_weigh_few_keys_gather(driver):
+    """Of two key heads, with two query heads each, one weighs few keys of a tile and the other all."""
+    inputs = make_inputs(1, 4, 130, 140, size=16, kv_heads=2)
+    few = inputs.query.clone()
+    few[:, :2] *= 30
+    few[:, 2:] *= 0.01
+    inputs = Inputs(few.requires_grad_(), *(x.requires_grad_() for x in inputs[1:]))
+    grad = torch.randn(few.shape, generator=torch.Generator().manual_seed(1))
+
+    def run(length, below):
+        gather(length, below)
+        driver.launches.clear()
+        return gradients(inputs, grad, torch.ops.adasplash.entmax_attn)
+
+    walked = run(MANY, 101)
+    assert kernels(driver) == FORWARD + BACKWARD
+    gathered = run(1, 101)
+    assert kernels(driver) == FORWARD + GATHERING
+    chosen = run(130, 60)
+    assert kernels(driver) == FORWARD + GATHERING
+    for mine, by_keys, by_tiles in zip(chosen, gathered, walked, strict=True):
+        half = mine.shape[1] // 2
+        assert_same_bits([mine[:, :half], mine[:, half:]], [by_keys[:, :half], by_tiles[:, half:]])
+    assert_same_bits(run(131, 101), walked)
 
 
 @torch.no_grad()

@@ -73,9 +73,11 @@ def attention(
     offsets: tuple[Tensor, Tensor, int, int] | None = None,
     kind: str | None = None,
     tiles: Tiles | None = None,
+    gather_below: int = 101,
 ) -> Result:
-    """Forward, and with `grad` backward. Padded tensors (B, H, M, D), with `lengths` of queries and keys; or packed
-    ones (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key)."""
+    """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
+    ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys; or
+    packed ones (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key)."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as Call (csrc/cuda/call.cpp) does
@@ -89,7 +91,7 @@ def attention(
     width_v = value.shape[-1]
     given = tuple(offsets[:2]) if offsets else tuple(lengths or (torch.zeros(1, dtype=torch.int32),) * 2)
     mode = (common.LENGTHS_PACKED if offsets else common.LENGTHS_PADDED if lengths else common.LENGTHS_NONE).value
-    left, right = (common.UNLIMITED if bound < 0 else bound for bound in window)
+    left, right = (common.UNLIMITED.value if bound < 0 else bound for bound in window)
     right = 0 if is_causal else right
     # As saved_sizes (csrc/attention.cpp) has them.
     counts = (rows_q // 64 + batch, rows_k // 64 + batch) if offsets else (-(-limit_q // 64), -(-limit_k // 64))
@@ -102,9 +104,11 @@ def attention(
     pad = max(16, 1 << (max(width, width_v) - 1).bit_length())
     step = tiles.step or pad
 
-    def launch(name, *arguments, block_m=TILE, block_n=tiles.walk, **others):
+    def launch(name, *arguments, block_m=TILE, block_n=tiles.walk, every=1, **others):
         rows, programs = (limit_k, block_n) if name == "grad_key_value" else (limit_q, block_m)
-        programs = math.ceil(rows / programs) * (kv_heads if name == "grad_key_value" else heads) * batch
+        programs = (
+            math.ceil(math.ceil(rows / programs) / every) * (kv_heads if name == "grad_key_value" else heads) * batch
+        )
         constants = (block_m, block_n, pad, step, variants.ALPHAS[kind])
         with patched_once():
             variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants, **others)
@@ -132,8 +136,18 @@ def attention(
     terms = torch.full((*row_state.shape[:-1], 4), garbage)
     tensors = (query, key, value, grad)
     lists.fill_(1 << 30)
-    launch("grad_query", *rows(query, key, value, out, grad, dq), terms, torch.zeros(0), row_state, bits, lists)
-    lists = torch.full((*many, kv_heads, key_tile_rows, math.ceil(limit_q / 64)), 1 << 30, dtype=torch.int32)
-    walked = dict(block_m=tiles.walk, block_n=TILE)
-    launch("grad_key_value", *rows(*tensors, dk, dv), terms, bits, lists, **walked)
+    key_marks, row_marks = (torch.full((*lists.shape, n), -1, dtype=t) for n, t in ((2, torch.int32), (4, torch.int16)))
+    shares = torch.zeros(batch * kv_heads, 2, dtype=torch.int32)
+    for probe in (1, 0) if gather_below else ():
+        scratch = row_state, bits, lists, key_marks, row_marks, shares, gather_below, probe
+        walk = max(tiles.walk, common.WORD.value)
+        every = common.PROBED.value if probe else 1
+        launch("mark", *rows(query, key), *scratch, block_n=walk, every=every)
+    chosen = torch.full((*many, heads, max(tile_rows, key_tile_rows), common.ROOM.value), -1, dtype=torch.int32)
+    key_lists = torch.full((*many, kv_heads, key_tile_rows, math.ceil(limit_q / 64)), 1 << 30, dtype=torch.int32)
+    for marked in (False, True) if gather_below else (False,):
+        scratch = terms, torch.zeros(0), row_state, bits, lists, key_marks, chosen, shares, gather_below
+        launch("grad_query", *rows(query, key, value, out, grad, dq), *scratch, MARKED=marked)
+        scratch = terms, bits, key_lists, row_marks.view(torch.int32), chosen, shares, gather_below
+        launch("grad_key_value", *rows(*tensors, dk, dv), *scratch, block_m=tiles.walk, block_n=TILE, MARKED=marked)
     return Result(out, row_state, bits, dq, dk, dv)

@@ -25,23 +25,24 @@ def test_tiles_of_a_list_lie_inside_the_sequence():
 
 
 def check(inputs, *arguments, tiles=SMALL, kind=None, **options):
-    """Forward and backward; `options` as the reference takes them. Returns the result."""
+    """Forward and backward, over tiles and over keys; `options` as the reference takes them. Returns the result."""
     grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
     lengths = options.get("q_seqlens"), options.get("kv_seqlens")
     mine = {name: value for name, value in options.items() if not name.endswith("seqlens")}
     if lengths[0] is not None:
         mine["lengths"] = tuple(x.int() for x in lengths)
-    actual = attention(*inputs, *arguments, grad=grad, tiles=tiles, kind=kind, **mine)
 
     def dense(query, key, value, dtype):
         return reference.attention(query, key, value, *arguments, **options, dtype=dtype).out
 
     exact = gradients(type(inputs)(*(x.double() for x in inputs)), grad, dense, dtype=torch.float64)
     composed = gradients(inputs, grad, dense, dtype=inputs.query.dtype)
-    named = zip(("out", "dq", "dk", "dv"), (actual.out, *actual[3:]), exact, composed, strict=True)
-    for what, mine, true, plain in named:
-        # delta and the dO.v that it is taken off come from two kernels, which sum in different orders.
-        assert_accurate(what, mine, true, plain, size=50.0 if mine.dtype == torch.float32 else 1.0)
+    for below in (0, 101):
+        actual = attention(*inputs, *arguments, grad=grad, tiles=tiles, kind=kind, gather_below=below, **mine)
+        named = zip(("out", "dq", "dk", "dv"), (actual.out, *actual[3:]), exact, composed, strict=True)
+        for what, result, true, plain in named:
+            # delta and the dO.v that it is taken off come from two kernels, which sum in different orders.
+            assert_accurate(what, result, true, plain, size=50.0 if result.dtype == torch.float32 else 1.0)
     return actual
 
 

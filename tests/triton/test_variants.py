@@ -72,8 +72,8 @@ def test_other_architectures_compile(tmp_path, outside, arch):
     code = f"""
 import sys
 from triton_src import compile, variants
-largest = [v for v in variants.variants({arch}) if v.name.endswith("bf16_d256_aany")]
-assert len(largest) == 3, [v.name for v in largest]
+largest = [v for v in variants.variants({arch}) if "bf16_d256_aany" in v.name]
+assert len(largest) == 6, [v.name for v in largest]
 for variant in largest:
     one, _ = compile.compile_variant(variant, {arch}, sys.argv[1])
     assert one["shared"] <= variants.SHARED_KIB[{arch}] * 1024, one["name"]
@@ -88,7 +88,7 @@ def test_tables_are_consistent():
         table = {variant.name: variant for variant in variants(arch) if variant.kernel in ATTENTION}
         for variant in table.values():
             sides = (variant.block_m, variant.block_n)
-            walked = {"attend": 1, "grad_query": 1, "grad_key_value": 0}.get(variant.kernel)
+            walked = 0 if variant.kernel == "grad_key_value" else 1
             for side, length in enumerate(sides):
                 assert 64 % length == 0 if side == walked else length == 64, variant.name
             assert variant.pad % variant.step == 0
