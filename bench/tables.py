@@ -28,11 +28,16 @@ def heading(rows: Sequence[Row]) -> str:
 
 
 def _which(rows: Sequence[Row]) -> str:
-    """What some rows measured: of which peers and inputs, if it is time."""
+    """What some rows measured: if it is time, of which peers, at which head sizes, and at which length if it is one."""
     if all(row["what"] not in (FORWARD, BACKWARD, BOTH) for row in rows):
         return ", ".join(sorted({row["what"] for row in rows}))
-    peers = dict.fromkeys(PEERS[row["peer"]].label for row in rows if row["peer"] != OURS)
-    return ", ".join([*peers, *dict.fromkeys(input_name(row["input"]) for row in rows)])
+    sizes: dict[tuple[int, ...], list[str]] = {}
+    for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != OURS):
+        found = tuple(sorted({row["head_dim"] for row in rows if row["peer"] == peer}))
+        sizes.setdefault(found, []).append(PEERS[peer].label)
+    named = [f"{', '.join(peers)} at D = {' and '.join(map(str, found))}" for found, peers in sizes.items()]
+    lengths = {row["length"] for row in rows}
+    return "; ".join(named) + (f"; N = {lengths.pop():,}" if len(lengths) == 1 else "")
 
 
 def _where(row: Row) -> str:
