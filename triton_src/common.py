@@ -17,7 +17,7 @@ PROBED = tl.constexpr(
     16
 )  # every so manieth block of rows is probed, at about so many tiles of it (kProbed in backward.cpp)
 LISTED = tl.constexpr(32)  # tiles whose marked rows are listed together
-ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for (kMarkedRoom in csrc/cuda/backward.cpp)
+ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for (kRoom in csrc/cuda/backward.cpp)
 # A window bound that never binds, small enough that adding a row index does not overflow; as a row it is beyond all.
 UNLIMITED = tl.constexpr(1 << 30)
 
