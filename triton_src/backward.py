@@ -66,6 +66,16 @@ from .common import (
 
 
 @triton.jit
+def load_thresholds(row_state, place, inside, EXACT: tl.constexpr):
+    """(high, low, t) of the rows at some places: what `excess` takes, and t, NaN for NaN rows. Rows that are not
+    `inside` weigh nothing."""
+    m = tl.load(row_state + 2 * place, mask=inside, other=0.0)
+    t = tl.load(row_state + 2 * place + 1, mask=inside, other=float("inf"))
+    high, low = threshold_pair(m, t, EXACT)
+    return high, low, t
+
+
+@triton.jit
 def mark(
     query, query_batch, query_head, query_row,
     key, key_batch, key_head, key_row,
@@ -106,10 +116,7 @@ def mark(
     first_key, end_key = visible_keys(row, length_q, length_k, window_left, window_right)
     q = load_factor(query, first_row, length_q, query_row, width, BLOCK_M, PAD, STEP)
     EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
-    inside = row < length_q
-    m = tl.load(row_state + 2 * (first_state + row), mask=inside, other=0.0)
-    t = tl.load(row_state + 2 * (first_state + row) + 1, mask=inside, other=float("inf"))
-    high, low = threshold_pair(m, t, EXACT)
+    high, low, t = load_thresholds(row_state, first_state + row, row < length_q, EXACT)
     alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
     factor = score_scale(scale, alpha)
     slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)
@@ -210,10 +217,7 @@ def grad_query(
     q = load_factor(query, first_row, length_q, query_row, width, BLOCK_M, PAD, STEP)
     do = load_factor(grad_out, first_row, length_q, grad_out_row, width_v, BLOCK_M, PAD, STEP)
     EXACT: tl.constexpr = key.dtype.element_ty == tl.float32
-    inside = row < length_q  # rows from there on weigh nothing; NaN rows keep t = NaN
-    m = tl.load(row_state + 2 * (first_state + row), mask=inside, other=0.0)
-    t = tl.load(row_state + 2 * (first_state + row) + 1, mask=inside, other=float("inf"))
-    high, low = threshold_pair(m, t, EXACT)
+    high, low, t = load_thresholds(row_state, first_state + row, row < length_q, EXACT)
     alpha = alpha_of(alphas, kind_alpha, head, alpha, ALPHA)
     factor = score_scale(scale, alpha)
     slope = slope_of(slopes, has_slopes, slopes_batch, batch, head, factor, alpha, ALPHA)

@@ -13,11 +13,9 @@ TILE = tl.constexpr(64)  # side of the tiles that the op's tile bits speak of
 WORD = tl.constexpr(32)  # tile bits in a word
 CHUNK = tl.constexpr(128)  # tiles of a row or column that are looked at together
 GROUP = tl.constexpr(16)  # rows of one warp in the matrix units' layout: what is kept for each group, none waits for
-PROBED = tl.constexpr(
-    16
-)  # every so manieth block of rows is probed, at about so many tiles of it (kProbed in backward.cpp)
+PROBED = tl.constexpr(16)  # one of so many blocks of rows is probed, at about so many tiles of it
 LISTED = tl.constexpr(32)  # tiles whose marked rows are listed together
-ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for (kRoom in csrc/cuda/backward.cpp)
+ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for
 # A window bound that never binds, small enough that adding a row index does not overflow; as a row it is beyond all.
 UNLIMITED = tl.constexpr(1 << 30)
 

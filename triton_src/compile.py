@@ -37,7 +37,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from . import launchers  # noqa: E402
-from .variants import APPENDED, ARCHS, DEFAULT_ARCHS, KERNELS, SHARED_KIB, variants  # noqa: E402
+from .variants import APPENDED, ARCHS, DEFAULT_ARCHS, KERNELS, SHARED_KIB, entry, variants  # noqa: E402
 
 FORMAT = "1"  # of what the cache holds; raise it when `compile_variant` changes what it makes of the same variant
 
@@ -165,7 +165,7 @@ def broken_limits(descriptions):
             yield f"{where}: {one['shared']} bytes of shared memory, the architecture has {SHARED_KIB[one['arch']]} KiB"
         if one["size"] > LIMITS["cubin_bytes"]:
             yield f"{where}: {one['size']} bytes of machine code, the limit is {LIMITS['cubin_bytes']}"
-        if one["spilled"] > LIMITS["spilled_bytes"][one["kernel"] if one["hot"] else "not hot"]:
+        if one["spilled"] > LIMITS["spilled_bytes"][entry(one["kernel"], one["marked"]) if one["hot"] else "not hot"]:
             yield f"{where}: spills {one['spilled']} bytes"
     default = sum(len(variants(arch)) for arch in DEFAULT_ARCHS)
     if default > LIMITS["default_variants"]:

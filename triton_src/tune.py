@@ -40,7 +40,7 @@ SHAPE = ("block_m", "block_n", "step", "warps", "stages", "registers", "scan_n")
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 WRITTEN = {
     "attend": ("out", "row_state", "tiles"),
-    "mark": (),  # of tiles without weight it writes nothing; what it leaves out grad_query would lack
+    "mark": ("key_marks", "row_marks"),
     "grad_query": ("grad_query", "terms"),
     "grad_key_value": ("grad_key", "grad_value"),
 }
@@ -89,7 +89,7 @@ class Kernel:
 class Problem:
     """Tensors of one case, and what the kernels are given."""
 
-    def __init__(self, case, marked):
+    def __init__(self, case):
         self.case = case
         query, key, value = make_inputs(case)
         batch, heads, length, head_dim = query.shape
@@ -104,8 +104,8 @@ class Problem:
             "terms": torch.empty(batch, heads, length, 4, **like),
             "numbers": torch.empty(batch, heads, 4 * tile_rows, tiles, dtype=torch.int16, **like),
             "lists": torch.empty(batch, heads, tile_rows, tiles, dtype=torch.int32, **like),
-            "key_marks": torch.empty(batch, heads, tile_rows, tiles, 2, dtype=torch.int32, **like),
-            "row_marks": torch.empty(batch, heads, tile_rows, tiles, 4, dtype=torch.int16, **like),
+            "key_marks": torch.zeros(batch, heads, tile_rows, tiles, 2, dtype=torch.int32, **like),
+            "row_marks": torch.zeros(batch, heads, tile_rows, tiles, 4, dtype=torch.int16, **like),
             "shares": torch.tensor([0, 1], dtype=torch.int32, **like).repeat(batch * heads),  # none of one probed key
             "chosen": torch.empty(batch, heads, tile_rows, ROOM.value, dtype=torch.int32, **like),
             "tiles": torch.zeros(
@@ -122,14 +122,17 @@ class Problem:
             "limit_q": length, "limit_k": length, "tile_rows": tile_rows,
             "tile_words": self.tensors["tiles"].shape[3], "width": head_dim, "width_v": head_dim,
             "window_left": UNLIMITED.value, "window_right": 0 if case.causal else UNLIMITED.value,
-            "scale": head_dim**-0.5, "alpha": case.alpha, "gather_below": 101 if marked else 0,
+            "scale": head_dim**-0.5, "alpha": case.alpha,
         }  # fmt: skip
 
     def run(self, kernel):
         v = kernel.variant
         side = v.block_n if v.kernel == "grad_key_value" else v.block_m
-        marks = self.values["key_marks" if v.kernel == "grad_query" else "row_marks"]
-        kernel.launch(-(-self.case.length // side) * self.case.batch * self.case.heads, self.values | {"marks": marks})
+        values = self.values | {
+            "marks": self.values["key_marks" if v.kernel == "grad_query" else "row_marks"],
+            "gather_below": 1 if v.kernel == "mark" or v.marked else 0,
+        }
+        kernel.launch(-(-self.case.length // side) * self.case.batch * self.case.heads, values)
 
 
 def milliseconds(problem, kernel, times=7):
@@ -248,7 +251,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
             dtype="bf16",
             alpha=args.alpha,
         )
-        problem = Problem(case, args.marked)
+        problem = Problem(case)
         for kernel in variants.ATTENTION:
             group = tried[kernel, head_dim]
             problem.run(compiled[group[0]][0])
@@ -276,8 +279,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
                 f"  {shape_of(variant)!s:30} {times}   {about['registers']} registers, {about['spilled']} spilled{mark}"
             )
         if args.write:
-            name = f"{kernel}_marked" if ranked[0].marked else kernel
-            write(arch, name, head_dim, shape_of(ranked[0]))
+            write(arch, variants.entry(kernel, ranked[0].marked), head_dim, shape_of(ranked[0]))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ STRIDE_ENDINGS = ("_batch", "_head", "_row")
 APPENDED = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))
 
 
+def entry(kernel, marked):
+    """What the tables below and limits.json call a kernel's code: that which gathers has a name of its own."""
+    return f"{kernel}_marked" if marked else kernel
+
+
 @dataclass(frozen=True)
 class Variant:
     kernel: str
@@ -119,8 +124,8 @@ class Variant:
 # (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers; for attend also how many keys it scans at a time).
 # Those of sm_90 were the fastest on a GPU, those of sm_80 are the ones that spill little. `python -m triton_src.tune`
 # tries shapes. A program takes a tile of rows (grad_key_value: of keys), and along the other side a tile or part of one
-# at a time; what attend scans at a time are whole tiles. Code that
-# gathers has a shape of its own where there is one for "marked".
+# at a time; what attend scans at a time are whole tiles. Code that gathers has the shape of the kernel's other code
+# where it has no entry of its own.
 HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
     ("attend", 64): (64, 64, 64, 4, 3, 168, 128),
     ("attend", 128): (64, 64, 128, 4, 3, None, 128),
@@ -188,11 +193,11 @@ FP32 = {  # six bf16 products for one: large code and many registers, so small b
 }
 
 
-def tile(arch, kernel, dtype, pad, alpha, marked=False):
+def tile(arch, kernel, dtype, pad, alpha, marked):
     if dtype == "fp32":
         return FP32[kernel, pad]
     table = (ANY if alpha == "any" and pad <= 128 else HALF)[arch]
-    return table.get((f"{kernel}_marked", pad) if marked else None, table[kernel, pad])
+    return table.get((entry(kernel, marked), pad), table[kernel, pad])
 
 
 def specialisations():

@@ -20,8 +20,6 @@ std::atomic<int32_t> probe_from{8192};
 std::atomic<int32_t> gather_below_small{30}, gather_below_large{50};
 constexpr int64_t kSmallHead = 64;
 
-constexpr int64_t kProbed = 16, kRoom = 2560;  // PROBED and ROOM in triton_src/common.py
-
 // An entry of a list; and to gather, two words of marked keys, four numbers of 16 bits of marked rows, and chosen ones.
 constexpr Scratch kWalking{.of_pair = 1, .of_tile_row = 0}, kGathering{.of_pair = 1 + 2 + 2, .of_tile_row = kRoom};
 
@@ -66,12 +64,18 @@ void backward_part(const Call& call, int32_t gather_below, const at::Tensor& giv
   const bool probed = gather_below > 0;
   const int64_t pairs = call.query_tile_pairs(), listed = std::max(pairs, call.key_tile_pairs());
   const int64_t chosen = probed ? std::max(call.query_tile_rows(), call.key_tile_rows()) * kRoom : 0;
-  const at::Tensor scratch = call.empty_ints(listed + chosen), marks = call.empty_ints(probed ? 4 * pairs : 0);
-  const at::Tensor shares = call.empty_ints(probed ? 2 * call.kv_heads : 0);  // of each key head: keys that weigh, all
+  const int64_t counts = probed ? 2 * call.kv_heads : 0;  // of each key head: probed keys that weigh, all
+  const int64_t marked_words = probed ? 2 * pairs : 0;    // of keys, and as many of rows
+  const at::Tensor scratch = call.empty_ints(listed + chosen + counts + 2 * marked_words);
   int32_t* const lists = scratch.mutable_data_ptr<int32_t>();
+  int32_t* const chosen_rows = lists + listed;
+  int32_t* const shares = chosen_rows + chosen;
+  int32_t* const key_marks = shares + counts;
+  int32_t* const row_marks = key_marks + marked_words;
+  const int32_t *const found_shares = shares, *const found_keys = key_marks, *const found_rows = row_marks;
 
   if (probed) {
-    shares.zero_();
+    scratch.narrow(0, listed + chosen, counts).zero_();
     const Variant& variant = call.variant(Kernel::kMark);
     const int64_t blocks = call.query_programs(variant) / call.heads;
     for (const bool probe : {true, false}) {
@@ -82,9 +86,9 @@ void backward_part(const Call& call, int32_t gather_below, const at::Tensor& giv
                .row_state = saved.row_state.const_data_ptr<float>(),
                .tiles = saved.tiles.const_data_ptr<int32_t>(),
                .lists = lists,
-               .key_marks = marks.mutable_data_ptr<int32_t>(),
-               .row_marks = reinterpret_cast<int16_t*>(marks.mutable_data_ptr<int32_t>() + 2 * pairs),
-               .shares = shares.mutable_data_ptr<int32_t>(),
+               .key_marks = key_marks,
+               .row_marks = reinterpret_cast<int16_t*>(row_marks),
+               .shares = shares,
                .gather_below = gather_below,
                .probe_from = probe ? static_cast<int32_t>(probe_from) : 0,
                .call = call.arguments,
@@ -107,9 +111,9 @@ void backward_part(const Call& call, int32_t gather_below, const at::Tensor& giv
                    .row_state = saved.row_state.const_data_ptr<float>(),
                    .tiles = saved.tiles.const_data_ptr<int32_t>(),
                    .lists = lists,
-                   .marks = marks.const_data_ptr<int32_t>(),
-                   .chosen = lists + listed,
-                   .shares = shares.const_data_ptr<int32_t>(),
+                   .marks = found_keys,
+                   .chosen = chosen_rows,
+                   .shares = found_shares,
                    .gather_below = gather_below,
                    .call = call.arguments,
                });
@@ -131,9 +135,9 @@ void backward_part(const Call& call, int32_t gather_below, const at::Tensor& giv
                        .terms = of_rows.terms.const_data_ptr<float>(),
                        .tiles = saved.tiles.const_data_ptr<int32_t>(),
                        .lists = lists,
-                       .marks = marks.const_data_ptr<int32_t>() + 2 * pairs,
-                       .chosen = lists + listed,
-                       .shares = shares.const_data_ptr<int32_t>(),
+                       .marks = found_rows,
+                       .chosen = chosen_rows,
+                       .shares = found_shares,
                        .gather_below = gather_below,
                        .call = call.arguments,
                    });

@@ -50,6 +50,9 @@ struct CallArguments {
   Exactly<float> alpha;
 };
 
+// Of the kernels that gather, see triton_src/common.py.
+constexpr int64_t kProbed = 16, kRoom = 2560;
+
 struct AttendArguments {
   Rows query;
   Rows key;

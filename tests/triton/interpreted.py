@@ -105,10 +105,8 @@ def attention(
     step = tiles.step or pad
 
     def launch(name, *arguments, block_m=TILE, block_n=tiles.walk, every=1, **others):
-        rows, programs = (limit_k, block_n) if name == "grad_key_value" else (limit_q, block_m)
-        programs = (
-            math.ceil(math.ceil(rows / programs) / every) * (kv_heads if name == "grad_key_value" else heads) * batch
-        )
+        length, block, count = (limit_k, block_n, kv_heads) if name == "grad_key_value" else (limit_q, block_m, heads)
+        programs = math.ceil(math.ceil(length / block) / every) * count * batch
         constants = (block_m, block_n, pad, step, variants.ALPHAS[kind])
         with patched_once():
             variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants, **others)
