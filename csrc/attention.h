@@ -83,7 +83,7 @@ struct SavedSizes {
 SavedSizes saved_sizes(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options,
                        const c10::SymInt& support_capacity);
 // Where the tile rows of a packed sequence start, for the index of the sequence and that of its first query. They are
-// as many as saved_sizes says; those of one sequence end before those of the next begin, unless cu_seqlens decrease.
+// as many as saved_sizes says; those of one sequence end before those of the next begin.
 constexpr int64_t packed_tile_row(int64_t sequence, int64_t first_query) { return first_query / kTile + sequence; }
 at::ScalarType row_state_type(const at::Tensor& query);  // float32, and float64 for float64
 

@@ -238,12 +238,18 @@ def test_contradictions_are_no_stray_access(backend, case):
 
 
 @pytest.mark.backends("emulated", "cuda")
-def test_sequences_that_share_tile_rows(backend):
-    """Where cu_seqlens decrease, two sequences have scratch and tile bits in common: wrong rows, but numbers."""
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
+def test_offsets_that_fall_count_as_the_largest_before_them(backend, dtype):
+    """Else two sequences would have scratch and tile bits in common."""
+
+    def run(offsets):
+        ends = torch.tensor(offsets, dtype=dtype, device=backend.device)
+        out = entmax_attn_varlen(*tensors, ends, ends, 300, 300)
+        return out, *torch.autograd.grad(out.sum(), tensors)
+
     tensors = [torch.randn(300, 2, 16, device=backend.device).requires_grad_() for _ in range(3)]
-    ends = torch.tensor([0, 300, 0, 300], dtype=torch.int32, device=backend.device)
-    out = entmax_attn_varlen(*tensors, ends, ends, 300, 300)
-    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), tensors)))
+    for mine, expected in zip(run([0, 200, -5, 50, 300]), run([0, 200, 200, 200, 300]), strict=True):
+        assert torch.equal(mine, expected)
 
 
 @pytest.mark.backends("emulated", "cuda")

@@ -57,7 +57,6 @@ from .common import (
     stages,
     store_rows,
     threshold_pair,
-    tile_inside,
     visible_keys,
     visible_scores,
     visible_tiles,
@@ -146,7 +145,7 @@ def mark(
         begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
         ahead = listed_tile(listed, begin, end, SPLIT)
         for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
-            tile = tile_inside(ahead, length_k, EDGE)
+            tile = ahead
             ahead = listed_tile(listed, index + 1, end, SPLIT)
             part = part_of(index, SPLIT)
             s = visible_scores(
@@ -253,7 +252,7 @@ def grad_query(
     start = 0
     while start < count:
         if MARKED:
-            n, inner_n, start = list_marked(chosen, listed, 0, marks, 1, start, inner_count, count, length_k)
+            n, inner_n, start = list_marked(chosen, listed, 0, marks, 1, start, inner_count, count)
         else:
             n, inner_n, start = count * TILE, inner_count * TILE, count
         for EDGE in tl.static_range(FIRST, 2):
@@ -261,7 +260,7 @@ def grad_query(
             ahead = listed_step(chosen, listed, begin, n, BLOCK_N, MARKED)
             # Steps of a whole tile (D = 64): fewer stages for edges made all of it 4 % slower (docs/cuda.md).
             for index in tl.range(begin, end, num_stages=stages(EDGE and BLOCK_N < TILE, ALPHA)):
-                keys = rows_of_step(ahead, index, length_k, BLOCK_N, MARKED, EDGE)
+                keys = rows_of_step(ahead, index, BLOCK_N, MARKED)
                 ahead = listed_step(chosen, listed, index + 1, n, BLOCK_N, MARKED)
                 k = load_rows(key, keys, seen_end, key_row, width, BLOCK_N, PAD, EDGE, seen_first)
                 s = visible_scores(  # of the same rows of keys: one load for both
@@ -418,9 +417,7 @@ def grad_key_value(
         start = 0
         while start < count:
             if MARKED:
-                n, inner_n, start = list_marked(
-                    chosen, listed, gap, marks, tiles_k, start, inner_count, count, length_q
-                )
+                n, inner_n, start = list_marked(chosen, listed, gap, marks, tiles_k, start, inner_count, count)
             else:
                 n, inner_n, start = count * TILE, inner_count * TILE, count
             for EDGE in tl.static_range(FIRST, 2):
@@ -428,7 +425,7 @@ def grad_key_value(
                 tiles_listed = listed + gap if EDGE else listed
                 ahead = listed_step(chosen, tiles_listed, begin, n, BLOCK_M, MARKED)
                 for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
-                    rows = rows_of_step(ahead, index, length_q, BLOCK_M, MARKED, EDGE)
+                    rows = rows_of_step(ahead, index, BLOCK_M, MARKED)
                     ahead = listed_step(chosen, tiles_listed, index + 1, n, BLOCK_M, MARKED)
                     q = load_rows(query, rows, length_q, query_row, width, BLOCK_M, PAD, EDGE, sees_first)
                     do = load_rows(grad_out, rows, length_q, grad_out_row, width_v, BLOCK_M, PAD, EDGE, sees_first)

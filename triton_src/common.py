@@ -167,7 +167,7 @@ def stages(EDGE, ALPHA):
 def sequence(lengths, kind, batch, rows, limit):
     """(offset, length, extent) of one sequence among `rows` rows of storage: where it starts, how many rows it has (at
     most `limit`), how many rows there are its to write. Lengths come from the user's GPU memory unchecked, so they are
-    clamped: wrong ones give wrong rows, never a stray access."""
+    clamped: wrong ones give wrong rows, never a stray access. Offsets never fall, which the host sees to."""
     given = tl.load(lengths + batch, mask=kind != LENGTHS_NONE, other=limit)
     end = tl.load(lengths + batch + 1, mask=kind == LENGTHS_PACKED, other=rows)
     packed = kind == LENGTHS_PACKED
@@ -463,15 +463,6 @@ def listed_tile(listed, index, end, PARTS: tl.constexpr):
 
 
 @triton.jit
-def tile_inside(entry, length, EDGE: tl.constexpr):
-    """The tile that an entry of a list names. Where lengths contradict each other, two sequences may share a list:
-    whatever it holds, the tile lies inside `length`, as a whole if it is no EDGE. Taken where the tile is used, as
-    where it is read it would be waited for."""
-    tiles = tl.cdiv(length, TILE) if EDGE else length // TILE
-    return tl.minimum(entry, tiles - 1)
-
-
-@triton.jit
 def part_of(index, PARTS: tl.constexpr):
     """Which part of its tile the index-th step of a loop over a list works on, if a tile takes PARTS steps."""
     return index - index // PARTS * PARTS  # the interpreter's loop indices know no %
@@ -538,7 +529,7 @@ def gathers(shares, head, below):
 
 
 @triton.jit
-def list_marked(chosen, listed, gap, marks, stride, start, inner, count, length):
+def list_marked(chosen, listed, gap, marks, stride, start, inner, count):
     """Lists in `chosen` the marked rows of the tiles listed from the start-th on, as long as there is room: (how many,
     how many of them in the `inner` tiles, which come first, the tile to go on with). The list of tiles has a `gap`
     after the inner ones. `marks` of a tile are two words, `stride` pairs of words apart from tile to tile."""
@@ -552,7 +543,6 @@ def list_marked(chosen, listed, gap, marks, stride, start, inner, count, length)
         index = start + tl.arange(0, LISTED)
         known = index < count
         tile = tl.load(listed + index + tl.where(index < inner, 0, gap), mask=known, other=0)
-        tile = tile_inside(tile, length, True)
         place = (tile.to(tl.int64) * stride)[:, None] * (TILE // WORD) + half[None, :]
         words = tl.reshape(tl.load(marks + place, mask=known[:, None], other=0), [LISTED * TILE // WORD])
         first = tl.reshape(tile[:, None] * TILE + half[None, :] * WORD, [LISTED * TILE // WORD])
@@ -581,9 +571,6 @@ def listed_step(chosen, listed, index, n, ROWS: tl.constexpr, MARKED: tl.constex
 
 
 @triton.jit
-def rows_of_step(entry, index, length, ROWS: tl.constexpr, MARKED: tl.constexpr, EDGE: tl.constexpr):
-    """The rows of that step as load_rows takes them; inside `length` as in tile_inside, or masked by it."""
-    if MARKED:
-        return entry if EDGE else tl.minimum(entry, length - 1)
-    else:
-        return tile_inside(entry, length, EDGE) * TILE + part_of(index, TILE // ROWS) * ROWS
+def rows_of_step(entry, index, ROWS: tl.constexpr, MARKED: tl.constexpr):
+    """The rows of that step as load_rows takes them."""
+    return entry if MARKED else entry * TILE + part_of(index, TILE // ROWS) * ROWS

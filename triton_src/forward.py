@@ -48,7 +48,6 @@ from .common import (
     store_rows,
     threshold_pair,
     threshold_step,
-    tile_inside,
     visible_keys,
     visible_scores,
     visible_tiles,
@@ -263,7 +262,7 @@ def attend(
                 begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
                 ahead = listed_tile(listed, begin, end, SPLIT)
                 for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
-                    first_j = tile_inside(ahead, length_k, EDGE) * TILE + part_of(index, SPLIT) * BLOCK_N
+                    first_j = ahead * TILE + part_of(index, SPLIT) * BLOCK_N
                     ahead = listed_tile(listed, index + 1, end, SPLIT)
                     s = visible_scores(
                         q, query, first_row, length_q, query_row, key, first_j, length_k, key_row, width,
@@ -298,7 +297,7 @@ def attend(
             begin, end = (inner_count * SPLIT, count * SPLIT) if EDGE else (0, inner_count * SPLIT)
             ahead = listed_tile(listed, begin, end, SPLIT)
             for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
-                tile = tile_inside(ahead, length_k, EDGE)
+                tile = ahead
                 ahead = listed_tile(listed, index + 1, end, SPLIT)
                 first_j = tile * TILE + part_of(index, SPLIT) * BLOCK_N
                 s = visible_scores(

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from common import ROOT
@@ -40,13 +38,6 @@ class Result(NamedTuple):
     dq: Tensor | None = None
     dk: Tensor | None = None
     dv: Tensor | None = None
-
-
-@triton.jit
-def read_list(listed, found, length, COUNT: tl.constexpr, EDGE: tl.constexpr):
-    """The tiles that loops over a list visit."""
-    for index in range(COUNT):
-        tl.store(found + index, common.tile_inside(common.listed_tile(listed, index, COUNT, 1), length, EDGE))
 
 
 def rows(*tensors):

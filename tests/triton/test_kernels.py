@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreted import Tiles, attention, read_list
+from interpreted import Tiles, attention
 
 import reference
 from common import HALF, assert_accurate, assert_same_bits, gradients, make_inputs, normal_like
@@ -13,15 +13,6 @@ SMALL = Tiles()
 BIG = Tiles(scan_n=128)
 PARTS = Tiles(walk=16, step=16)
 TYPES = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def test_tiles_of_a_list_lie_inside_the_sequence():
-    """Whatever it holds: sequences whose lengths contradict each other may write over each other's."""
-    listed, found = torch.tensor([0, 3, 70, 4, 2**30], dtype=torch.int32), torch.empty(5, dtype=torch.int32)
-    read_list[(1,)](listed, found, 4 * 64 + 1, 5, True)
-    assert found.tolist() == [0, 3, 4, 4, 4]
-    read_list[(1,)](listed, found, 4 * 64 + 1, 5, False)
-    assert found.tolist() == [0, 3, 3, 3, 3]
 
 
 def check(inputs, *arguments, tiles=SMALL, kind=None, **options):
