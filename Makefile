@@ -1,6 +1,7 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
 # make test   the tests: up to 12 cases of each on the CPU, and 3 of the GPU's code, emulated (about 12 minutes with set-up)
 # make test-all   every case, the library built in all ways, and all of the emulation (about an hour)
+# make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
 
@@ -16,9 +17,9 @@ HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo demo-quick test test-all lint bench clean
+.PHONY: help setup demo demo-quick test test-all sanitize lint bench clean
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +64,11 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python -m pytest -n 2 --backend emulated tests
+
+# Without torch's cache of memory, so that every tensor ends where its memory does.
+sanitize: setup
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --launch-timeout 0 --error-exitcode 1 $(BIN)/python tests/sanitized.py || exit 1; done
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ sweep        every setting varied around the base case, on the CPU (hours)
 gpu-targets  the table of goals for a GPU
 gpu-lengths  the same inputs from 2,048 to 131,072 tokens, with heads enough to fill the GPU
 gpu-shares   every share of empty tiles, and other alphas
-gpu-peers    FlexAttention and the adasplash package at other lengths (they compile and tune for minutes a case)
+gpu-peers    FlexAttention and the adasplash package at other lengths (which compile and tune for minutes a case)
 quick        tiny, for continuous integration
 """
 
@@ -141,9 +141,14 @@ def gpu_lengths() -> list[Entry]:
 def gpu_peers() -> list[Entry]:
     peers = ("flex", "pypi-v2", "pypi-v1")
     return [
-        Entry(_full(k, input="structured:0.5", head_dim=head_dim), peers, effort=Effort(seconds=2.0))
+        Entry(
+            replace(GPU_BASE, length=2**k, heads=2 ** (18 - k), input=name, head_dim=head_dim),
+            peers,
+            effort=Effort(seconds=2.0),
+        )
         for head_dim in (64, 128)
-        for k in (12, 16)
+        for k in (11, 12, 13, 16)
+        for name in ("structured:0.5", "structured:0.8", "gaussian:1.5")
     ]
 
 

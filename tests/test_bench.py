@@ -12,7 +12,7 @@ from common import ROOT
 
 sys.path.append(str(ROOT))  # last: the installed adasplash is the one under test
 
-from bench import activation, attention, report, results, solver, tables
+from bench import activation, attention, overhead, report, results, solver, tables
 from bench.case import BOTH, FORWARD, Case
 from bench.inputs import Inputs, make_grad, make_inputs
 from bench.peers import OURS, PEERS
@@ -239,6 +239,14 @@ def test_the_activation_is_timed_against_its_peers(tmp_path):
         assert {row["what"] for row in of_case} == {FORWARD, BOTH}
         assert {"adasplash", "torch softmax", "entmax"} <= {row["peer"] for row in of_case}
         assert all(row["median"] > 0 and (row["peer"] == "adasplash") == (row["ratio"] is None) for row in of_case)
+
+
+@pytest.mark.backends("cuda")
+def test_what_calls_take_beside_their_kernels(backend):
+    small = replace(overhead.SMALL, length=64)
+    assert all(x > 0 for pair in overhead.first_calls(small) for x in pair)
+    assert all(x > 0 for x in overhead.host_times(OURS, small, calls=20))
+    assert overhead.inference_memory(OURS, small) > 0
 
 
 def test_the_heading_names_every_machine():

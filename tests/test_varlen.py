@@ -239,16 +239,24 @@ def test_contradictions_are_no_stray_access(backend, case):
 
 @pytest.mark.backends("emulated", "cuda")
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64), ids=str)
-def test_offsets_that_fall_count_as_the_largest_before_them(backend, dtype):
+@pytest.mark.parametrize("which", ("both", "queries", "keys"))
+@pytest.mark.parametrize(
+    "given, meant",
+    (([0, 200, -5, 50, 300], [0, 200, 200, 200, 300]), ([0, 90, 10**9, 20, 300], [0, 90, 300, 300, 300])),
+    ids=("fall", "beyond"),
+)
+def test_offsets_that_fall_count_as_the_largest_before_them(backend, given, meant, which, dtype):
     """Else two sequences would have scratch and tile bits in common."""
+    tensors = [torch.randn(300, 2, 16, device=backend.device).requires_grad_() for _ in range(3)]
 
     def run(offsets):
-        ends = torch.tensor(offsets, dtype=dtype, device=backend.device)
-        out = entmax_attn_varlen(*tensors, ends, ends, 300, 300)
+        fine = [0, 100, 150, 200, 300]
+        ends = offsets if which != "keys" else fine, offsets if which != "queries" else fine
+        ends = (torch.tensor(x, dtype=dtype, device=backend.device) for x in ends)
+        out = entmax_attn_varlen(*tensors, *ends, 300, 300)
         return out, *torch.autograd.grad(out.sum(), tensors)
 
-    tensors = [torch.randn(300, 2, 16, device=backend.device).requires_grad_() for _ in range(3)]
-    for mine, expected in zip(run([0, 200, -5, 50, 300]), run([0, 200, 200, 200, 300]), strict=True):
+    for mine, expected in zip(run(given), run(meant), strict=True):
         assert torch.equal(mine, expected)
 
 

@@ -318,8 +318,9 @@ def store_terms(place, high, low, delta, share, mask):
 
 @triton.jit
 def load_terms(terms, first, limit, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """(high, low, delta, share) of rows as in load_rows; those from `limit` on weigh nothing. One load, as those of
-    fewer numbers than there are threads are repeated by all threads that need a number."""
+    """(high, low, delta, share) of rows as in load_rows; those from `limit` on weigh nothing, but for a vector's absent
+    ones (4 * UNLIMITED is 0), which see no key. One load, as those of fewer numbers than there are threads are repeated
+    by all threads that need a number."""
     if len(first.shape) > 0:
         place = tl.reshape(4 * first[:, None] + tl.arange(0, 4)[None, :], [4 * ROWS])
     else:

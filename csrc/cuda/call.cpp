@@ -50,15 +50,12 @@ int64_t count_tile_rows(int64_t rows, int64_t batch, bool packed) {
   return (((packed ? rows / kTile + batch : count_tiles(rows)) + 1) / 2) * 2;
 }
 
-// Lengths as the kernels take them, which clamp them. Offsets of packed sequences must not fall, or two sequences would
-// have scratch in common, and values out of the range of int32 must not wrap into it.
+// Lengths as the kernels take them: a copy, which nobody changes while they run. Offsets of packed sequences must not
+// fall, or two sequences would have scratch in common; values out of the range of int32 must not wrap into it.
 at::Tensor as_lengths(const OptionalTensor& padded, const OptionalTensor& packed) {
   if (!padded && !packed) return {};
-  at::Tensor lengths = packed ? std::get<0>(packed->cummax(0)) : *padded;
-  if (lengths.scalar_type() != at::kInt) {
-    lengths = lengths.clamp(0, std::numeric_limits<int32_t>::max()).to(at::kInt);
-  }
-  return lengths.contiguous();
+  const at::Tensor lengths = packed ? std::get<0>(packed->cummax(0)) : *padded;
+  return lengths.clamp(0, std::numeric_limits<int32_t>::max()).to(at::kInt).contiguous();
 }
 
 at::DimVector padded_sizes(const at::Tensor& t) {

@@ -1,0 +1,49 @@
+"""Forward and backward through each kernel of the attention, small enough for compute-sanitizer; `make sanitize`.
+
+Half types with head sizes 64 and 128, every kind of alpha, grouped queries, a window, packed lengths and a negative
+scale; bfloat16 at 256 and float32 once. Walks tiles, then gathers.
+"""
+
+import argparse
+
+import torch
+
+from adasplash import entmax_attn, entmax_attn_varlen
+from common import MANY, gather
+
+BF16 = torch.bfloat16
+
+
+def leaves(device, dtype, *shapes):
+    return [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def padded(device, dtype, head_dim, heads=(2, 1), lengths=(150, 203), **options):
+    query, key = ((1, h, n, head_dim) for h, n in zip(heads, lengths, strict=True))
+    entmax_attn(*leaves(device, dtype, query, key, key), **options).square().sum().backward()
+
+
+def packed(device, dtype, head_dim, **options):
+    ends = torch.tensor([0, 70, 70, 200], device=device, dtype=torch.int32)
+    inputs = leaves(device, dtype, *[(200, 1, head_dim)] * 3)
+    entmax_attn_varlen(*inputs, ends, ends, 130, 130, **options).square().sum().backward()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    for from_length in (MANY, 1):
+        gather(from_length)
+        for head_dim in (64, 128):
+            for alpha in (1.5, 2.0, 1.3):
+                padded(device, BF16, head_dim, alpha=alpha, is_causal=True)
+            padded(device, BF16, head_dim, heads=(1, 1), lengths=(130, 500), window=(300, 70))
+            packed(device, BF16, head_dim, is_causal=True, scale=-0.3)
+        padded(device, torch.float32, 64, is_causal=True)
+        padded(device, BF16, 256, is_causal=True)
+        print("gathered" if from_length == 1 else "walked", flush=True)
+
+
+if __name__ == "__main__":
+    main()
