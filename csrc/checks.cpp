@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <iomanip>
 
 namespace adasplash {
 namespace {
@@ -109,7 +110,7 @@ void check_like(const char* op, const char* name, const at::Tensor& tensor, at::
 
 void check_alpha(const char* op, double alpha, bool softmax_elsewhere) {
   TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= kMinAlpha && alpha <= 2), op, ": alpha must be ",
-              softmax_elsewhere ? "1 or " : "", "from ", kMinAlpha, " to 2, got ", alpha,
+              softmax_elsewhere ? "1 or " : "", "from ", kMinAlpha, " to 2, got ", std::setprecision(12), alpha,
               alpha == 1 ? "; softmax is available in the padded form only, as entmax_attn" : "");
 }
 

@@ -216,6 +216,11 @@ def test_window_of_another_length(make_inputs, window):
         torch.ops.adasplash.entmax_attn(*make_inputs(1, 1, 2, 2), window=window)
 
 
+def test_alpha_just_above_1_is_said_in_full(make_inputs):
+    with pytest.raises(RuntimeError, match=r"alpha must be 1 or from 1.01 to 2, got 1.0000001$"):
+        torch.ops.adasplash.entmax_attn(*make_inputs(1, 1, 2, 2), alpha=1.0000001)
+
+
 def test_the_private_op_does_not_compute_softmax(make_inputs):
     options = (None, 1.0, False, None, None, None, None, None, 0, 0, [-1, -1], None)
     with pytest.raises(RuntimeError, match=r"_entmax_attn_forward: alpha must be from 1.01 to 2, got 1"):
