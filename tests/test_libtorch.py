@@ -39,7 +39,7 @@ def torch_with_cuda(tmp_path_factory):
         caffe2 = folder / "share/cmake/Caffe2"
         config = caffe2 / "Caffe2Config.cmake"
         text = config.read_text()
-        assert "if(0)" in text or "set(CAFFE2_USE_CUDA 1)" in text
+        assert "if(0)" in text or "set(CAFFE2_USE_CUDA ON)" in text
         config.write_text(text.replace("if(0)", "if(1)"))
         (caffe2 / "public/cuda.cmake").write_text(f'message(FATAL_ERROR "{NO_TOOLKIT}")\n')
 

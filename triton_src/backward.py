@@ -155,7 +155,7 @@ def mark(
             key_bits, here = marks_of(s, factor, high, low, t != t, EXACT)
             # Each group of rows for itself: no warp waits for another.
             place = key_marks + tile * (TILE // WORD) + part * (BLOCK_N // WORD) + of_step
-            place = tl.broadcast_to(place[None, :], key_bits.shape)
+            place = place[None, :] + tl.zeros(key_bits.shape, tl.int32)  # 3.6's interpreter misreads a broadcast_to
             tl.atomic_or(place, key_bits, mask=key_bits != 0, sem="relaxed")
             row_bits = tl.where(part > 0, row_bits, 0) | here
             tl.store(row_marks + tile * (TILE // GROUP) + groups, row_bits.to(tl.int16))

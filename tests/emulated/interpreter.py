@@ -22,6 +22,7 @@ def patched_once():
         modules = tuple(id(x) for x in (tl, tl.core) if any(x is value for value in function.__globals__.values()))
         if modules not in scopes:
             scopes[modules] = swap(function)
+            tl.core.tensor.__index__ = lambda self: self.handle.data.item()  # NumPy 2.4 refuses what Triton 3.6 does
         return interpreter._LangPatchScope()  # nothing for the caller to swap back
 
     builder = interpreter.interpreter_builder
