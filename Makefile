@@ -35,7 +35,7 @@ $(VENV)/.requirements: pyproject.toml | $(BIN)/python
 
 # Without GPU kernels where they could not run, so that nobody waits for them; CMake rebuilds what differs. .installed says
 # that the library is there, .installed-kernels that it has its kernels too.
-SOURCES := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.*)
+SOURCES := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	rm -f $(VENV)/.installed-kernels

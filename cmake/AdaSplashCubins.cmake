@@ -19,11 +19,11 @@ endif()
 
 target_sources(adasplash PRIVATE
   csrc/cuda/activation.cpp
-  csrc/cuda/backward.cpp
-  csrc/cuda/call.cpp
+  csrc/cuda/portable/backward.cpp
+  csrc/cuda/portable/call.cpp
   csrc/cuda/driver.cpp
-  csrc/cuda/forward.cpp
-  csrc/cuda/kernels.cpp
+  csrc/cuda/portable/forward.cpp
+  csrc/cuda/embedded.cpp
   csrc/cuda/part.cpp
   csrc/cuda/register.cpp)
 target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})
@@ -31,7 +31,7 @@ target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})
 set(ADASPLASH_BUILT_ARCHS "${_wanted}")  # none, or a list
 if(_wanted STREQUAL "none")
   message(STATUS "AdaSplash without GPU kernels (ADASPLASH_ARCHS=none)")
-  target_sources(adasplash PRIVATE csrc/cuda/no_variants.cpp)
+  target_sources(adasplash PRIVATE csrc/cuda/no_embedded.cpp)
   # A manifest may be left from a build that had some.
   install(CODE "file(REMOVE \"\${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_LIBDIR}/adasplash/manifest.json\")")
   return()

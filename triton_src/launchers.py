@@ -87,7 +87,7 @@ def header():
     of_call = [f"Exactly<{cpp_type(kind)}> {name};" for name, kind in call_arguments()]
     text = [
         NOTE,
-        '#pragma once\n\n#include "cuda/kernels.h"\n\nnamespace adasplash::cuda {\n\n',
+        '#pragma once\n\n#include "cuda/embedded.h"\n\nnamespace adasplash::cuda {\n\n',
         "// A tensor whose rows the kernels read or write, and its strides in elements.\n",
         cpp_struct("Rows", ["Exactly<const void*> data;", *strides]) + "\n",
         cpp_struct("MutableRows", ["Exactly<void*> data;", *strides]) + "\n",
@@ -121,7 +121,7 @@ def source(manifest):
         )
     archs = ", ".join(map(str, manifest["archs"]))
     return (
-        f'{NOTE}#include "cuda/kernels.h"\n\nnamespace adasplash::cuda {{\nnamespace {{\n\n'
+        f'{NOTE}#include "cuda/embedded.h"\n\nnamespace adasplash::cuda {{\nnamespace {{\n\n'
         f"constexpr Variant kTable[] = {{\n{''.join(rows)}}};\nconstexpr int kArchs[] = {{{archs}}};\n\n"
         "}  // namespace\n\n"
         "const std::span<const Variant> kVariants = kTable;\nconst std::span<const int> kBuiltArchs = kArchs;\n"

@@ -1,5 +1,5 @@
 // _entmax_forward and _entmax_backward on the CPU: rows to threads. Every row has one thread and sums of its own.
-#include "activation.h"
+#include "ops/activation.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "checks.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash {
 namespace {

@@ -2,7 +2,7 @@
 // keeps the candidates of one scan, the backward skips where the output is zero.
 #pragma once
 
-#include "candidates.h"
+#include "cpu/candidates.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {

@@ -1,5 +1,5 @@
 // _entmax_attn_forward and _entmax_attn_backward on the CPU: tensors to heads, heads to blocks, blocks to threads.
-#include "attention.h"
+#include "ops/attention.h"
 
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
@@ -18,10 +18,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "blas.h"
-#include "checks.h"
-#include "kernels.h"
-#include "options.h"
+#include "cpu/blas.h"
+#include "cpu/kernels.h"
+#include "cpu/options.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash {
 namespace {

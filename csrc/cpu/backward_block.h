@@ -6,8 +6,8 @@
 // weight.
 #pragma once
 
-#include "blocks.h"
-#include "threshold.h"
+#include "cpu/blocks.h"
+#include "cpu/threshold.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {

@@ -1,4 +1,4 @@
-#include "blas.h"
+#include "cpu/blas.h"
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>

@@ -1,9 +1,9 @@
 // What forward and backward share: the scores of a block of queries against a block of keys, and the tile bits.
 #pragma once
 
-#include "attention.h"
-#include "blas.h"
-#include "vector.h"
+#include "cpu/blas.h"
+#include "cpu/vector.h"
+#include "ops/attention.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {

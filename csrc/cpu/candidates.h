@@ -4,7 +4,7 @@
 // it rules out more: a few Newton steps on the short list raise the bound, and the list stays short.
 #pragma once
 
-#include "threshold.h"
+#include "cpu/threshold.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {

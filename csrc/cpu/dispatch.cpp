@@ -7,7 +7,7 @@
 #include <string>
 
 #include "adasplash.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace adasplash {
 namespace cpu {

@@ -3,8 +3,8 @@
 // over all their scores, at the cost of dense blockwise attention.
 #pragma once
 
-#include "blocks.h"
-#include "candidates.h"
+#include "cpu/blocks.h"
+#include "cpu/candidates.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {

@@ -1,7 +1,7 @@
 // All CPU kernels for one instruction set: CMake compiles this file once for each, with CPU_CAPABILITY naming it.
-#include "activation_rows.h"
-#include "backward_block.h"
-#include "forward_block.h"
+#include "cpu/activation_rows.h"
+#include "cpu/backward_block.h"
+#include "cpu/forward_block.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {

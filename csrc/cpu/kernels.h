@@ -1,7 +1,7 @@
 // The CPU kernels, compiled once for each instruction set and chosen when first used.
 #pragma once
 
-#include "head.h"
+#include "cpu/head.h"
 
 namespace adasplash::cpu {
 

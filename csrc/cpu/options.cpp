@@ -1,9 +1,9 @@
-#include "options.h"
+#include "cpu/options.h"
 
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
 
-#include "checks.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash::cpu {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention.h"
+#include "ops/attention.h"
 
 namespace adasplash::cpu {
 

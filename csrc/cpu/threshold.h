@@ -3,7 +3,7 @@
 // what the backward needs: p = t u, and d(sum p)/d tau = -(sum u) / (alpha - 1).
 #pragma once
 
-#include "vector.h"
+#include "cpu/vector.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {

@@ -10,8 +10,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "head.h"
-#include "kernels.h"
+#include "cpu/head.h"
+#include "cpu/kernels.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {

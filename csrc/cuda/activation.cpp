@@ -1,5 +1,5 @@
 // _entmax_forward and _entmax_backward on the GPU.
-#include "activation.h"
+#include "ops/activation.h"
 
 #include <c10/core/DeviceGuard.h>
 

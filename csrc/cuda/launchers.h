@@ -2,7 +2,7 @@
 // clang-format off
 #pragma once
 
-#include "cuda/kernels.h"
+#include "cuda/embedded.h"
 
 namespace adasplash::cuda {
 

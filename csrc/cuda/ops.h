@@ -1,8 +1,8 @@
 // The CUDA kernels of the private ops.
 #pragma once
 
-#include "activation.h"
-#include "attention.h"
+#include "ops/activation.h"
+#include "ops/attention.h"
 
 namespace adasplash::cuda {
 

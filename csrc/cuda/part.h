@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "attention.h"
+#include "ops/attention.h"
 
 namespace adasplash::cuda {
 

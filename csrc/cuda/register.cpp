@@ -3,7 +3,7 @@
 
 #include <atomic>
 
-#include "cuda/kernels.h"
+#include "cuda/embedded.h"
 #include "cuda/ops.h"
 
 namespace adasplash::cuda {

@@ -7,9 +7,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "attention.h"
-#include "checks.h"
 #include "cuda/ops.h"
+#include "ops/attention.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash {
 namespace {

@@ -4,8 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 
-#include "attention.h"
 #include "cuda/launchers.h"
+#include "ops/attention.h"
 
 namespace adasplash::cuda {
 

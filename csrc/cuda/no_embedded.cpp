@@ -1,5 +1,5 @@
 // A build without GPU kernels (ADASPLASH_ARCHS=none): what triton_src.compile would have written.
-#include "cuda/kernels.h"
+#include "cuda/embedded.h"
 
 extern "C" const unsigned char adasplash_cubins[] = {0};
 

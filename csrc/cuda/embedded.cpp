@@ -1,4 +1,4 @@
-#include "cuda/kernels.h"
+#include "cuda/embedded.h"
 
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Stream.h>

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <atomic>
 
-#include "checks.h"
-#include "cuda/call.h"
 #include "cuda/ops.h"
 #include "cuda/part.h"
+#include "cuda/portable/call.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash::cuda {
 namespace {

@@ -1,4 +1,4 @@
-#include "cuda/call.h"
+#include "cuda/portable/call.h"
 
 #include <ATen/ops/empty.h>
 

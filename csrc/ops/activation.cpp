@@ -1,10 +1,10 @@
-#include "activation.h"
+#include "ops/activation.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
-#include "checks.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash {
 namespace {

@@ -1,7 +1,7 @@
 // Argument checks, shared by all backends: by sizes, types and devices only, so that they hold for fake tensors too.
 #pragma once
 
-#include "attention.h"
+#include "ops/attention.h"
 
 namespace adasplash {
 

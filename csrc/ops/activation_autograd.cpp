@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "activation.h"
-#include "checks.h"
+#include "ops/activation.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash {
 namespace {

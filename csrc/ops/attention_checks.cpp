@@ -1,4 +1,4 @@
-#include "checks.h"
+#include "ops/attention_checks.h"
 
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>

@@ -1,9 +1,9 @@
 // Meta kernels: shapes, types and strides without data, for fake tensors, torch.compile and torch.export.
 #include <torch/library.h>
 
-#include "activation.h"
-#include "attention.h"
-#include "checks.h"
+#include "ops/activation.h"
+#include "ops/attention.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash {
 namespace {

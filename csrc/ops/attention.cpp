@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "ops/attention.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>

@@ -1,8 +1,8 @@
 // _entmax_attn_forward on the GPU.
-#include "checks.h"
-#include "cuda/call.h"
 #include "cuda/ops.h"
 #include "cuda/part.h"
+#include "cuda/portable/call.h"
+#include "ops/attention_checks.h"
 
 namespace adasplash::cuda {
 
