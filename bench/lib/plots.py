@@ -120,7 +120,10 @@ def against_empty_tiles(axes: Axes, rows: Sequence[Row], what: str) -> None:
     axes.set_ylim(bottom=0)
     if lines:
         axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
-    _clean(axes, f"Time relative to others, {what}\nN = {base.length:,}, D = {base.head_dim}, H = {base.heads}, {base.dtype}")
+    _clean(
+        axes,
+        f"Time relative to others, {what}\nN = {base.length:,}, D = {base.head_dim}, H = {base.heads}, {base.dtype}",
+    )
 
 
 def _sign(figure: Figure, rows: Sequence[Row]) -> None:
