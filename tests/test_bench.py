@@ -12,15 +12,16 @@ from common import ROOT
 
 sys.path.append(str(ROOT))  # last: the installed adasplash is the one under test
 
-from bench import activation, attention, overhead, report, results, solver, tables
-from bench.case import BOTH, FORWARD, Case
-from bench.inputs import Inputs, make_grad, make_inputs
+from bench import activation, attention, overhead, report, solver
+from bench.lib import readme, results, tables
+from bench.lib.case import BOTH, FORWARD, Case
+from bench.lib.inputs import Inputs, make_grad, make_inputs
+from bench.lib.presets import PRESETS, entries_of
+from bench.lib.reference import empty_tiles, make_check
+from bench.lib.remote import RemoteRunner
+from bench.lib.runner import LocalRunner, Seconds
+from bench.lib.timing import Effort, measure
 from bench.peers import OURS, PEERS
-from bench.presets import PRESETS, entries_of
-from bench.reference import empty_tiles, make_check
-from bench.remote import RemoteRunner
-from bench.runner import LocalRunner, Seconds
-from bench.timing import Effort, measure
 
 pytestmark = pytest.mark.backends("cpu")
 SMALL = Case(length=128, heads=2, head_dim=16, input="gaussian:1.5")
@@ -211,6 +212,22 @@ def test_the_readme_block_alone_is_replaced():
     assert report.replace_block(new, "bench:cpu", "new") == new
     with pytest.raises(ValueError, match="bench:cuda"):
         report.replace_block(text, "bench:cuda", "new")
+
+
+def test_the_readme_shows_a_few_cases_of_what_was_measured():
+    facts = dict(device="cpu", processor="one", cores=2, instructions="AVX2", torch="2.13.0", commit="a")
+    facts |= dict(date="2026-01-02", preset="own", entry=0, support=6.73, median=12.34)
+    cases = (Case(), replace(Case(), head_dim=32))
+    rows = [
+        {**facts, **case.to_dict(), "what": what, "peer": peer, "ratio": None if peer == OURS else ratio}
+        for case in cases
+        for what, ratio in ((FORWARD, 0.614), (BOTH, 0.00872))
+        for peer in (OURS, "sdpa")
+    ]
+    table = [line for line in readme.block(rows, "every.md").splitlines() if line.startswith("|")]
+    assert table[2:] == ["| random vectors | 6.7 of 4,096 | 12.3 / 12.3 | 0.61 / 0.009 | – |"]
+    with pytest.raises(ValueError, match="no case that it shows"):
+        readme.block(rows[4:], "every.md")
 
 
 def test_exponents():

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.case import Case
-from bench.inputs import TILE, Inputs
+from bench.lib.case import Case
+from bench.lib.inputs import TILE, Inputs
 
 # Errors as shares of the largest exact number: twice that of the dense composition in the same type, or at least
 FLOOR = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}

@@ -16,7 +16,7 @@ PASSES = (FORWARD, BACKWARD, BOTH)
 class Case:
     """One self-attention problem: query, key and value are (batch, heads, length, head_dim).
 
-    input: where query and key come from, see `bench.inputs`.
+    input: where query and key come from, see `bench.lib.inputs`.
     threads: CPU threads; 0 is all of them.
     """
 

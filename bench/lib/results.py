@@ -1,8 +1,7 @@
 """Result files: JSON lines, one row a case, peer and quantity.
 
-A row holds `bench.machine.facts`, the case's fields, `support` (mean keys with weight a query), `empty_tiles` (share of
-the visible 64×64 tiles), `preset`, `entry` (the same number
-for what was measured together), and
+A row holds `bench.lib.machine.facts`, the case's fields, `support` (mean keys with weight a query), `empty_tiles` (of
+the visible 64×64 tiles the share without weight), `preset`, `entry` (one number for what was measured together), and
     peer, what       what was measured of whom: a pass, or PEAK_MEMORY
     unit             "ms" a call, or "MiB" beyond inputs, outputs and gradients
     median, low, high, samples    of the rounds, with quartiles
@@ -15,15 +14,23 @@ for what was measured together), and
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench.case import Case
+from bench.lib.case import Case
 
 PEAK_MEMORY = "peak memory"
-FOLDER = Path(__file__).resolve().parent / "results"
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 
 Row = dict[str, Any]
+NO_RATIO: Row = dict.fromkeys(("ratio", "ratio_low", "ratio_high"))  # of a row about ourselves
+
+
+def path_of(facts: Row, preset: str) -> Path:
+    """Where results go unless the user says where; names begin with the date, so that they sort by it."""
+    date = datetime.fromisoformat(facts["date"]).strftime("%Y%m%d-%H%M")
+    return FOLDER / f"{date}-{facts['device']}-{preset}.jsonl"
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -41,6 +48,6 @@ def case_of(row: Row) -> Case:
 
 
 def latest(device: str, preset: str) -> Path | None:
-    """The newest result file of a preset; their names begin with the date."""
+    """The newest result file of a preset."""
     found = sorted(FOLDER.glob(f"*-{device}-*{preset}*.jsonl"))
     return found[-1] if found else None

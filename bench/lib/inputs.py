@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.case import Case
+from bench.lib.case import Case
 
 TILE = 64
 MATCH = 16.0  # score of a query with the keys of its topic …

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from bench.case import BACKWARD, BOTH, FORWARD, Case
+from bench.lib.case import BACKWARD, BOTH, FORWARD, Case
+from bench.lib.results import PEAK_MEMORY, Row, case_of
 from bench.peers import OURS, PEERS
-from bench.results import PEAK_MEMORY, Row, case_of
 
 Table = list[list[str]]  # the first row is the head
 
@@ -120,7 +120,7 @@ def goals(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row], peer: str) -> str:
-    """ours / peer for forward and for forward + backward: the README's table. On the CPU of the cases with a goal.
+    """ours / peer for forward and for forward + backward, at a glance. On the CPU of the cases with a goal.
 
     A line for each input and type (on a GPU head size too), a column for each other setting; goals beside the first.
     """
@@ -154,25 +154,6 @@ def summary(rows: Sequence[Row], peer: str) -> str:
         start = [name, support, found.get(first, ""), goals_of.get(line, "")]
         table.append(start + [found.get(column, "") for column in others])
     return markdown(table)
-
-
-def other_goals(rows: Sequence[Row], peer: str) -> str:
-    """The goals that `summary` does not show, as a list."""
-    base, lines = base_case(rows), []
-    for case, of_case in _by_entry(rows):
-        for row in of_case:
-            if row["goal"] is None or (row["peer"] == peer and row["what"] in (FORWARD, BOTH)):
-                continue
-            memory_ratio = row["what"] == PEAK_MEMORY and row["ratio"] is not None
-            basis = " (with inputs, output, gradients)" if memory_ratio else ""
-            name = f"{row['what']}{basis}, {_differences(case, base)}"
-            if row["ratio"] is None:
-                text = f"{number(row['median'])} {row['unit']}"
-            else:
-                text = f"{number(row['ratio'])} of {PEERS[row['peer']].label}"
-            mark = "" if row["reached"] else "**"
-            lines.append(f"- {name}: {mark}{text}{mark} (goal: {row['goal']:g})")
-    return "\n".join(lines)
 
 
 def _marked(row: Row) -> str:

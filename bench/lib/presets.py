@@ -13,10 +13,10 @@ quick        tiny, for continuous integration
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bench.case import BOTH, FORWARD, Case
+from bench.lib.case import BOTH, FORWARD, Case
+from bench.lib.results import PEAK_MEMORY
+from bench.lib.timing import Effort
 from bench.peers import OURS
-from bench.results import PEAK_MEMORY
-from bench.timing import Effort
 
 USUAL = Effort()
 

@@ -13,10 +13,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench import tables
-from bench.case import BOTH, FORWARD, Case
+from bench.lib import tables
+from bench.lib.case import BOTH, FORWARD, Case
+from bench.lib.results import PEAK_MEMORY, Row, case_of
 from bench.peers import OURS, PEERS
-from bench.results import PEAK_MEMORY, Row, case_of
 
 COLOURS = {OURS: "#d1495b", "sdpa": "#30638e", "sdpa-flash": "#30638e", "sdpa-cudnn": "#003d5b"}
 OTHERS = ("#8d96a3", "#edae49", "#66a182", "#9a6fb0", "#6b4f3a", "#2e2e2e", "#c08497")
@@ -99,7 +99,7 @@ def against_length(axes: Axes, rows: Sequence[Row], what: str, title: str, unit:
     axes.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}")
     axes.set_xlabel("N", fontsize=8)
     axes.set_ylabel(unit, fontsize=8)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     _clean(axes, f"{title}\n{tables.input_name(setting.input)}, D = {setting.head_dim}, H = {setting.heads}")
 
 
@@ -116,10 +116,14 @@ def against_empty_tiles(axes: Axes, rows: Sequence[Row], what: str) -> None:
         axes.plot(*zip(*points, strict=True), "o-", color=colour(peer), markersize=3, label=PEERS[peer].label)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xlabel("empty tiles, %", fontsize=8)
+    axes.set_ylabel("ours / theirs (below 1: faster)", fontsize=8)
     axes.set_ylim(bottom=0)
     if lines:
-        axes.legend(fontsize=8, frameon=False)
-    _clean(axes, f"ours / theirs, {what}\nN = {base.length:,}, D = {base.head_dim}, H = {base.heads}, {base.dtype}")
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    _clean(
+        axes,
+        f"Time relative to others, {what}\nN = {base.length:,}, D = {base.head_dim}, H = {base.heads}, {base.dtype}",
+    )
 
 
 def _sign(figure: Figure, rows: Sequence[Row]) -> None:
@@ -130,8 +134,8 @@ def _sign(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def overview(rows: Sequence[Row]) -> Figure:
-    """The README's picture: on the CPU the ratios by input, and time and memory against N; on a GPU the ratios by
-    empty tiles, and time against N."""
+    """A page's picture: on the CPU the ratios by input, and time and memory against N; on a GPU the ratios by empty
+    tiles, and time against N."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=(1.25, 1, 1))
     if rows[0]["device"] == "cuda":
         against_empty_tiles(axes[0], rows, BOTH)

@@ -8,7 +8,7 @@ import torch
 
 
 class CpuMeter:
-    """Resident memory of this process, so it is meant for one that does nothing else (see `bench.worker`).
+    """Resident memory of this process, so it is meant for one that does nothing else (see `bench.lib.worker`).
 
     Linux can start the peak anew. Elsewhere it is that of the process's whole life.
     """

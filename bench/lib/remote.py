@@ -1,4 +1,4 @@
-"""A runner whose peer lives in a process of its own (`bench.worker`)."""
+"""A runner whose peer lives in a process of its own (`bench.lib.worker`)."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.case import Case
+from bench.lib.case import Case
+from bench.lib.runner import Seconds
 from bench.peers import Peer
-from bench.runner import Seconds
 
 # Freed memory goes back at once, so that a peak is what was in use and not what was kept.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -2,14 +2,16 @@
 
 import gc
 import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from bench import memory
-from bench.case import Case
-from bench.inputs import Inputs
+from bench.lib import memory
+from bench.lib.case import Case
+from bench.lib.inputs import Inputs
 from bench.peers import Peer
 
 
@@ -26,7 +28,7 @@ class Seconds(NamedTuple):
 
 
 class Runner(Protocol):
-    """A peer ready to run a case; here (`LocalRunner`) or in a process of its own (`bench.remote.RemoteRunner`)."""
+    """A peer ready to run a case: here (`LocalRunner`) or in a process of its own (`bench.lib.remote`)."""
 
     peer: Peer
 
@@ -39,21 +41,30 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-class LocalRunner:
-    """A peer in this process. The tensors are shared by the runners of a case."""
+class FunctionRunner:
+    """Any differentiable function in this process.
 
-    def __init__(self, peer: Peer, case: Case, inputs: Inputs, grad: Tensor) -> None:
-        self.peer = peer
-        self._attention, self._within = peer.build(case), peer.within
+    grad: a gradient of what it returns.
+    within: makes the context that it is called in. It is entered outside of what is timed.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        grad: Tensor,
+        within: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self._function, self._within = function, within
         self._inputs = inputs
-        self._leaves = Inputs(*(x.detach().requires_grad_() for x in inputs))
+        self._leaves = tuple(x.detach().requires_grad_() for x in inputs)
         self._grad = grad
-        self._clock = _CudaClock() if case.device == "cuda" else _CpuClock()
+        self._clock = _CudaClock() if grad.is_cuda else _CpuClock()
 
     def results(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """out, dq, dk, dv for a gradient of out; the tensors (B, H, N, D) of the case."""
+        """The output, and the inputs' gradients for a gradient of it: for attention out, dq, dk, dv."""
         with self._within():
-            out = self._attention(*self._leaves)
+            out = self._function(*self._leaves)
             return out.detach(), *torch.autograd.grad(out, self._leaves, grad)
 
     def sample(self, calls: int) -> Seconds:
@@ -70,12 +81,12 @@ class LocalRunner:
             with torch.no_grad():
                 start = clock.now()
                 for _ in range(calls):
-                    self._attention(*self._inputs)
+                    self._function(*self._inputs)
                 forward = clock.between(start, clock.now())
             marks = []
             for _ in range(calls):
                 start = clock.now()
-                out = self._attention(*self._leaves)
+                out = self._function(*self._leaves)
                 middle = clock.now()
                 torch.autograd.grad(out, self._leaves, self._grad)
                 marks.append((start, middle, clock.now()))
@@ -88,8 +99,16 @@ class LocalRunner:
                 gc.enable()
         return Seconds(forward / calls, backward / calls, both / calls)
 
+
+class LocalRunner(FunctionRunner):
+    """A peer in this process. The tensors are shared by the runners of a case."""
+
+    def __init__(self, peer: Peer, case: Case, inputs: Inputs, grad: Tensor) -> None:
+        super().__init__(peer.build(case), inputs, grad, peer.within)
+        self.peer = peer
+
     def memory(self) -> float:
-        """Peak of a training step in MiB, beyond inputs, output and gradients; warm up first, see `bench.worker`."""
+        """Peak of a training step in MiB, beyond inputs, output and gradients. Warm up first, as the worker does."""
         meter = memory.CudaMeter() if self._grad.is_cuda else memory.CpuMeter()
         results = self.results(self._grad)
         return meter.peak() - sum(x.numel() * x.element_size() for x in results) / 2**20

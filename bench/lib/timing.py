@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import quantiles
 
-from bench.case import BACKWARD, BOTH, FORWARD
-from bench.runner import Runner
+from bench.lib.case import BACKWARD, BOTH, FORWARD
+from bench.lib.runner import Runner
 
 SHORTEST_SAMPLE = 0.01  # seconds of calls that make a sample
 
@@ -35,6 +35,12 @@ class Spread:
         low, median, high = quantiles(values, n=4, method="inclusive")
         return Spread(median, low, high)
 
+    def fields(self, name: str = "") -> dict[str, float]:
+        """For a result row: median, low, high; or name, name_low, name_high."""
+        names = (name, f"{name}_low", f"{name}_high") if name else ("median", "low", "high")
+        values = (self.median, self.low, self.high)
+        return {key: float(f"{value:.5g}") for key, value in zip(names, values, strict=True)}
+
 
 @dataclass
 class Timing:
@@ -42,8 +48,8 @@ class Timing:
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {FORWARD: [], BACKWARD: [], BOTH: []})
 
-    def spread(self, what: str) -> Spread:
-        return Spread.of(self.seconds[what])
+    def milliseconds(self, what: str) -> Spread:
+        return Spread.of([1000 * seconds for seconds in self.seconds[what]])
 
     def ratio_to(self, other: "Timing", what: str) -> Spread:
         """Of the pairs: both ran in the same round."""

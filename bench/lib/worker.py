@@ -1,7 +1,7 @@
 """One peer in a process of its own: for peak memory on the CPU, and for packages that need another import path.
 
-It is run as a script (`bench.remote` does), reads one JSON request a line from standard input and answers with one JSON
-line: {"ok": …} or {"error": text}.
+`bench.lib.remote` runs it as a script. It reads one JSON request a line from standard input and answers each with one
+JSON line: {"ok": …} or {"error": text}.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = str(Path(__file__).resolve().parent.parent)
+ROOT = str(Path(__file__).resolve().parents[2])
 WARM_UP_LENGTH = 256
 
 
@@ -26,10 +26,10 @@ class Worker:
     def prepare(self, peer: str, case: dict[str, Any]) -> None:
         import torch
 
-        from bench.case import Case
-        from bench.inputs import make_grad, make_inputs
+        from bench.lib.case import Case
+        from bench.lib.inputs import make_grad, make_inputs
+        from bench.lib.runner import LocalRunner
         from bench.peers import PEERS
-        from bench.runner import LocalRunner
 
         self._case = Case(**case)
         if self._case.threads:
