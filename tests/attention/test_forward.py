@@ -5,25 +5,7 @@ import torch
 
 import reference
 from adasplash import entmax_attn
-from common import ALPHAS, assert_same_bits, check_forward, gradients, normal_like, scored_inputs
-
-SHAPES = {
-    "one of everything": dict(batch=1, heads=1, m=1, n=1, size=1),
-    "one key": dict(heads=3, m=5, n=1, size=8),
-    "one query": dict(m=1, n=77, size=32),
-    "one query, many keys": dict(batch=1, m=1, n=1000, size=64),
-    "nothing round": dict(heads=3, m=67, n=131, size=33),
-    "more queries than keys": dict(batch=1, m=131, n=67, size=40, value_size=24),
-    "more keys than queries": dict(m=33, n=129, size=16),
-    "many blocks": dict(batch=1, heads=3, m=330, n=420, size=16),
-    "grouped queries": dict(heads=6, kv_heads=2, m=65, n=65, size=17),
-    "one head of keys": dict(heads=4, kv_heads=1, m=64, n=64, size=64),
-    "size 1, value size 7": dict(m=20, n=90, size=1, value_size=7),
-    "size 5, value size 1": dict(m=20, n=90, size=5, value_size=1),
-    "value wider than key": dict(m=70, n=70, size=24, value_size=200),
-    "size 255": dict(batch=1, m=30, n=100, size=255, value_size=3),
-    "widest": dict(batch=1, m=70, n=130, size=256),
-}
+from common import ALPHAS, SHAPES, assert_same_bits, check_forward, gradients, normal_like, scored_inputs
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))

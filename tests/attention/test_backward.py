@@ -5,18 +5,8 @@ import torch
 
 import reference
 from adasplash import entmax_attn
-from common import (
-    ALPHAS,
-    Inputs,
-    assert_same_bits,
-    check_gradients,
-    gradients,
-    normal_like,
-)
-from common import (
-    make_inputs as make_cpu_inputs,
-)
-from test_forward import SHAPES
+from common import ALPHAS, SHAPES, Inputs, assert_same_bits, check_gradients, gradients, normal_like
+from common import make_inputs as make_cpu_inputs
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))

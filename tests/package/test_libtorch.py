@@ -14,7 +14,7 @@ from common import MANY, ROOT, assert_same_bits, build_once, gather, gradients, 
 pytestmark = [pytest.mark.backends("cpu", "cuda"), pytest.mark.slow]
 
 TORCH = Path(torch.__file__).parent
-PROGRAMS = ROOT / "tests/libtorch"
+PROGRAMS = Path(__file__).parent / "libtorch"
 NO_TOOLKIT = "no CUDA toolkit on this machine"
 
 
@@ -74,7 +74,7 @@ def cmake_installation(tmp_path_factory, torch_with_cuda):
 
 @pytest.fixture(scope="session", params=(pytest.param("cmake", marks=pytest.mark.builds), "python"))
 def programs(request, tmp_path_factory):
-    """The programs of tests/libtorch, built through one installation or the other."""
+    """The programs of libtorch/, built through one installation or the other."""
     if request.param == "cmake":
         prefixes = [request.getfixturevalue(name) for name in ("cmake_installation", "torch_with_cuda")]
     else:

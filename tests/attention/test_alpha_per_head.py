@@ -93,7 +93,6 @@ def test_finite_differences(shape, is_causal):
 
 @pytest.mark.parametrize("heads, shape", ((1, ()), (1, (1,)), (4, ()), (4, (4,))))
 @pytest.mark.parametrize("door", ("eager", "op", "compiled", "TorchScript", "script of the op"))
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_the_gradient_arrives_through_every_door(make_inputs, door, heads, shape):
     """A one-element tensor could be taken for a number on the way, and lose its gradient."""
     inputs = make_inputs(heads=heads, m=20, n=25)
@@ -128,7 +127,6 @@ def test_the_gradient_arrives_through_every_door(make_inputs, door, heads, shape
     torch.compiler.reset()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_a_script_with_a_learned_alpha_and_a_number(make_inputs):
     """One Python function for both, in one module, saved and loaded."""
 

@@ -10,8 +10,6 @@ import adasplash
 import reference
 from adasplash import EntmaxAttention
 
-SCRIPT = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
-
 OPTIONS = {
     "plain": {},
     "causal": dict(is_causal=True),
@@ -218,7 +216,6 @@ def test_types(backend, dtype):
     assert all(g.dtype == dtype and g.any() for g in parameter_gradients(module, out))
 
 
-@SCRIPT
 def test_scripted_saved_and_loaded(backend, options):
     module = make(backend, **options)
     file = io.BytesIO()
@@ -234,7 +231,6 @@ def test_scripted_saved_and_loaded(backend, options):
                 torch.testing.assert_close(*pair)
 
 
-@SCRIPT
 def test_scripted_with_lengths(backend):
     module = make(backend, is_causal=True)
     x, lengths = draw(backend, 2, 30, 16), torch.tensor([30, 9], device=backend.device)

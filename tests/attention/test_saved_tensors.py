@@ -7,7 +7,7 @@ import torch
 
 import reference
 from common import Inputs, normal_like
-from test_varlen import packed
+from packing import packed
 
 forward = torch.ops.adasplash._entmax_attn_forward
 backward = torch.ops.adasplash._entmax_attn_backward

@@ -9,10 +9,7 @@ import adasplash
 from common import assert_same_bits, make_inputs, run_python
 from options import FORMS, run
 
-pytestmark = [
-    pytest.mark.backends("cpu", "emulated", "cuda"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning"),
-]
+pytestmark = pytest.mark.backends("cpu", "emulated", "cuda")
 
 
 class CallsOp(torch.nn.Module):

@@ -200,7 +200,6 @@ def test_attention_compiles(make_inputs):
 
 
 @pytest.mark.backends("cpu", "cuda")
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", [*ATTENTION, "triton_entmax", "triton_entmax_v1", "triton_entmax_v2"])
 def test_scripted(make_inputs, name):
     function = getattr(package, name)

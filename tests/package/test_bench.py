@@ -1,17 +1,12 @@
 """The benchmark measures what it says: inputs, checks, pairs, processes of their own, goals, tables, solvers."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 import reference
-from common import ROOT
-
-sys.path.append(str(ROOT))  # last: the installed adasplash is the one under test
-
 from bench import activation, attention, overhead, report, results, solver, tables
 from bench.case import BOTH, FORWARD, Case
 from bench.inputs import Inputs, make_grad, make_inputs

@@ -7,8 +7,8 @@ from torch import Tensor
 
 import adasplash
 import reference
+from activations import draw
 from common import HALF
-from test_entmax import draw
 
 CLASSES = 30
 TARGET = torch.arange(24) * 7 % CLASSES
@@ -179,7 +179,6 @@ def test_masked_targets_and_masked_rows(backend):
     assert loss[:2].tolist() == [torch.inf] * 2 and loss[2].isfinite() and gradient.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("module", (adasplash.SparsemaxLoss, adasplash.Entmax15Loss, adasplash.EntmaxLoss))
 def test_scripted(backend, module):
     x, target = draw(24, CLASSES, device=backend.device), TARGET.to(backend.device)

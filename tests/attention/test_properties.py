@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 from adasplash import entmax_attn
 from common import check_gradients, make_inputs
-from test_varlen import check_packed, packed
+from packing import check_packed, packed
 
 lengths = st.one_of(st.integers(0, 5), st.integers(0, 80), st.sampled_from((63, 64, 65, 128, 129, 140)))
 window_sides = st.one_of(st.just(-1), st.integers(0, 10), st.integers(0, 150))

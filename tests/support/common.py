@@ -14,9 +14,29 @@ from torch import Tensor
 
 import reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALPHAS = (1.05, 1.1, 1.25, 1.5, 1.75, 2.0)
 HALF = (torch.bfloat16, torch.float16)
+MANY = 1 << 29  # more keys than there are
+
+# Of `make_inputs`, for the tests that compare every kind of shape.
+SHAPES = {
+    "one of everything": dict(batch=1, heads=1, m=1, n=1, size=1),
+    "one key": dict(heads=3, m=5, n=1, size=8),
+    "one query": dict(m=1, n=77, size=32),
+    "one query, many keys": dict(batch=1, m=1, n=1000, size=64),
+    "nothing round": dict(heads=3, m=67, n=131, size=33),
+    "more queries than keys": dict(batch=1, m=131, n=67, size=40, value_size=24),
+    "more keys than queries": dict(m=33, n=129, size=16),
+    "many blocks": dict(batch=1, heads=3, m=330, n=420, size=16),
+    "grouped queries": dict(heads=6, kv_heads=2, m=65, n=65, size=17),
+    "one head of keys": dict(heads=4, kv_heads=1, m=64, n=64, size=64),
+    "size 1, value size 7": dict(m=20, n=90, size=1, value_size=7),
+    "size 5, value size 1": dict(m=20, n=90, size=5, value_size=1),
+    "value wider than key": dict(m=70, n=70, size=24, value_size=200),
+    "size 255": dict(batch=1, m=30, n=100, size=255, value_size=3),
+    "widest": dict(batch=1, m=70, n=130, size=256),
+}
 
 # Error allowed beside that of the dense composition, as a share of the largest exact number. Where that is less than
 # LEAST of the numbers that it is made of, it is what their rounding leaves: a row with one key in its support has no
@@ -24,8 +44,6 @@ HALF = (torch.bfloat16, torch.float16)
 LEAST = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.1, torch.float16: 0.1}
 FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 
-
-MANY = 1 << 29  # more keys than there are
 CUDA_KERNELS = False  # whether they run the tests, on a GPU or emulated: the `backend` fixture says so
 
 
