@@ -6,7 +6,8 @@ from torch import Tensor
 
 import reference
 from adasplash import attention_stats, attention_weights, entmax_attn
-from common import Inputs, run_python
+from common import Inputs
+from work import peak_mebibytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 
@@ -250,19 +251,9 @@ def test_errors_name_the_argument(make_inputs, function):
 
 
 PROGRAM = """
-import sys, warnings, torch, adasplash
-warnings.simplefilter("ignore")
-function, length = getattr(adasplash, sys.argv[1]), int(sys.argv[2])
-torch.manual_seed(0)
-def mebibytes(name):
-    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) / 1024
-def look(n):
+function = getattr(adasplash, sys.argv[2])
+def step(n):
     return function(*(torch.randn(1, 1, n, 16) * s for s in (3, 3, 1)), is_causal=True)
-look(200)
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-before = mebibytes("VmRSS")
-look(length)
-print(mebibytes("VmHWM") - before)
 """
 
 
@@ -271,5 +262,5 @@ print(mebibytes("VmHWM") - before)
 @pytest.mark.parametrize("function", ("attention_stats", "attention_weights"))
 def test_memory_does_not_grow_with_queries_times_keys(function):
     length = 24576
-    extra = float(run_python(PROGRAM, function, length))
+    extra = peak_mebibytes(PROGRAM, length, function)
     assert extra < length**2 / 2**23, f"{extra:.1f} MiB: a bit for every entry of the matrix"

@@ -1,7 +1,5 @@
 """Sequences of different lengths packed behind each other: entmax_attn_varlen."""
 
-import time
-
 import pytest
 import torch
 
@@ -9,6 +7,7 @@ import adasplash
 from adasplash import entmax_attn, entmax_attn_varlen
 from common import HALF, assert_same_bits, gradients, normal_like, run_python
 from packing import alone, check_packed, packed
+from work import count_products
 
 LENGTHS = {
     "unequal": ([5, 60, 1, 17], [9, 3, 40, 80]),
@@ -141,20 +140,17 @@ def test_inference_mode(backend):
 
 
 @pytest.mark.backends("cpu")
-def test_no_padding_work(threads):
+def test_no_padding_work():
     """A long sequence beside 32 short ones costs about what it costs alone; padded they would cost 33 times that."""
-    threads(1)
-
-    def seconds(q_lengths):
-        inputs, lengths = packed(q_lengths, q_lengths, heads=1, size=64)
-        times = []
-        for _ in range(5):
-            begin = time.thread_time()
-            entmax_attn_varlen(*inputs, *lengths, 1.5, True)
-            times.append(time.thread_time() - begin)
-        return min(times)
-
-    assert seconds([4096] + [8] * 32) < 2 * seconds([4096])
+    alone, together = count_products("""
+def attend(*lengths):
+    x = torch.randn(sum(lengths), 1, 64)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    adasplash.entmax_attn_varlen(x, x, x, ends, ends, max(lengths), max(lengths), 1.5, True)
+for lengths in ([2048], [2048] + [8] * 32):
+    print(products(lambda: attend(*lengths)))
+""")
+    assert 0 < alone < together < 2 * alone
 
 
 @pytest.mark.backends("cpu")

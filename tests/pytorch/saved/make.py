@@ -1,7 +1,7 @@
 """Makes the files beside it: models as users saved them, and what they computed, which later versions load and repeat.
 
-They were made by the library of commit 9f88dbc under torch 2.11.0, the oldest that is supported: `python make.py`. These
-stay as they are. Files of a later commit go to a folder of their own: `python make.py FOLDER`.
+They were made by the library of commit 9f88dbc under torch 2.11.0, the oldest that is supported, and stay as they are.
+Files of a later commit go to a folder of their own: `python make.py FOLDER`.
 """
 
 import io
@@ -158,4 +158,4 @@ def make(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    make(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    make(Path(sys.argv[1]))
