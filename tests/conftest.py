@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import common
+
+sys.path.append(str(common.ROOT))  # bench and triton_src; last, as the installed adasplash is the one under test
 
 DOUBLE, SINGLE, HALF = torch.float64, torch.float32, common.HALF
 
@@ -67,7 +70,7 @@ def pytest_unconfigure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """Beside a GPU nothing is interpreted: Triton decides at its import, and then torch.compile could not compile."""
-    interpreted = collection_path.parent.name == "tests" and collection_path.name in ("emulated", "triton")
+    interpreted = collection_path.parent.name == "tests" and collection_path.name in ("emulated", "kernels")
     return True if interpreted and config.getoption("--backend") == "cuda" else None
 
 
