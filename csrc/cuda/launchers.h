@@ -6,7 +6,7 @@
 
 namespace adasplash::cuda {
 
-// Rows that kernels read, and their strides in elements.
+// Rows of all heads of a batch, and how many elements apart batches, heads and rows are.
 struct Matrix {
   Exactly<const void*> data;
   Exactly<int64_t> batch_stride;
@@ -30,6 +30,7 @@ struct Sequences {
   Exactly<int32_t> tile_rows;
 };
 
+// Where alpha is: a number, or in memory, one for all heads or for each.
 struct Alpha {
   Exactly<const float*> per_head;
   Exactly<int32_t> source;
@@ -46,6 +47,7 @@ struct Scores {
   Exactly<int32_t> window_right;
 };
 
+// The shape and options of a call, which all kernels of attention take.
 struct Call {
   Sequences queries;
   Sequences keys;
@@ -59,6 +61,7 @@ struct Call {
   Exactly<int32_t> value_dim;
 };
 
+// Of the kernels that gather, see triton_src/lib/marks.py.
 constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
 
 struct AttendArguments {
@@ -74,6 +77,7 @@ struct AttendArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
+static_assert(sizeof(AttendArguments) == 304);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -94,6 +98,7 @@ struct MarkArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
+static_assert(sizeof(MarkArguments) == 264);
 inline void mark(const Variant& variant, const Place& place, int64_t programs,
                  const MarkArguments& arguments) {
   launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
@@ -119,6 +124,7 @@ struct GradQueryArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
+static_assert(sizeof(GradQueryArguments) == 408);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -142,6 +148,7 @@ struct GradKeyValueArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
+static_assert(sizeof(GradKeyValueArguments) == 392);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
