@@ -5,6 +5,7 @@
 
 #include "cuda/launchers.h"
 #include "cuda/ops.h"
+#include "ops/activation_checks.h"
 
 namespace adasplash::cuda {
 namespace {
