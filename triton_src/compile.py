@@ -10,8 +10,11 @@ and says which variants break triton_src/limits.json; with --strict it fails the
 """
 
 import argparse
+import ast
 import contextlib
+import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -37,9 +40,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from . import launchers  # noqa: E402
-from .variants import APPENDED, ARCHS, DEFAULT_ARCHS, KERNELS, SHARED_KIB, entry, variants  # noqa: E402
+from .spec import APPENDED  # noqa: E402
+from .variants import ARCHS, DEFAULT_ARCHS, SHARED_KIB, variants  # noqa: E402
 
-FORMAT = "1"  # of what the cache holds; raise it when `compile_variant` changes what it makes of the same variant
+FORMAT = "2"  # of what the cache holds; raise it when `compile_variant` changes what it makes of the same variant
 
 # The lowest PTX version that knows an architecture; a driver translates PTX up to its own version. 8.0 is CUDA 12.0,
 # which cuLibraryLoadData needs anyway.
@@ -53,27 +57,42 @@ def code_name(arch):
 
 def options(variant, arch):
     return {
-        "num_warps": variant.warps,
-        "num_stages": variant.stages,
-        "maxnreg": variant.registers,
+        "num_warps": variant.shape.warps,
+        "num_stages": variant.shape.stages,
+        "maxnreg": variant.shape.registers,
         "enable_fp_fusion": True,
         "ptx_version": PTX_VERSION[arch],
     }
 
 
+@functools.cache
+def sources(module):
+    """The files that a kernel's module is made of: its own, and of this package whatever it imports."""
+    found, waiting = {}, [module]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found[name] = Path(importlib.util.find_spec(name).origin)
+        package = name.split(".")[:-1]
+        for node in ast.walk(ast.parse(found[name].read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                waiting.append(".".join([*package[: len(package) + 1 - node.level], node.module]))
+    return sorted(found.values())
+
+
 def cache_key(variant, arch):
-    family = Path(KERNELS[variant.kernel].fn.__code__.co_filename)
-    parts = [
-        FORMAT,
-        triton.__version__,
-        knobs.nvidia.ptxas.version,
-        repr(variant),
-        str(arch),
-        str(options(variant, arch)),
-    ]
-    parts += [str(variant.arguments()), str(variant.divisibility()), str(variant.constants)]
-    parts += [path.read_text() for path in (SOURCE / "common.py", family)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    """All that decides what a variant is compiled to. Its tile shape is in `options` and `constants`."""
+    parts = [FORMAT, triton.__version__, knobs.nvidia.ptxas.version, repr(variant), arch, options(variant, arch)]
+    parts += [variant.arguments(), variant.divisibility(), variant.constants]
+    parts += [path.read_text() for path in sources(variant.spec.kernel.__module__)]
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+
+def signature(variant):
+    """The types of a kernel's parameters as Triton takes them: of a named tuple as a named tuple of them."""
+    types = variant.spec.build(dict(variant.arguments()))
+    return {name: types.get(name, "constexpr") for name in variant.spec.kernel.arg_names}
 
 
 def compile_variant(variant, arch, cache):
@@ -81,11 +100,9 @@ def compile_variant(variant, arch, cache):
     stored = Path(cache) / cache_key(variant, arch)
     if stored.with_suffix(".json").exists():
         return json.loads(stored.with_suffix(".json").read_text()) | {"stored": str(stored)}, True
-    kernel = KERNELS[variant.kernel]
-    signature = dict.fromkeys(kernel.arg_names, "constexpr") | dict(variant.arguments())
+    kernel, divisors = variant.spec.kernel, variant.divisibility()
     attributes = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", divisor]]
-        for name, divisor in variant.divisibility().items()
+        leaf.path: [["tt.divisibility", divisors[leaf.name]]] for leaf in variant.spec.leaves() if leaf.name in divisors
     }
     knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
     knobs.nvidia.dump_ptxas_log = True
@@ -93,7 +110,7 @@ def compile_variant(variant, arch, cache):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
         knobs.cache.dir = folder
         kernel._repr = lambda _: f"adasplash_{variant.name}"  # the symbol, which profilers show
-        source = ASTSource(fn=kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
+        source = ASTSource(kernel, signature(variant), constexprs=variant.constants, attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(variant, arch))
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -111,10 +128,11 @@ def compile_variant(variant, arch, cache):
         "divisibility": variant.divisibility(),
         "constants": variant.constants,
         "dtype": variant.dtype,
-        "pad": variant.pad,
+        "block_d": variant.block_d,
         "alpha": variant.alpha,
-        "marked": variant.marked,
+        "gather": variant.gather,
         "hot": variant.hot,
+        "entry": variant.entry,
         "warps": metadata.num_warps,
         "shared": metadata.shared,
         "registers": usage(r"Used (\d+) registers"),
@@ -165,7 +183,7 @@ def broken_limits(descriptions):
             yield f"{where}: {one['shared']} bytes of shared memory, the architecture has {SHARED_KIB[one['arch']]} KiB"
         if one["size"] > LIMITS["cubin_bytes"]:
             yield f"{where}: {one['size']} bytes of machine code, the limit is {LIMITS['cubin_bytes']}"
-        if one["spilled"] > LIMITS["spilled_bytes"][entry(one["kernel"], one["marked"]) if one["hot"] else "not hot"]:
+        if one["spilled"] > LIMITS["spilled_bytes"][one["entry"] if one["hot"] else "not hot"]:
             yield f"{where}: spills {one['spilled']} bytes"
     default = sum(len(variants(arch)) for arch in DEFAULT_ARCHS)
     if default > LIMITS["default_variants"]:

@@ -1,16 +1,24 @@
-"""Which specialisations exist. The one place that says so: tile shapes, warps and stages are data here, and the table
-from which C++ picks a variant at run time is generated from it.
+"""Which specialisations exist. The one place that says so; the table from which C++ picks a variant at run time is
+generated from it. Their tile shapes, warps and stages are data, in tiles.json.
 
-A variant is (kernel, element type, padded head size, kind of alpha), and of two kernels whether they walk tiles or
+A variant is (kernel, element type, padded head size, code for an alpha), and of two kernels whether they walk tiles or
 gather what is marked. Everything else is a run-time value: causal, window, lengths, grouped queries, scale, M and N,
 head sizes below the padded one; and, in the code for any alpha, alpha itself, its gradient and ALiBi, which the code
 for one alpha leaves out to stay short. All take rows that start at multiples of ALIGNMENT, which the host sees to.
 """
 
-from dataclasses import dataclass
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from . import activation, backward, forward
-from .common import ALPHA_1_5, ALPHA_2, ALPHA_ANY
+from .activation import ACTIVATE, ACTIVATE_GRAD
+from .attention.forward import ATTEND
+from .attention.grad_key_value import GRAD_KEY_VALUE
+from .attention.grad_query import GRAD_QUERY
+from .attention.mark import MARK
+from .lib.entmax import ALPHA_1_5, ALPHA_2, ALPHA_ANY
+from .spec import ELEMENT_BYTES, Spec
 
 DEFAULT_ARCHS = (80, 90)
 
@@ -18,237 +26,167 @@ DEFAULT_ARCHS = (80, 90)
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 ARCHS = tuple(SHARED_KIB)
 
-# Triton's name for an element type: (its size, the C++ enumerator of torch's type).
-TYPES = {"bf16": (2, "at::kBFloat16"), "fp16": (2, "at::kHalf"), "fp32": (4, "at::kFloat")}
-
 ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
 
-# Bytes that the rows of tensors start at multiples of (kAlignment in csrc/cuda/call.cpp): one load of a thread.
-ALIGNMENT = 16
+ATTENTION = {spec.name: spec for spec in (ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE)}
+ACTIVATION = {spec.name: spec for spec in (ACTIVATE, ACTIVATE_GRAD)}
+KERNELS: dict[str, Spec] = ATTENTION | ACTIVATION
 
-ATTENTION = {
-    "attend": forward.attend,
-    "mark": backward.mark,
-    "grad_query": backward.grad_query,
-    "grad_key_value": backward.grad_key_value,
-}
-MARKED = ("grad_query", "grad_key_value")  # kernels with code for what `mark` marked as well
-KERNELS = ATTENTION | {
-    "activate": activation.activate,
-    "activate_grad": activation.activate_grad,
-}
-
-TENSORS = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
-# What the names of kernel arguments mean, with `T` for the variant's element type. Names not listed here are found by
-# their ending (strides) or are 32-bit integers.
-ARGUMENT_TYPES = {
-    **dict.fromkeys(TENSORS, "*T"),
-    **dict.fromkeys(("input", "output", "grad_input"), "*T"),
-    **dict.fromkeys(("row_state", "terms", "alpha_terms", "alphas", "slopes", "row_alpha", "grad_alpha"), "*fp32"),
-    **dict.fromkeys(("rows", "own_alphas"), "i64"),
-    **dict.fromkeys(("numbers", "row_marks"), "*i16"),
-    **dict.fromkeys(("tiles", "lists", "key_marks", "marks", "chosen", "shares", "lengths_q", "lengths_k"), "*i32"),
-    **dict.fromkeys(("scale", "alpha"), "fp32"),
-    **dict.fromkeys(("slopes_batch", "state_batch"), "i64"),
-}
-# What each kernel writes; all other pointers are const in C++.
-WRITTEN = {
-    "attend": ("out", "row_state", "tiles", "numbers", "lists"),
-    "mark": ("lists", "key_marks", "row_marks", "shares"),
-    "grad_query": ("grad_query", "terms", "alpha_terms", "lists", "chosen"),
-    "grad_key_value": ("grad_key", "grad_value", "lists", "chosen"),
-    "activate": ("out",),
-    "activate_grad": ("grad_input", "grad_alpha"),
-}
-STRIDE_ENDINGS = ("_batch", "_head", "_row")
-# Pointers that Triton appends to every kernel; no variant needs the memory, so they are null.
-APPENDED = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))
+LONGEST_ROW = 1 << 30  # places in a row are 32 bits wide, with room for a block
+TILES = Path(__file__).resolve().parent / "tiles.json"
 
 
-def entry(kernel, marked):
-    """What the tables below and limits.json call a kernel's code: that which gathers has a name of its own."""
-    return f"{kernel}_marked" if marked else kernel
+@dataclass(frozen=True)
+class Shape:
+    """How a program goes about its work."""
+
+    block_m: int  # rows at a time
+    block_n: int  # keys, or numbers of a row, at a time
+    warps: int
+    stages: int = 1
+    registers: int | None = None  # at most so many a thread, so that more programs fit a multiprocessor; None: no limit
+    step_d: int | None = None  # head dimensions at a time in q.k, see lib.matrices.products
+    scan_n: int | None = None  # keys that attend scans at a time
 
 
 @dataclass(frozen=True)
 class Variant:
     kernel: str
     dtype: str
-    pad: int  # head size that registers and shared memory are laid out for
+    block_d: int  # head size that registers and shared memory are laid out for; of an activation, its longest row
     alpha: str  # a key of ALPHAS
-    block_m: int
-    block_n: int
-    step: int  # columns at a time in q.k, see common.products
-    warps: int
-    stages: int
-    registers: int | None  # at most so many a thread, so that more programs fit a multiprocessor; None: no limit
-    scan_n: int | None = None  # keys that attend scans at a time
-    marked: bool = False  # gathers what `mark` marked; else whole tiles
+    shape: Shape
+    gather: bool = False  # gathers what `mark` marked; else whole tiles
     hot: bool = False  # most used: has limits of its own in limits.json
 
     @property
-    def name(self):
-        return f"{self.kernel}_{self.dtype}_d{self.pad}_a{self.alpha}{'_marked' if self.marked else ''}"
+    def spec(self) -> Spec:
+        return KERNELS[self.kernel]
 
     @property
-    def constants(self):
-        found = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, PAD=self.pad, STEP=self.step, ALPHA=ALPHAS[self.alpha])
-        if self.scan_n is not None:
-            found["SCAN_N"] = self.scan_n
-        if self.kernel in MARKED:
-            found["MARKED"] = self.marked
-        return found
+    def name(self) -> str:
+        if self.kernel in ATTENTION:
+            return f"{self.kernel}_{self.dtype}_d{self.block_d}_a{self.alpha}{'_marked' if self.gather else ''}"
+        rows = "long" if self.block_d == LONGEST_ROW else f"n{self.block_d}"
+        return f"{self.kernel}_{self.dtype}_{rows}" + (f"_a{self.alpha}" if len(self.spec.alphas) > 1 else "")
 
-    def arguments(self):
-        """[(name, Triton's type)] of the run-time arguments, in order."""
-        found = []
-        for name in KERNELS[self.kernel].arg_names:
-            if name in self.constants:
-                continue
-            kind = ARGUMENT_TYPES.get(name, "i64" if name.endswith(STRIDE_ENDINGS) else "i32")
-            found.append((name, kind.replace("T", self.dtype)))
-        return found
+    @property
+    def entry(self) -> str:
+        """What limits.json calls the kernel's code: that which gathers has a name of its own."""
+        return f"{self.kernel}_marked" if self.gather else self.kernel
 
-    def divisibility(self):
-        """{name: divisor} of what is a multiple of ALIGNMENT: addresses, strides and widths of the tensors that matrix
-        products read or make."""
-        divisors = {}
-        for name, _kind in self.arguments():
-            if name in TENSORS:
-                divisors[name] = ALIGNMENT  # bytes
-            elif name in ("width", "width_v") or (name.endswith(STRIDE_ENDINGS) and name not in ARGUMENT_TYPES):
-                divisors[name] = ALIGNMENT // TYPES[self.dtype][0]  # elements
-        return divisors
+    @property
+    def constants(self) -> dict:
+        known = dict(
+            BLOCK_M=self.shape.block_m,
+            BLOCK_N=self.shape.block_n,
+            BLOCK_D=self.block_d,
+            STEP_D=self.shape.step_d,
+            SCAN_N=self.shape.scan_n,
+            ALPHA=ALPHAS[self.alpha],
+            GATHER=self.gather,
+            LONG=self.block_d == LONGEST_ROW,
+        )
+        return {name: known[name] for name in self.spec.constants}
+
+    def arguments(self) -> list[tuple[str, str]]:
+        """[(name, Triton's type)] of the run-time arguments, flat and in order."""
+        return [(leaf.name, leaf.type.replace("T", self.dtype)) for leaf in self.spec.leaves()]
+
+    def divisibility(self) -> dict[str, int]:
+        """{name: divisor} of what is a multiple of ALIGNMENT."""
+        return {leaf.name: leaf.divisor(self.dtype) for leaf in self.spec.leaves() if leaf.aligned}
 
 
-# (BLOCK_M, BLOCK_N, columns at a time, warps, stages, registers; for attend also how many keys it scans at a time).
+# ---- tile shapes -----------------------------------------------------------------------------------------------------
 # Those of sm_90 were the fastest on a GPU, those of sm_80 are the ones that spill little. `python -m triton_src.tune`
-# tries shapes. A program takes a tile of rows (grad_key_value: of keys), and along the other side a tile or part of one
-# at a time; what attend scans at a time are whole tiles. Code that gathers has the shape of the kernel's other code
-# where it has no entry of its own.
-HALF_90 = {  # sm_90, sm_100, sm_103: matrix products that read shared memory, 227 KiB of it
-    ("attend", 64): (64, 64, 64, 4, 3, 168, 128),
-    ("attend", 128): (64, 64, 128, 4, 3, None, 128),
-    ("attend", 256): (64, 32, 256, 8, 2, None, 128),
-    ("mark", 64): (64, 64, 64, 4, 3, None),
-    ("mark", 128): (64, 64, 128, 4, 3, None),
-    ("mark", 256): (64, 32, 256, 8, 2, None),
-    ("grad_query", 64): (64, 64, 64, 4, 3, None),
-    ("grad_query", 128): (64, 32, 128, 4, 3, None),
-    ("grad_query", 256): (64, 32, 128, 8, 1, None),
-    ("grad_key_value", 64): (64, 64, 64, 4, 3, None),
-    ("grad_key_value", 128): (32, 64, 128, 4, 3, None),
-    ("grad_key_value", 256): (32, 64, 128, 8, 1, None),
-    ("grad_query_marked", 64): (64, 32, 64, 4, 3, 168),
-    ("grad_key_value_marked", 64): (32, 64, 64, 4, 3, 168),
-}
-HALF_80 = {  # sm_80: operands of matrix products are registers
-    **HALF_90,
-    ("attend", 64): (64, 64, 64, 4, 2, None, 64),
-    ("attend", 128): (64, 32, 128, 8, 2, None, 128),
-    ("mark", 64): (64, 64, 64, 4, 2, None),
-    ("mark", 128): (64, 64, 128, 4, 2, None),
-    ("grad_query", 64): (64, 64, 64, 4, 2, None),
-    ("grad_query", 128): (64, 64, 128, 8, 2, None),
-    ("grad_key_value", 64): (32, 64, 64, 4, 2, None),
-    ("grad_key_value", 128): (32, 64, 128, 8, 2, None),
-    ("grad_query_marked", 64): (64, 64, 64, 4, 2, None),
-    ("grad_key_value_marked", 64): (32, 64, 64, 4, 2, None),
-}
-HALF_SMALL = {  # sm_86, sm_89, sm_120: as sm_80, with 99 KiB of shared memory
-    **HALF_80,
-    ("attend", 256): (64, 32, 128, 8, 1, None, 64),
-    ("mark", 256): (64, 32, 128, 8, 1, None),
-}
-HALF = dict.fromkeys((90, 100, 103), HALF_90) | {80: HALF_80} | dict.fromkeys((86, 89, 120), HALF_SMALL)
-ANY_90 = {  # half types and any alpha: powers want registers
-    ("attend", 64): (64, 32, 64, 4, 3, 168, 128),
-    ("attend", 128): (64, 32, 128, 4, 3, 168, 64),
-    ("mark", 64): (64, 64, 64, 4, 3, None),
-    ("mark", 128): (64, 64, 128, 4, 3, None),
-    ("grad_query", 64): (64, 32, 64, 4, 3, None),
-    ("grad_query", 128): (64, 32, 128, 4, 3, None),
-    ("grad_key_value", 64): (32, 64, 64, 4, 3, None),
-    ("grad_key_value", 128): (32, 64, 128, 4, 3, None),
-}
-ANY_80 = {
-    **ANY_90,
-    ("attend", 64): (64, 32, 64, 8, 2, None, 64),
-    ("attend", 128): (64, 32, 128, 8, 2, None, 64),
-    ("mark", 64): (64, 64, 64, 4, 2, None),
-    ("mark", 128): (64, 64, 128, 4, 2, None),
-    ("grad_query", 128): (64, 32, 64, 8, 2, None),
-    ("grad_key_value", 128): (32, 64, 128, 8, 2, None),
-}
-ANY = dict.fromkeys((90, 100, 103), ANY_90) | dict.fromkeys((80, 86, 89, 120), ANY_80)
-FP32 = {  # six bf16 products for one: large code and many registers, so small blocks
-    (kernel, pad): {
-        "attend": (64, 32, 32, 8, 1, None, 64),
-        "mark": (64, 32, 32, 8, 1, None),
-        "grad_query": (64, 32, 32, 8, 1, None),
-        "grad_key_value": (32, 64, 32, 8, 1, None),
-    }[kernel]
-    for kernel in ATTENTION
-    for pad in (64, 128, 256)
-}
+# tries shapes. A program of attention takes a tile of rows (grad_key_value: of keys), and along the other side a tile or
+# part of one at a time; what attend scans at a time are whole tiles.
 
 
-def tile(arch, kernel, dtype, pad, alpha, marked):
-    if dtype == "fp32":
-        return FP32[kernel, pad]
-    table = (ANY if alpha == "any" and pad <= 128 else HALF)[arch]
-    return table.get((entry(kernel, marked), pad), table[kernel, pad])
+@functools.cache
+def shapes() -> dict:
+    """tiles.json: "attention" is tables, each for some architectures, types and alphas; "activation" is by the longest
+    row that a program takes, of any length where that is null."""
+    return json.loads(TILES.read_text())
+
+
+def format_shapes(data: dict) -> str:
+    """The text of tiles.json, a shape a line."""
+    lines = ["{"]
+    for part, tables in data.items():
+        lines.append(f' "{part}": [')
+        for table in tables:
+            if "shapes" not in table:
+                lines.append(f"  {json.dumps(table)},")
+                continue
+            lines.append(f"  {json.dumps({k: v for k, v in table.items() if k != 'shapes'})[:-1]}, \"shapes\": [")
+            lines += [f"   {json.dumps(shape)}," for shape in table["shapes"]]
+            lines[-1] = lines[-1][:-1]
+            lines.append("  ]},")
+        lines[-1] = lines[-1][:-1]
+        lines.append(" ],")
+    lines[-1] = lines[-1][:-1]
+    return "\n".join([*lines, "}", ""])
+
+
+def shape_table(data: dict, arch: int, dtype: str, alpha: str) -> dict:
+    """The table of attention's shapes that is for a variant."""
+    for table in data["attention"]:
+        if arch in table["archs"] and dtype in table["types"] and alpha in table["alphas"]:
+            return table
+    raise LookupError(f"{TILES}: no table for sm_{arch}, {dtype}, alpha {alpha}")
+
+
+def attention_shape(arch: int, kernel: str, dtype: str, block_d: int, alpha: str, gather: bool) -> Shape:
+    place = dict(kernel=kernel, gather=gather, block_d=block_d)
+    for line in shape_table(shapes(), arch, dtype, alpha)["shapes"]:
+        if place.items() <= line.items():
+            return Shape(**{name: value for name, value in line.items() if name not in place})
+    raise LookupError(f"{TILES}: no shape for sm_{arch}, {dtype}, alpha {alpha}, {place}")
+
+
+def put_shape(data: dict, arch: int, variant: Variant) -> None:
+    """Puts a variant's shape into the table that it is from."""
+    place = dict(kernel=variant.kernel, gather=variant.gather, block_d=variant.block_d)
+    for line in shape_table(data, arch, variant.dtype, variant.alpha)["shapes"]:
+        if place.items() <= line.items():
+            line.update({name: value for name, value in asdict(variant.shape).items() if name in line})
+            return
+    raise LookupError(f"{TILES}: no shape for sm_{arch}, {variant.name}")
+
+
+# ---- what exists -----------------------------------------------------------------------------------------------------
 
 
 def specialisations():
-    """Yields (dtype, pad, alpha). Fast code for alpha = 1.5 and 2 exists where it pays: half types up to head size 128.
-    Above, and for fp32, matrix products weigh more than the powers."""
-    for dtype in TYPES:
-        for pad in (64, 128, 256):
-            for alpha in ALPHAS if dtype != "fp32" and pad < 256 else ("any",):
-                yield dtype, pad, alpha
+    """Yields (dtype, block_d, alpha) of attention. Fast code for alpha = 1.5 and 2 exists where it pays: half types up to
+    head size 128. Above, and for fp32, matrix products weigh more than the powers."""
+    for dtype in ELEMENT_BYTES:
+        for block_d in (64, 128, 256):
+            for alpha in ALPHAS if dtype != "fp32" and block_d < 256 else ("any",):
+                yield dtype, block_d, alpha
 
 
-@dataclass(frozen=True)
-class ActivationVariant(Variant):
-    """`pad` is the longest row; a program does block_m rows, block_n numbers of each at a time."""
-
-    @property
-    def name(self):
-        alpha = f"_a{self.alpha}" if self.kernel == "activate" else ""
-        return f"{self.kernel}_{self.dtype}_{'long' if self.pad == LONGEST_ROW else f'n{self.pad}'}{alpha}"
-
-    @property
-    def constants(self):
-        constants = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, LONG=self.pad == LONGEST_ROW)
-        return {**constants, "ALPHA": ALPHAS[self.alpha]} if self.kernel == "activate" else constants
-
-    def divisibility(self):
-        return {}  # rows of any length, one behind the other
+def attention_variants(arch: int):
+    for dtype, block_d, alpha in specialisations():
+        hot = arch in DEFAULT_ARCHS and block_d <= 128 and alpha in ("1_5", "2")
+        for kernel, spec in ATTENTION.items():
+            for gather in (False, True) if spec.gathers else (False,):
+                shape = attention_shape(arch, kernel, dtype, block_d, alpha, gather)
+                yield Variant(kernel, dtype, block_d, alpha, shape, gather, hot)
 
 
-LONGEST_ROW = 1 << 30  # places in a row are 32 bits wide, with room for a block
-# Longest row: (rows of a program, numbers of a row at a time, warps).
-ACTIVATIONS = {128: (8, 128, 4), 1024: (2, 1024, 4), 4096: (1, 4096, 8), LONGEST_ROW: (1, 4096, 8)}
-
-
-def activations():
+def activation_variants():
     """The gradient reads and writes more than it computes, so one code serves all alphas there."""
-    for dtype in TYPES:
-        for longest, (rows, block, warps) in ACTIVATIONS.items():
-            for kernel, alphas in (("activate", ("any", "1_5", "2")), ("activate_grad", ("any",))):
-                for alpha in alphas:
-                    yield ActivationVariant(kernel, dtype, longest, alpha, rows, block, block, warps, 1, None)
+    for dtype in ELEMENT_BYTES:
+        for line in shapes()["activation"]:
+            shape = Shape(**{name: value for name, value in line.items() if name != "longest_row"})
+            for kernel, spec in ACTIVATION.items():
+                for alpha in spec.alphas:
+                    yield Variant(kernel, dtype, line["longest_row"] or LONGEST_ROW, alpha, shape)
 
 
-def variants(arch):
-    """All variants of an architecture, without repetition, in a fixed order."""
-    found = {}
-    for dtype, pad, alpha in specialisations():
-        hot = arch in DEFAULT_ARCHS and pad <= 128 and alpha in ("1_5", "2")
-        for kernel in ATTENTION:
-            for marked in (False, True) if kernel in MARKED else (False,):
-                shape = tile(arch, kernel, dtype, pad, alpha, marked)
-                variant = Variant(kernel, dtype, pad, alpha, *shape, marked=marked, hot=hot)
-                found[variant.name] = variant
-    return [*found.values(), *activations()]
+def variants(arch: int) -> list[Variant]:
+    """All variants of an architecture, in a fixed order."""
+    return [*attention_variants(arch), *activation_variants()]

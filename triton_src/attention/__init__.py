@@ -1,0 +1,1 @@
+"""The kernels of attention, each with its spec."""

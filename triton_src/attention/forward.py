@@ -1,0 +1,391 @@
+"""The forward: a program looks at every key tile its rows see once, solves for tau, and gathers where it must.
+
+For a block of query rows and the keys j that a row sees,
+    row_max = max_j z_j,    p_j = [z_j - tau]+^(1/(alpha-1)) with sum_j p_j = 1,    out = sum_j p_j v_j,
+and only keys with z_j > row_max - 1 can have weight. A running maximum knows a superset of those: while it finds
+row_max, `scan` writes four margins a tile, one for 16 rows: the largest (row's maximum in the tile - row's running
+maximum). It also keeps the largest score of each of CLASSES classes of keys: a subset of the row's keys, whose tau is a
+lower bound of the row's own, and a close one. `solve` then walks the list of the tiles with a margin above that bound of
+gap = tau - row_max:
+
+  1. sums over the row at gap, and a step towards the solution, until the next step arrives (mostly once);
+  2. the output, divided by the sum of the weights it was made with. That sum also tells whether gap was good enough for
+     the type: where it was not, the output is made again, a step further, and if need be sums again.
+"""
+
+import triton
+import triton.language as tl
+
+from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries, query_block
+from ..lib.entmax import (
+    ALPHA_1_5,
+    ALPHA_2,
+    ALPHA_ANY,
+    Threshold,
+    column_counts,
+    excess_of,
+    newton_step,
+    threshold_of,
+    threshold_step,
+    weights,
+)
+from ..lib.marks import WARP_ROWS
+from ..lib.matrices import (
+    Code,
+    Factor,
+    Rows,
+    any_row,
+    cast,
+    column_sums,
+    dot,
+    kahan_add,
+    load_factor,
+    load_rows,
+    max_or_nan,
+    store_rows,
+)
+from ..lib.scores import ScoreRules, block_scores
+from ..lib.tile_lists import (
+    LIST_CHUNK,
+    WORD,
+    TileList,
+    all_edges,
+    append,
+    first_tile_row,
+    listed_tile,
+    part_of,
+    stages,
+    steps,
+)
+from ..lib.visibility import TILE, VisibleTiles, keys_of_block, ordered_tile, visible_tiles
+from ..spec import CALL, MATRIX, Spec
+
+CLASSES = tl.constexpr(64)  # of keys, whose maxima scan keeps
+# Newton steps towards tau of those: any number gives a lower bound, these come within about a thousandth.
+BOUND_STEPS_1_5 = tl.constexpr(3)
+BOUND_STEPS = tl.constexpr(5)
+# How much an fp32 z - row_max or a bound of gap may be off, relative to row_max or to 1: a few roundings.
+ROUNDING = tl.constexpr(2.0**-21)
+ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
+
+
+@triton.jit
+def attend(
+    query, key, value, out, row_state, tiles, tile_margins, tile_lists, call,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
+    SCAN_N: tl.constexpr,
+):  # fmt: skip
+    """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that holds
+    weight."""
+    EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
+    CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
+    SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
+    blocks = tl.cdiv(call.queries.max_seqlen, BLOCK_M)
+    block, head, batch = block_of_program(blocks, call.heads)
+    at = head_in_sequence(call, batch, head)
+    query_rows = Rows(*of_queries(query, at), call.head_dim, None, at.queries.length)
+    key_rows = Rows(*of_keys(key, at), call.head_dim, None, at.keys.length)
+    value_place = of_keys(value, at)
+    out_rows = Rows(*of_queries(out, at), call.value_dim, None, at.queries.extent)
+    row_state += 2 * first_state_row(call, at)
+    key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
+    first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
+    if first_row >= at.queries.extent:
+        return
+
+    rows = query_block(at, first_row, BLOCK_M)
+    q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
+    scale = head_scale(call, batch, head, ALPHA)
+    rules = ScoreRules(rows.visible, rows.diagonal, scale.qk_slope)
+    visible = visible_tiles(first_row, at.band, BLOCK_M)
+    seen = keys_of_block(first_row, at.band, BLOCK_M)
+    value_rows = Rows(*value_place, call.value_dim, seen.first, seen.end)
+    tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
+    margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
+    entries = tile_lists + tile_row * key_tiles
+
+    row_max, gap = scan(q, key_rows, rules, visible, scale, margins, SCAN_CODE)
+    sees = rows.visible.first < rows.visible.end
+    finite = sees & (tl.abs(row_max) + scale.alpha < float("inf"))  # alpha may be NaN
+    row_max = tl.where(finite, row_max, 0.0)
+    gap = tl.where(finite, gap, float("inf"))  # rows that see nothing, and rows that are NaN, weigh nothing below
+    tl.debug_barrier()  # what other threads wrote is read from here on
+    candidates = list_candidates(entries, margins, gap, visible, ALPHA)
+    weighted, sum_p, gap = solve(
+        q, key_rows, value_rows, rules, scale, row_max, gap, finite, candidates, margins, CODE
+    )
+
+    broken = sees & ~finite
+    row_max = tl.where(broken, float("nan"), row_max)
+    tl.store(row_state + 2 * rows.row, row_max, mask=rows.row < at.queries.extent)
+    tl.store(row_state + 2 * rows.row + 1, tl.where(broken, float("nan"), gap), mask=rows.row < at.queries.extent)
+    weighted *= (1.0 / tl.where(finite & (sum_p > 0.0), sum_p, 1.0))[:, None]
+    weighted = tl.where(broken[:, None], float("nan"), weighted)
+    store_rows(out_rows, weighted, first_row, BLOCK_M, BLOCK_D)
+    store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, visible, any_row(broken))
+
+
+ATTEND = Spec(
+    attend,
+    arguments=dict(
+        query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX,
+        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", call=CALL,
+    ),
+    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N"),
+    programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
+    scratch=dict(
+        tile_margins="four numbers for each tile row of queries and each tile of keys",
+        tile_lists="an entry for each of those",
+    ),
+    shapes="attention",
+)  # fmt: skip
+
+
+# ---- row_max, and which tiles may hold weight ------------------------------------------------------------------------
+
+
+@triton.jit
+def scan(q, key_rows, rules, tiles, scale, margins, CODE):
+    """(row_max, a lower bound of gap) of each row. Writes the margins of each visible tile, as the upper half of an
+    fp32; `margins` are pointers to those of tile 0. BLOCK_N is a multiple of TILE."""
+    # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
+    MANY: tl.constexpr = CODE.BLOCK_N // TILE
+    EDGE_CODE: tl.constexpr = Code(CODE.BLOCK_M, TILE, CODE.BLOCK_D, CODE.STEP_D, CODE.ALPHA, CODE.EXACT)
+    whole = tiles.inner // MANY * MANY
+    edge = tiles.edge + (tiles.inner - whole)
+    one_by_one = VisibleTiles(tiles.first, tiles.inner_first, whole, edge)
+    never = tl.where(rules.visible.first < rules.visible.end, 0.0, float("-inf"))  # see nothing, ask for no tile
+    row_max = tl.full([CODE.BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
+    largest = tl.full([CODE.BLOCK_M, CLASSES], float("-inf"), tl.float32)
+    for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find row_max there
+        for index in tl.range(edge if EDGE else whole // MANY, num_stages=stages(EDGE, CODE.ALPHA)):
+            if EDGE:
+                tile = ordered_tile(whole + edge - 1 - index, one_by_one)
+                qk = block_scores(q, key_rows, tile * TILE, rules, EDGE_CODE, True)
+            else:
+                tile = tiles.inner_first + index * MANY
+                qk = block_scores(q, key_rows, tile * TILE, rules, CODE, False)
+            row_max, largest, above = maxima(qk, row_max, largest)
+            margin = largest_of_warps(above + (tl.abs(row_max) * ROUNDING + never)[:, None, None]) * scale.z
+            place = tile + tl.arange(0, 1 if EDGE else MANY)
+            tl.store(margins[:, None] + place[None, :], upper_half(margin))
+
+    row_max *= scale.z
+    return row_max, gap_of_classes(largest, row_max, scale, CODE.ALPHA)
+
+
+@triton.jit
+def maxima(qk, row_max, largest):
+    """(row_max, largest, (rows, tiles, 4) numbers whose maximum is a tile's largest score less row_max) with the scores
+    of some tiles' keys. Keys of one class are those that a thread holds itself: equal modulo 8."""
+    ROWS: tl.constexpr = qk.shape[0]
+    TILES: tl.constexpr = qk.shape[1] // TILE
+    SPAN: tl.constexpr = CLASSES // TILES  # classes that a tile's keys fall into
+    here = max_or_nan(tl.reshape(qk, [ROWS, TILES, SPAN // 8, TILE // SPAN, 8]), 3)
+    largest = tl.maximum(largest, tl.reshape(here, [ROWS, CLASSES]))
+    of_tile = max_or_nan(tl.reshape(max_or_nan(here, 2), [ROWS, TILES, 4, 2]), 3)  # of each such thread
+    row_max = tl.maximum(row_max, max_or_nan(max_or_nan(of_tile, 1), 1), propagate_nan=tl.PropagateNan.ALL)
+    return row_max, largest, of_tile - row_max[:, None, None]
+
+
+@triton.jit
+def gap_of_classes(largest, row_max, scale, ALPHA: tl.constexpr):
+    """A lower bound of gap: that of the largest scores of each class of keys, less what rounding may do."""
+    gap = tl.full(row_max.shape, -1.0, tl.float32)
+    # Not unrolled: it is rarely much of the time, and would be most of the code.
+    for _ in range(BOUND_STEPS_1_5 if ALPHA == ALPHA_1_5 else BOUND_STEPS):
+        excess = excess_of(largest, scale.z, Threshold(row_max + gap, gap), 0, False)
+        p, u = weights(excess, scale.alpha, ALPHA, False)
+        gap += tl.maximum(newton_step(tl.sum(p, 1), tl.sum(u, 1), scale.alpha, ALPHA), 0.0)
+    return gap - (1.0 + tl.abs(row_max)) * ROUNDING
+
+
+@triton.jit
+def largest_of_warps(x):
+    """(groups, tiles): the largest of (rows, tiles, n) in WARP_ROWS rows of a tile, NaN only where all are. x is above 0
+    by no more than rounding. As integers, which one instruction reduces over a warp: with the sign bit set the largest
+    number is the lowest one, and NaN is above all."""
+    GROUPS: tl.constexpr = x.shape[0] // WARP_ROWS
+    bits = x.to(tl.int32, bitcast=True) | -(2**31)
+    bits = tl.reshape(bits, [GROUPS, WARP_ROWS, x.shape[1], x.shape[2]])
+    bits = tl.reshape(tl.permute(bits, [0, 2, 1, 3]), [GROUPS, x.shape[1], WARP_ROWS * x.shape[2]])
+    return tl.min(bits, 2).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def upper_half(x):
+    """The upper 16 bits of an fp32. For x <= 0 that rounds up, so that a number stays a bound."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+
+
+@triton.jit
+def list_candidates(entries, margins, gap, visible, ALPHA: tl.constexpr):
+    """The TileList of the visible tiles with a margin above the lowest gap of its rows."""
+    threshold = tl.min(tl.reshape(gap, [TILE // WARP_ROWS, WARP_ROWS]), 1)[:, None]
+    count = 0
+    inner = 0
+    for start in range(0, visible.inner + visible.edge, LIST_CHUNK):
+        index = start + tl.arange(0, LIST_CHUNK)
+        tile = ordered_tile(index, visible)
+        known = index < visible.inner + visible.edge
+        margin = tl.load(margins[:, None] + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
+        above = margin.to(tl.float32, bitcast=True) > threshold
+        wanted = known & (tl.max(above.to(tl.int32), 0) > 0)
+        count = append(entries, count, tile, wanted)
+        inner += tl.sum((wanted & (index < visible.inner)).to(tl.int32), 0)
+    tl.debug_barrier()  # what other threads wrote is read from here on
+    return TileList(entries, 0 if all_edges(ALPHA) else inner, count)
+
+
+# ---- tau, and the output ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tolerance(DTYPE: tl.constexpr):
+    """How far from 1 the sum of a row's weights may be when the output is divided by it: what the type rounds away."""
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return 4e-6
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        return 2.0**-10
+    else:
+        return 2.0**-7
+
+
+@triton.jit
+def a_step_away(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
+    """How far from 1 the sum may be for a step that is taken unseen. What it leaves goes with the square of that, on
+    usual inputs a tenth of it or less for alpha = 1.5, whose steps know the curve. Found by trying: most blocks of rows
+    need no second sum, and few a second output."""
+    KNOWN: tl.constexpr = ALPHA == ALPHA_1_5
+    if DTYPE == tl.float32:  # noqa: SIM300
+        return 0.001
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        return 0.06 if KNOWN else 0.01
+    else:
+        return 0.4 if KNOWN else 0.033
+
+
+@triton.jit
+def solve(q, key_rows, value_rows, rules, scale, row_max, gap, finite, candidates, margins, CODE):
+    """(the weighted values, the sum of their weights, gap) of each row, as the file's head says. The gap is a step ahead
+    of the one that the values were weighted at."""
+    DTYPE: tl.constexpr = key_rows.data.dtype.element_ty
+    weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
+    sum_p = tl.zeros([CODE.BLOCK_M], tl.float32)
+    sum_u = tl.zeros([CODE.BLOCK_M], tl.float32)
+    slope_u = tl.zeros([CODE.BLOCK_M], tl.float32)  # of sum u as sum p moves
+    solved = gap
+    moving = finite  # rows that look for gap; the others stay as they are: no row's bits depend on its neighbours
+    attempts = 0
+    outputs = 0
+    more = 1
+    while more > 0:
+        # 1. Sums at gap, until all rows are a step away. Before a second output they mostly are; for a third it takes
+        # new sums, as what sum u is guessed from then is two steps old.
+        distant = moving & (outputs % 2 == 0)
+        while any_row(distant):
+            threshold = threshold_of(row_max, gap, CODE.EXACT)
+            sum_p, here_u = sum_weights(q, key_rows, rules, scale, threshold, candidates, CODE)
+            near = tl.abs(sum_p - 1.0) <= a_step_away(DTYPE, CODE.ALPHA)
+            step, here_u, here_slope = threshold_step(sum_p, here_u, gap, near, scale.alpha, CODE.ALPHA)
+            moved = (gap + step != gap) & (attempts < ATTEMPTS)
+            attempts += 1
+            gap = tl.where(distant, gap + step, gap)
+            sum_u = tl.where(distant, here_u, sum_u)
+            slope_u = tl.where(distant, here_slope, slope_u)
+            distant = distant & moved & ~near
+
+        # 2. The output, and its sums.
+        threshold = threshold_of(row_max, gap, CODE.EXACT)
+        weighted, sum_p, here_u = weigh_values(
+            q, key_rows, value_rows, rules, scale, threshold, candidates, margins, CODE
+        )
+        if CODE.ALPHA != ALPHA_ANY:
+            here_u = sum_u + slope_u * sum_p
+        if CODE.ALPHA == ALPHA_1_5:  # u <= -gap, so this is a bound: no step passes row_max, settled support or not
+            here_u = tl.maximum(here_u, sum_p / -gap)
+        step = newton_step(sum_p, here_u, scale.alpha, CODE.ALPHA)
+        attempts += 1
+        outputs += 1
+        solved = tl.where(moving, gap + step, solved)
+        moved = (gap + step != gap) & (attempts < ATTEMPTS)
+        moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(DTYPE))
+        gap = tl.where(moving, gap + step, gap)
+        more = tl.max(moving.to(tl.int32), 0)
+    return weighted, sum_p, solved
+
+
+@triton.jit
+def sum_weights(q, key_rows, rules, scale, threshold, candidates, CODE):
+    """(sum p, sum u) of each row; for alpha = 2 u is 1, and counted."""
+    PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
+    part_p = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    part_u = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    part_n = tl.zeros([CODE.BLOCK_M, 8], tl.int32)
+    lost = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
+        begin, end = steps(candidates, PARTS, EDGE)
+        ahead = listed_tile(candidates.entries, begin, end, PARTS)
+        for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
+            first_key = ahead * TILE + part_of(index, PARTS) * CODE.BLOCK_N
+            ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
+            qk = block_scores(q, key_rows, first_key, rules, CODE, EDGE)
+            excess = excess_of(qk, scale.z, threshold, 0, CODE.EXACT)
+            p, u = weights(excess, scale.alpha, CODE.ALPHA, CODE.EXACT)
+            part_p, lost = kahan_add(part_p, lost, column_sums(p), CODE.EXACT)
+            if CODE.ALPHA == ALPHA_2:
+                part_n += column_counts(excess)
+            else:
+                part_u += column_sums(u)
+    sum_p = tl.sum(part_p, 1)
+    return sum_p, tl.sum(part_n, 1).to(tl.float32) if CODE.ALPHA == ALPHA_2 else tl.sum(part_u, 1)
+
+
+@triton.jit
+def weigh_values(q, key_rows, value_rows, rules, scale, threshold, candidates, margins, CODE):
+    """(sum p v, sum p, sum u) of each row, the last in the code for any alpha alone. The margins of a tile become 1 if
+    its keys weigh for any of their rows, else 0."""
+    PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
+    weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
+    part_p = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    part_u = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    lost = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    weight = tl.zeros([TILE // WARP_ROWS], tl.int32)
+    for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
+        begin, end = steps(candidates, PARTS, EDGE)
+        ahead = listed_tile(candidates.entries, begin, end, PARTS)
+        for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
+            tile = ahead
+            ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
+            first_key = tile * TILE + part_of(index, PARTS) * CODE.BLOCK_N
+            qk = block_scores(q, key_rows, first_key, rules, CODE, EDGE)
+            p, u = weights(excess_of(qk, scale.z, threshold, 0, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
+            v = load_rows(value_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
+            weighted = dot(cast(p, v.dtype), v, weighted)
+            here = column_sums(p)
+            part_p, lost = kahan_add(part_p, lost, here, CODE.EXACT)
+            if CODE.ALPHA == ALPHA_ANY:
+                here = column_sums(u)
+                part_u += here
+            weight = tl.where(part_of(index, PARTS) > 0, weight, 0)
+            here = tl.reshape(here.to(tl.int32, bitcast=True), [TILE // WARP_ROWS, WARP_ROWS * 8])
+            weight = tl.maximum(weight, tl.max(here, 1))  # as integers, which order as numbers from 0 on do
+            tl.store(margins + tile, (weight > 0).to(tl.int16))
+    return weighted, tl.sum(part_p, 1), tl.sum(part_u, 1)
+
+
+@triton.jit
+def store_tile_bits(bits, tile_words, margins, visible, spoilt):
+    """The words of a tile row: a bit for each tile that holds weight; all that are seen if spoilt, as NaN goes back to
+    all keys that were seen."""
+    words = tl.arange(0, LIST_CHUNK // WORD)
+    tl.debug_barrier()
+    for start in range(0, tile_words, LIST_CHUNK // WORD):
+        tile = start * WORD + tl.arange(0, LIST_CHUNK)
+        seen = (tile >= visible.first) & (tile < visible.first + visible.inner + visible.edge)
+        # 1 where a visited tile holds weight; those of scan are negative or NaN
+        margin = tl.load(margins[:, None] + tile[None, :], mask=seen[None, :], other=0)
+        weighs = seen & (spoilt | (tl.max((margin == 1).to(tl.int32), 0) > 0))
+        tile_bits = tl.reshape(weighs.to(tl.int32) << (tile % WORD), [LIST_CHUNK // WORD, WORD])
+        tl.store(bits + start + words, tl.sum(tile_bits, 1), mask=start + words < tile_words)

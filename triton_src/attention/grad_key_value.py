@@ -1,0 +1,163 @@
+"""The gradients of key and value: a block of keys against the query rows, of all heads that share it, where it holds
+weight. The mathematics is grad_query's. Blocks are transposed: keys down, queries across."""
+
+import triton
+import triton.language as tl
+
+from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, of_keys, of_queries
+from ..lib.entmax import excess_of, weights
+from ..lib.marks import GATHER_ROOM, gathers, list_marked, listed_step, rows_of_step
+from ..lib.matrices import Code, Factor, Rows, cast, dot, load_factor, load_rows, products, row_numbers, store_rows
+from ..lib.scores import ScoreRules, scores_of
+from ..lib.tile_lists import LIST_CHUNK, WORD, TileList, all_edges, append, first_tile_row, stages
+from ..lib.visibility import TILE, diagonal_of, first_row_that_sees, sequence_bounds, visible_keys
+from ..spec import CALL, MATRIX, Spec
+from .grad_query import load_terms
+
+
+@triton.jit
+def grad_key_value(
+    query, key, value, grad_out, grad_key, grad_value, row_terms, tiles, tile_lists, marks, gathered, probe_counts,
+    gather_below, call,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
+    GATHER: tl.constexpr,
+):  # fmt: skip
+    """dk and dv. GATHER and what goes with it as in grad_query; `marks` are of rows."""
+    blocks, kv_heads = tl.cdiv(call.keys.max_seqlen, BLOCK_N), call.heads // call.group
+    block, kv_head, batch = block_of_program(blocks, kv_heads)
+    if gathers(probe_counts, batch * kv_heads + kv_head, gather_below) != GATHER:
+        return
+    EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
+    CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
+    queries = sequence_bounds(call.queries, batch)
+    keys = sequence_bounds(call.keys, batch)
+    at = Head(batch, kv_head * call.group, kv_head, queries, keys, band_of(call, queries, keys))  # the first of the heads that share the keys
+    # These go from head to head.
+    query_data, query_stride = of_queries(query, at)
+    grad_out_data, grad_out_stride = of_queries(grad_out, at)
+    key_rows = Rows(*of_keys(key, at), call.head_dim, None, keys.length)
+    value_rows = Rows(*of_keys(value, at), call.value_dim, None, keys.length)
+    grad_key_rows = Rows(*of_keys(grad_key, at), call.head_dim, None, keys.extent)
+    grad_value_rows = Rows(*of_keys(grad_value, at), call.value_dim, None, keys.extent)
+    row_terms += 4 * first_state_row(call, at)
+    first_key = block * BLOCK_N
+    if first_key >= keys.extent:
+        return
+
+    key_number = first_key + tl.arange(0, BLOCK_N)
+    k = Factor(load_factor(key_rows, first_key, BLOCK_N, CODE), key_rows, first_key)
+    v = Factor(load_factor(value_rows, first_key, BLOCK_N, CODE), value_rows, first_key)
+    key_tile = first_key // TILE
+    key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
+    query_tiles = tl.cdiv(call.queries.max_seqlen, TILE)
+    tile_row = first_tile_row(call.queries, call.heads, batch, at.head, queries.offset)
+    tiles += tile_row * call.tile_words + key_tile // WORD
+    marks += (tile_row * key_tiles + key_tile) * (TILE // WORD)
+    key_tile_row = first_tile_row(call.keys, kv_heads, batch, kv_head, keys.offset) + key_tile
+    entries = tile_lists + key_tile_row * query_tiles
+    gathered += key_tile_row * GATHER_ROOM
+    # Rows before that see nothing: they may hold anything, and 0 * NaN would reach the sums.
+    sees_first = first_row_that_sees(at.band)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(call.group):
+        scale = head_scale(call, batch, at.head + member, ALPHA)
+        query_rows = Rows(query_data, query_stride, call.head_dim, sees_first, queries.length)
+        grad_out_rows = Rows(grad_out_data, grad_out_stride, call.value_dim, sees_first, queries.length)
+        weighing = list_query_tiles(entries, query_tiles, tiles, call.tile_words, key_tile, at.band, CODE)
+        gap = query_tiles - weighing.count
+        start = 0
+        while start < weighing.count:
+            if GATHER:
+                n, inner_n, start = list_marked(gathered, weighing, gap, marks, key_tiles, start)
+            else:
+                n, inner_n, start = weighing.count * TILE, weighing.inner * TILE, weighing.count
+            for EDGE in tl.static_range(all_edges(ALPHA), 2):
+                begin, end = (inner_n // BLOCK_M, tl.cdiv(n, BLOCK_M)) if EDGE else (0, inner_n // BLOCK_M)
+                listed = entries + gap if EDGE else entries
+                ahead = listed_step(gathered, listed, begin, n, BLOCK_M, GATHER)
+                for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
+                    rows = rows_of_step(ahead, index, BLOCK_M, GATHER)
+                    ahead = listed_step(gathered, listed, index + 1, n, BLOCK_M, GATHER)
+                    dk, dv = add_queries(
+                        dk, dv, rows, k, v, key_number, query_rows, grad_out_rows, row_terms, at.band, scale, CODE, EDGE
+                    )
+        query_data += query.head_stride
+        grad_out_data += grad_out.head_stride
+        row_terms += 4 * call.queries.rows
+        tiles += call.queries.tile_rows * call.tile_words
+        marks += call.queries.tile_rows * key_tiles * (TILE // WORD)
+
+    dk *= tl.abs(call.scores.scale)  # with its sign the queries came; dq takes it as it is, as the keys did not
+    store_rows(grad_key_rows, dk, first_key, BLOCK_N, BLOCK_D)
+    store_rows(grad_value_rows, dv, first_key, BLOCK_N, BLOCK_D)
+
+
+GRAD_KEY_VALUE = Spec(
+    grad_key_value,
+    arguments=dict(
+        query=MATRIX, key=MATRIX, value=MATRIX, grad_out=MATRIX, grad_key=MATRIX, grad_value=MATRIX, row_terms="*fp32",
+        tiles="*i32", tile_lists="*i32", marks="*i32", gathered="*i32", probe_counts="*i32", gather_below="i32",
+        call=CALL,
+    ),
+    writes=("grad_key", "grad_value", "tile_lists", "gathered"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "GATHER"),
+    programs="a block of BLOCK_N = TILE keys, for ceil(longest key sequence / BLOCK_N) * key heads * batch",
+    scratch=dict(
+        tile_lists="an entry for each tile row of keys and each tile of queries",
+        gathered="GATHER_ROOM entries for each tile row of keys, where rows are gathered",
+    ),
+    shapes="attention",
+    gathers=True,
+)  # fmt: skip
+
+
+@triton.jit
+def list_query_tiles(entries, room, bits, tile_words, key_tile, band, CODE):
+    """The TileList of the query tiles with weight in a tile of keys: those whose rows all see all keys from the front of
+    `room` entries, others from its end."""
+    first_key = key_tile * TILE
+    inner = 0
+    edge = 0
+    tl.debug_barrier()  # the old list may still be read
+    for start in range(0, tl.cdiv(band.query_length, TILE), LIST_CHUNK):
+        tile = start + tl.arange(0, LIST_CHUNK)
+        first_row = tile * TILE
+        last_row = tl.minimum(first_row + TILE, band.query_length) - 1
+        lowest = visible_keys(first_row, band)
+        highest = visible_keys(last_row, band)
+        whole = (highest.first <= first_key) & (first_key + CODE.BLOCK_N <= lowest.end)
+        whole = whole & (first_row + TILE <= band.query_length)
+        if all_edges(CODE.ALPHA):
+            whole = first_row < 0
+        word = tl.load(bits + tile * tile_words, mask=first_row < band.query_length, other=0)
+        wanted = ((word >> (key_tile % WORD)) & 1) != 0
+        inner = append(entries, inner, tile, wanted & whole)
+        edge = append(entries + room - 1, edge, tile, wanted & ~whole, -1)
+    tl.debug_barrier()
+    return TileList(entries, inner, inner + edge)
+
+
+@triton.jit
+def add_queries(
+    dk, dv, rows, k, v, key_number, query_rows, grad_out_rows, row_terms, band, scale, CODE, EDGE: tl.constexpr
+):
+    """dk and dv with what some more rows add."""
+    q = load_rows(query_rows, rows, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
+    do = load_rows(grad_out_rows, rows, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
+    terms = load_terms(row_terms, rows, query_rows.end, CODE.BLOCK_M, EDGE)
+    qk = products(k, query_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
+    row = row_numbers(rows, CODE.BLOCK_M)
+    rules = ScoreRules(visible_keys(row, band), diagonal_of(row, band), scale.qk_slope)
+    qk = scores_of(qk, rules, key_number, 1, CODE.ALPHA, EDGE)
+    p, u = weights(excess_of(qk, scale.z, terms.threshold, 1, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
+    p = p * terms.normaliser[None, :] if CODE.EXACT else p + terms.normaliser[None, :]
+    if EDGE:
+        p = tl.where(qk == float("-inf"), 0.0, p)
+    dv = dot(cast(p, do.dtype), do, dv)
+    dp = products(v, grad_out_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
+    ds = u * (dp - terms.delta[None, :])
+    if EDGE:
+        ds = tl.where(qk == float("-inf"), 0.0, ds)  # 0 * NaN
+    return dot(cast(ds, q.dtype), q, dk), dv

@@ -1,0 +1,256 @@
+"""The gradient of query, over what holds weight and nothing else. No atomics on gradients: every one has one writer.
+
+With u_j = p_j^(2-alpha) on the support, dp_j = dO.v_j and delta = sum u dp / sum u,
+    ds_j = u_j (dp_j - delta),   dq = scale sum_j ds_j k_j,   dk_j = scale sum_rows ds_j q,   dv_j = sum_rows p_j dO.
+grad_query finds delta and dq in one pass, since dq / scale = sum u dp k - delta sum u k. So that this difference does
+not cancel, a number of the row near delta is taken off dp first: dp_shift = dO.out, which is sum p dp where delta has u
+for p.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries, query_block
+from ..lib.entmax import (
+    ALPHA_ANY,
+    ALPHA_NUMBER,
+    Threshold,
+    alpha_term,
+    excess_of,
+    load_thresholds,
+    log2,
+    weights,
+)
+from ..lib.marks import GATHER_ROOM, gathers, list_marked, listed_step, rows_of_step
+from ..lib.matrices import (
+    Code,
+    Factor,
+    Rows,
+    cast,
+    column_sums,
+    dot,
+    kahan_add,
+    load_factor,
+    load_rows,
+    products,
+    store_rows,
+)
+from ..lib.scores import ScoreRules, block_scores
+from ..lib.tile_lists import WORD, all_edges, first_tile_row, list_weighing, stages
+from ..lib.visibility import TILE, keys_of_block, visible_tiles
+from ..spec import CALL, MATRIX, Spec
+
+
+class Sums(NamedTuple):
+    """Sums over keys, of a block of rows; but for the last two in eight parts, see column_sums."""
+
+    p: tl.tensor  # in EXACT code
+    lost: tl.tensor  # of p, see kahan_add
+    u: tl.tensor
+    ds: tl.tensor  # u (dp - dp_shift)
+    u_term: tl.tensor  # the same two times what a key adds to the gradient of alpha, where that is asked for
+    ds_term: tl.tensor
+    dk: tl.tensor  # sum of u (dp - dp_shift) k
+    uk: tl.tensor  # sum of u k
+
+
+@triton.jit
+def grad_query(
+    query, key, value, out, grad_out, grad_query, row_terms, alpha_terms, row_state, tiles, tile_lists, marks, gathered,
+    probe_counts, gather_below, call,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
+    GATHER: tl.constexpr,
+):  # fmt: skip
+    """dq, and the `row_terms` that grad_key_value needs. `alpha_terms` are the rows' parts of the gradient of alpha,
+    where that is asked for. Visits the keys that are in `marks` if GATHER, else all of tiles with weight, of the key
+    heads that `probe_counts` say so of."""
+    block, head, batch = block_of_program(tl.cdiv(call.queries.max_seqlen, BLOCK_M), call.heads)
+    if gathers(probe_counts, batch * (call.heads // call.group) + head // call.group, gather_below) != GATHER:
+        return
+    EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
+    CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
+    at = head_in_sequence(call, batch, head)
+    query_rows = Rows(*of_queries(query, at), call.head_dim, None, at.queries.length)
+    key_place = of_keys(key, at)
+    value_place = of_keys(value, at)
+    out_rows = Rows(*of_queries(out, at), call.value_dim, None, at.queries.length)
+    grad_out_rows = Rows(*of_queries(grad_out, at), call.value_dim, None, at.queries.length)
+    grad_query_rows = Rows(*of_queries(grad_query, at), call.head_dim, None, at.queries.extent)
+    state_row = first_state_row(call, at)
+    key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
+    # In causal order the last are longest, and go first.
+    first_row = (tl.cdiv(call.queries.max_seqlen, BLOCK_M) - 1 - block) * BLOCK_M
+    if first_row >= at.queries.extent:
+        return
+
+    rows = query_block(at, first_row, BLOCK_M)
+    q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
+    do = Factor(load_factor(grad_out_rows, first_row, BLOCK_M, CODE), grad_out_rows, first_row)
+    state_row += rows.row
+    threshold, gap = load_thresholds(row_state, state_row, rows.row < at.queries.length, EXACT)
+    scale = head_scale(call, batch, head, ALPHA)
+    rules = ScoreRules(rows.visible, rows.diagonal, scale.qk_slope)
+
+    # The keys to visit: those that are marked of the tiles with weight, inner ones first.
+    tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
+    entries = tile_lists + tile_row * key_tiles
+    gathered += tile_row * GATHER_ROOM
+    marks += tile_row * key_tiles * (TILE // WORD)
+    seen = keys_of_block(first_row, at.band, BLOCK_M)
+    key_rows = Rows(*key_place, call.head_dim, seen.first, seen.end)
+    value_rows = Rows(*value_place, call.value_dim, seen.first, seen.end)
+    visible = visible_tiles(first_row, at.band, BLOCK_M)
+    bits = tiles + tile_row * call.tile_words
+    weighing = list_weighing(entries, bits, visible, ALPHA)
+
+    dp_shift = output_products(do, out_rows, CODE)
+    largest_term = term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT)
+    narrow = tl.zeros([BLOCK_M, 8], tl.float32)
+    wide = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sums = Sums(narrow, narrow, narrow, narrow, narrow, narrow, wide, wide)
+    start = 0
+    while start < weighing.count:
+        if GATHER:
+            n, inner_n, start = list_marked(gathered, weighing, 0, marks, 1, start)
+        else:
+            n, inner_n, start = weighing.count * TILE, weighing.inner * TILE, weighing.count
+        for EDGE in tl.static_range(all_edges(ALPHA), 2):
+            begin, end = (inner_n // BLOCK_N, tl.cdiv(n, BLOCK_N)) if EDGE else (0, inner_n // BLOCK_N)
+            ahead = listed_step(gathered, weighing.entries, begin, n, BLOCK_N, GATHER)
+            # Steps of a whole tile (D = 64): fewer stages for edges made all of it 4 % slower (docs/cuda.md).
+            for index in tl.range(begin, end, num_stages=stages(EDGE and BLOCK_N < TILE, ALPHA)):
+                keys = rows_of_step(ahead, index, BLOCK_N, GATHER)
+                ahead = listed_step(gathered, weighing.entries, index + 1, n, BLOCK_N, GATHER)
+                sums = add_keys(
+                    sums, keys, q, do, key_rows, value_rows, rules, scale, threshold, dp_shift, largest_term,
+                    call.alpha.source != ALPHA_NUMBER, CODE, EDGE,
+                )  # fmt: skip
+
+    sum_u = tl.sum(sums.u, 1)
+    sum_ds = tl.sum(sums.ds, 1)
+    mean = tl.where(sum_u > 0.0, sum_ds / sum_u, 0.0)  # delta - dp_shift
+    mean = tl.where(gap == gap, mean, float("nan"))
+    sees = rows.visible.first < rows.visible.end  # the other rows' queries and incoming gradients may be anything
+    dq = tl.where(sees[:, None], (sums.dk - mean[:, None] * sums.uk) * call.scores.scale, 0.0)
+    normaliser = tl.where(gap == gap, 0.0, float("nan"))
+    if EXACT:  # no fp32 threshold makes the sum of thousands of weights quite one
+        sum_p = tl.sum(sums.p, 1)
+        normaliser += 1.0 / tl.where(sum_p == 0.0, 1.0, sum_p)
+    normaliser = tl.where(sees, normaliser, 0.0)
+    place = row_terms + 4 * state_row
+    delta = tl.where(sees, mean + dp_shift, 0.0)
+    store_terms(place, RowTerms(threshold, delta, normaliser), rows.row < at.queries.extent)
+    if ALPHA == ALPHA_ANY:  # noqa: SIM102
+        if call.alpha.source != ALPHA_NUMBER:
+            of_alpha = tl.sum(sums.ds_term, 1) - mean * tl.sum(sums.u_term, 1)
+            tl.store(alpha_terms + state_row, tl.where(sees, of_alpha, 0.0), mask=rows.row < at.queries.extent)
+    store_rows(grad_query_rows, dq, first_row, BLOCK_M, BLOCK_D)
+
+
+GRAD_QUERY = Spec(
+    grad_query,
+    arguments=dict(
+        query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX, grad_out=MATRIX, grad_query=MATRIX, row_terms="*fp32",
+        alpha_terms="*fp32", row_state="*fp32", tiles="*i32", tile_lists="*i32", marks="*i32", gathered="*i32",
+        probe_counts="*i32", gather_below="i32", call=CALL,
+    ),
+    writes=("grad_query", "row_terms", "alpha_terms", "tile_lists", "gathered"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "GATHER"),
+    programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
+    scratch=dict(
+        row_terms="four numbers for each query of each head",
+        tile_lists="an entry for each tile row of queries and each tile of keys",
+        gathered="GATHER_ROOM entries for each tile row of queries, where keys are gathered",
+    ),
+    shapes="attention",
+    gathers=True,
+)  # fmt: skip
+
+
+@triton.jit
+def add_keys(
+    sums, keys, q, do, key_rows, value_rows, rules, scale, threshold, dp_shift, largest_term, alpha_is_tensor,
+    CODE, EDGE: tl.constexpr,
+):  # fmt: skip
+    """The sums with some more keys."""
+    k = load_rows(key_rows, keys, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
+    qk = block_scores(q, key_rows, keys, rules, CODE, EDGE)  # of the same rows of keys: one load for both
+    p, u = weights(excess_of(qk, scale.z, threshold, 0, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
+    dp = products(do, value_rows, keys, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
+    sum_p, lost, u_term, ds_term = sums.p, sums.lost, sums.u_term, sums.ds_term
+    if CODE.EXACT:
+        sum_p, lost = kahan_add(sum_p, lost, column_sums(p), True)
+    sum_u = sums.u + column_sums(u)
+    ds = u * (dp - dp_shift[:, None])
+    if EDGE:
+        ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
+    sum_ds = sums.ds + column_sums(ds)
+    if CODE.ALPHA == ALPHA_ANY:  # noqa: SIM102
+        if alpha_is_tensor:
+            term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - largest_term[:, None]
+            u_term += column_sums(u * term)
+            ds_term += column_sums(ds * term)
+    sum_dk = dot(cast(ds, k.dtype), k, sums.dk)
+    sum_uk = dot(cast(u, k.dtype), k, sums.uk)
+    return Sums(sum_p, lost, sum_u, sum_ds, u_term, ds_term, sum_dk, sum_uk)
+
+
+@triton.jit
+def output_products(do, out_rows, CODE):
+    """dO.out of each row; 0 where it is not finite, as keys of no weight may have made NaN of the output."""
+    grad_out = do.block
+    if CODE.STEP_D != CODE.BLOCK_D:
+        grad_out = load_rows(do.rows, do.first, CODE.BLOCK_M, CODE.BLOCK_D, True)
+    out = load_rows(out_rows, do.first, CODE.BLOCK_M, CODE.BLOCK_D, True)
+    found = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+    return tl.where(tl.abs(found) < float("inf"), found, 0.0)
+
+
+@triton.jit
+def term_of_largest_weight(gap, alpha, ALPHA: tl.constexpr, EXACT: tl.constexpr):
+    """What a row's largest weight, (-gap)^(1/(alpha-1)), has for alpha_term, which is taken off all: as sum ds = 0 only
+    rounding changes, and where weights are nearly equal so are the terms."""
+    if ALPHA == ALPHA_ANY:
+        return alpha_term(-gap, log2(-gap, EXACT) / (alpha - 1.0), alpha)
+    else:
+        return gap  # code for one alpha has no gradient of it
+
+
+# ---- what grad_key_value is told of each row -------------------------------------------------------------------------
+
+
+class RowTerms(NamedTuple):
+    """Of rows: tau, delta, and the normaliser, by which weights are multiplied in EXACT code; to others it is added, 0
+    or, for rows that are NaN, NaN."""
+
+    threshold: Threshold
+    delta: tl.tensor
+    normaliser: tl.tensor
+
+
+@triton.jit
+def store_terms(place, terms, mask):
+    tl.store(place, terms.threshold.high, mask=mask)
+    tl.store(place + 1, terms.threshold.low, mask=mask)
+    tl.store(place + 2, terms.delta, mask=mask)
+    tl.store(place + 3, terms.normaliser, mask=mask)
+
+
+@triton.jit
+def load_terms(row_terms, first, limit, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """The RowTerms of rows as in load_rows; those from `limit` on weigh nothing, but for a vector's absent ones
+    (4 * UNLIMITED is 0), which see no key. One load, as those of fewer numbers than there are threads are repeated by
+    all threads that need a number."""
+    if len(first.shape) > 0:
+        place = tl.reshape(4 * first[:, None] + tl.arange(0, 4)[None, :], [4 * ROWS])
+    else:
+        row_terms += 4 * first
+        limit -= first
+        place = tl.arange(0, 4 * ROWS)
+    x = tl.load(row_terms + place, mask=place < 4 * limit, other=float("inf")) if MASKED else tl.load(row_terms + place)
+    even, odd = tl.split(tl.reshape(x, [ROWS, 2, 2]))
+    high, delta = tl.split(even)
+    low, normaliser = tl.split(odd)
+    return RowTerms(Threshold(high, low), delta, normaliser)

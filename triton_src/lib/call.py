@@ -1,0 +1,115 @@
+"""What a call is, and what every program of attention begins with: which rows it works on, and what they see."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .entmax import Alpha, alpha_of_head
+from .matrices import head_of
+from .scores import Scores, qk_slope_of, z_scale_of
+from .visibility import (
+    Band,
+    Sequence,
+    Sequences,
+    Span,
+    diagonal_of,
+    sequence_bounds,
+    visible_keys,
+)
+
+
+class Call(NamedTuple):
+    """The shape and options of a call, which all kernels of attention take."""
+
+    queries: Sequences
+    keys: Sequences
+    alpha: Alpha
+    scores: Scores
+    state_batch_stride: tl.tensor  # rows of row_state from a sequence to the next; 0 if packed
+    heads: tl.tensor
+    group: tl.tensor  # query heads per key head
+    tile_words: tl.tensor  # of a tile row
+    head_dim: tl.tensor
+    value_dim: tl.tensor
+
+
+class Head(NamedTuple):
+    """A query head and its key head, in one sequence of queries and keys."""
+
+    batch: tl.tensor
+    head: tl.tensor
+    kv_head: tl.tensor
+    queries: Sequence
+    keys: Sequence
+    band: Band
+
+
+class QueryBlock(NamedTuple):
+    """A block of query rows: the number of its first, those of all, each one's place among the keys, and the keys that
+    it sees."""
+
+    first: tl.tensor
+    row: tl.tensor
+    diagonal: tl.tensor
+    visible: Span
+
+
+class HeadScale(NamedTuple):
+    """A head's alpha, and what turns q.k into z: the factor, and ALiBi's slope in units of q.k."""
+
+    alpha: tl.tensor
+    z: tl.tensor
+    qk_slope: tl.tensor
+
+
+@triton.jit
+def block_of_program(blocks, heads):
+    """(block, head, batch) of this program in a grid of one dimension; the others end at 65535. Head and batch are 64
+    bits wide, and so is every offset that begins with one of them."""
+    index = tl.program_id(0)
+    head = index // blocks
+    return index % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
+
+
+@triton.jit
+def head_in_sequence(call, batch, head):
+    queries = sequence_bounds(call.queries, batch)
+    keys = sequence_bounds(call.keys, batch)
+    return Head(batch, head, head // call.group, queries, keys, band_of(call, queries, keys))
+
+
+@triton.jit
+def of_queries(matrix, at):
+    """`data` and `stride` of a Head's Rows, where there is a row for each query."""
+    return head_of(matrix, at.batch, at.head, at.queries.offset)
+
+
+@triton.jit
+def of_keys(matrix, at):
+    """`data` and `stride` of a Head's Rows, where there is a row for each key."""
+    return head_of(matrix, at.batch, at.kv_head, at.keys.offset)
+
+
+@triton.jit
+def first_state_row(call, at):
+    """Where a Head's rows start in row_state and whatever else has numbers for each query."""
+    return at.batch * call.state_batch_stride + at.head * call.queries.rows + at.queries.offset
+
+
+@triton.jit
+def band_of(call, queries, keys):
+    return Band(queries.length, keys.length, call.scores.window_left, call.scores.window_right)
+
+
+@triton.jit
+def query_block(at, first_row, BLOCK_M: tl.constexpr):
+    row = first_row + tl.arange(0, BLOCK_M)
+    return QueryBlock(first_row, row, diagonal_of(row, at.band), visible_keys(row, at.band))
+
+
+@triton.jit
+def head_scale(call, batch, head, ALPHA: tl.constexpr):
+    alpha = alpha_of_head(call.alpha, head, ALPHA)
+    z_scale = z_scale_of(call.scores.scale, alpha)
+    return HeadScale(alpha, z_scale, qk_slope_of(call.scores, batch, head, alpha, z_scale, ALPHA))

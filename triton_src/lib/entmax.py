@@ -1,0 +1,170 @@
+"""Entmax of a row, piece by piece: alpha, thresholds, weights, and the steps that find a threshold.
+
+The notation is that of docs/architecture.md: z = (alpha - 1) * score, row_max is a row's largest z, gap = tau - row_max,
+excess = [z - tau]+, p = excess^(1/(alpha-1)) a weight, and u = p^(2-alpha).
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from .matrices import INTERPRETED, column_sums
+
+# Which code serves an alpha: two values have code of their own, everything else goes through powers at run time.
+ALPHA_ANY = tl.constexpr(0)
+ALPHA_1_5 = tl.constexpr(1)
+ALPHA_2 = tl.constexpr(2)
+
+# Where alpha is (AlphaSource in csrc/cuda/embedded.h says the same).
+ALPHA_NUMBER = tl.constexpr(0)
+ALPHA_SHARED = tl.constexpr(1)
+ALPHA_PER_HEAD = tl.constexpr(2)
+
+LEAST_ALPHA = tl.constexpr(1.0078125)  # 1.01 as bfloat16 rounds it, which a tensor of that type holds
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Alpha(NamedTuple):
+    """Where alpha is: a number, or in memory, one for all heads or for each."""
+
+    per_head: tl.tensor
+    source: tl.tensor
+    number: tl.tensor
+
+
+class Threshold(NamedTuple):
+    """tau as `excess_of` takes it: (tau, unused), or (row_max, gap) in EXACT code, as near the maximum z - row_max is
+    exact, where their sum would be rounded."""
+
+    high: tl.tensor
+    low: tl.tensor
+
+
+@triton.jit
+def alpha_or_nan(alpha):
+    """alpha, NaN where it is out of its range, which only the GPU can see of a tensor; so is all that comes of it."""
+    return tl.where((alpha >= LEAST_ALPHA) & (alpha <= 2.0), alpha, float("nan"))
+
+
+@triton.jit
+def alpha_of_head(alpha, head, ALPHA: tl.constexpr):
+    """A head's alpha. Code for one alpha does not look."""
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
+        return alpha.number
+    else:
+        place = tl.where(alpha.source == ALPHA_PER_HEAD, head, 0)
+        return alpha_or_nan(tl.load(alpha.per_head + place, mask=alpha.source != ALPHA_NUMBER, other=alpha.number))
+
+
+@triton.jit
+def threshold_of(row_max, gap, EXACT: tl.constexpr):
+    if EXACT:
+        return Threshold(row_max, gap)
+    else:
+        return Threshold(row_max + gap, gap)
+
+
+@triton.jit
+def excess_of(qk, z_scale, threshold, row_axis: tl.constexpr, EXACT: tl.constexpr):
+    """[z - tau]+ of scores in units of q.k, whose rows lie along `row_axis`: from 0 to 1 as gap >= -1. It is written so
+    that the compiler makes one instruction of it, a multiply-add that saturates, where it is not EXACT. NaN gives 0:
+    rows that see one are marked by their maximum."""
+    high, low = tl.expand_dims(threshold.high, 1 - row_axis), tl.expand_dims(threshold.low, 1 - row_axis)
+    above = (qk * z_scale - high) - low if EXACT else qk * z_scale - high
+    return tl.minimum(tl.maximum(above, 0.0), 1.0)
+
+
+@triton.jit
+def log2(x, EXACT: tl.constexpr):
+    """log2 x, x >= 0; if not EXACT by the one instruction that is right to 22 bits, where the other takes fifteen."""
+    if EXACT or INTERPRETED:
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
+
+
+@triton.jit
+def weights(excess, alpha, ALPHA: tl.constexpr, EXACT: tl.constexpr):
+    """(p, u): p = excess^(1/(alpha-1)) and u = p^(2-alpha)."""
+    if ALPHA == ALPHA_1_5:
+        return excess * excess, excess
+    elif ALPHA == ALPHA_2:
+        return excess, is_positive(excess)
+    else:
+        exponent = 1.0 / (alpha - 1.0)  # on its own, so that the one division leaves the loop
+        log = log2(excess, EXACT) * exponent
+        return tl.exp2(log), tl.where(excess > 0.0, tl.exp2((2.0 - alpha) * log), 0.0)
+
+
+@triton.jit
+def is_positive(x):
+    """1 where x > 0, else 0, for x >= 0: one saturating multiplication instead of a comparison and a selection."""
+    return tl.minimum(tl.maximum(x * 1e30, 0.0), 1.0)
+
+
+@triton.jit
+def column_counts(x):
+    """Counts of x > 0 over the columns that `column_sums` adds, for x >= +0. As integers: the lesser of the bits and 1,
+    three of which one instruction adds."""
+    return column_sums(tl.minimum(x.to(tl.int32, bitcast=True), 1))
+
+
+@triton.jit
+def alpha_term(p, log, alpha):
+    """(e^L (1 - L) - 1) / (alpha - 1)^2 with L = (alpha - 1) ln p; near L = 0 by its series, which starts at -L^2/2.
+    With log = log2 p. Times ds_j, the gradient of a score, it is what that key adds to the gradient of alpha."""
+    rate = alpha - 1.0
+    x = rate * LN_2 * tl.where(p == 0.0, 0.0, tl.maximum(log, -150.0))  # the log of a denormal number may be -inf
+    series = 1 / 2 + x * (1 / 3 + x * (1 / 8 + x * (1 / 30 + x * (1 / 144 + x * (1 / 840 + x * (1 / 5760))))))
+    closed = tl.exp2(x / LN_2) * (1.0 - x) - 1.0
+    return tl.where(tl.abs(x) < 0.5, -x * x * series, closed) / (rate * rate)
+
+
+@triton.jit
+def newton_step(sum_p, sum_u, alpha, ALPHA: tl.constexpr):
+    """How far tau may rise. Newton's step for ||excess|| = 1 in the norm of exponent e = 1/(alpha-1), which is convex,
+    decreasing and nearly straight: it never passes the solution and needs neither a bracket nor a third sum.
+    ||x||_e = sum_p^(alpha-1), so the step is (sum_p - sum_p^(2-alpha)) / sum_u."""
+    if ALPHA == ALPHA_1_5:
+        power = tl.sqrt(sum_p)
+    elif ALPHA == ALPHA_2:
+        power = tl.full(sum_p.shape, 1.0, tl.float32)
+    else:
+        power = tl.exp2((2.0 - alpha) * tl.log2(sum_p))
+    return tl.where(sum_u > 0.0, (sum_p - power) / sum_u, 0.0)
+
+
+@triton.jit
+def threshold_step(sum_p, sum_u, gap, near, alpha, ALPHA: tl.constexpr):
+    """(how far tau should rise or, if negative, fall; the sum of u there as a + b P of the sum P of p there: a, b), from
+    sums over the row at `gap`.
+
+    For alpha = 1.5 and n keys that keep their weight sum p is a polynomial of the second degree in tau, whose root is
+    taken. Counting n would be a quarter of the instructions. Excesses spread as (1 - x/L)^b, b > -1, between 0 and the
+    largest, L = -gap, as equal, uniform and exponential ones are, number n = 2 (sum u)^2 / sum p - (sum u) / L. That is
+    for rows that are `near`; for the others it is (sum u)^2 / sum p, which n never is below, and the step
+    `newton_step`. What P becomes tells the slope between, -2 times the mean of both sums of u; after small steps n does
+    better. For alpha = 2 the polynomial is of the first degree, and its root that step."""
+    if ALPHA == ALPHA_1_5:
+        least = sum_u * sum_u / sum_p
+        count = tl.where(near, 2.0 * least + sum_u / gap, least)
+        root = tl.sqrt(tl.maximum(sum_u * sum_u - count * (sum_p - 1.0), 0.0))
+        step = (sum_p - 1.0) / (sum_u + root)
+        large = tl.abs(sum_p - 1.0) > 0.01
+        there = tl.where(large, sum_p / step - sum_u, sum_u - count * step)
+        some = sum_u > 0.0
+        return tl.where(some, step, 0.0), tl.where(some, there, 0.0), tl.where(some & large, -1.0 / step, 0.0)
+    else:
+        return newton_step(sum_p, sum_u, alpha, ALPHA), sum_u, tl.zeros(sum_u.shape, tl.float32)
+
+
+@triton.jit
+def load_thresholds(row_state, place, inside, EXACT: tl.constexpr):
+    """(Threshold, gap) of the rows at some places of row_state; gap is NaN for NaN rows. Rows that are not `inside`
+    weigh nothing."""
+    row_max = tl.load(row_state + 2 * place, mask=inside, other=0.0)
+    gap = tl.load(row_state + 2 * place + 1, mask=inside, other=float("inf"))
+    return threshold_of(row_max, gap, EXACT), gap

@@ -1,0 +1,125 @@
+"""Marks: which keys of a tile weigh, and for which rows; and lists of what is marked."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from .matrices import INTERPRETED
+from .tile_lists import WORD, part_of
+from .visibility import TILE, UNLIMITED
+
+WARP_ROWS = tl.constexpr(16)  # rows of one warp in the matrix units' layout: what is kept for each such group of rows
+# of a block, no other warp waits for
+PROBE_EVERY = tl.constexpr(16)  # one of so many blocks of rows is probed, at about so many tiles of it
+TILES_AT_ONCE = tl.constexpr(32)  # tiles whose marked rows are listed together
+GATHER_ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for
+
+
+class Visit(NamedTuple):
+    """The rows that a loop goes over: those gathered, or those of listed tiles; `count` of them, `inner` ones first."""
+
+    gathered: tl.tensor
+    tiles: tl.tensor
+    inner: tl.tensor
+    count: tl.tensor
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def any_bits(x, axis: tl.constexpr):
+    """The bits that are set in any number along an axis."""
+    if INTERPRETED:  # as in max_or_nan
+        bit = tl.arange(0, WORD)
+        return tl.sum(tl.max((tl.expand_dims(x, len(x.shape)) >> bit) & 1, axis) << bit, len(x.shape) - 1)
+    else:
+        return tl.reduce(x, axis, _or)
+
+
+@triton.jit
+def bits_set(x):
+    """How many bits of a number are set."""
+    if INTERPRETED:
+        return tl.sum((tl.expand_dims(x, len(x.shape)) >> tl.arange(0, WORD)) & 1, len(x.shape))
+    else:
+        return libdevice.popc(x)
+
+
+@triton.jit
+def marks_of(qk, z_scale, threshold, weighs_all, EXACT: tl.constexpr):
+    """Of a block of rows and keys with scores qk: ((groups of rows, words) bits of the keys that a row of the group
+    weighs, (groups,) bits of the rows that weigh a key). What `excess_of` takes the positive part of is negated here,
+    so that its sign is the mark: a key weighs by these bits if and only if it has an excess."""
+    ROWS: tl.constexpr = qk.shape[0]
+    WORDS: tl.constexpr = qk.shape[1] // WORD
+    high, low = threshold.high[:, None], threshold.low[:, None]
+    below = (high - qk * z_scale) + low if EXACT else high - qk * z_scale
+    bit = tl.full([qk.shape[1]], 1, tl.int32) << (tl.arange(0, qk.shape[1]) % WORD)
+    weighs = (below.to(tl.int32, bitcast=True) >> 31) & bit[None, :]
+    words = any_bits(tl.reshape(weighs, [ROWS, WORDS, WORD]), 2)
+    row_bit = tl.full([ROWS], 1, tl.int32) << (tl.arange(0, ROWS) % WARP_ROWS)
+    rows = tl.where((any_bits(words, 1) != 0) | weighs_all, row_bit, 0)
+    groups = tl.reshape(words, [ROWS // WARP_ROWS, WARP_ROWS, WORDS])
+    return any_bits(groups, 1), any_bits(tl.reshape(rows, [ROWS // WARP_ROWS, WARP_ROWS]), 1)
+
+
+@triton.jit
+def gathers(probe_counts, kv_head, gather_below):
+    """Whether of the probed keys of a key head (counted over all batches) less than `gather_below` per cent weigh, so
+    that to gather them pays. 0 per cent: nothing was probed."""
+    weigh = tl.load(probe_counts + 2 * kv_head, mask=gather_below > 0, other=0)
+    probed = tl.load(probe_counts + 2 * kv_head + 1, mask=gather_below > 0, other=0)
+    return weigh.to(tl.int64) * 100 < probed.to(tl.int64) * gather_below
+
+
+@triton.jit
+def list_marked(gathered, tiles, gap, marks, stride, start):
+    """Gathers the marked rows of the tiles of a list from the start-th on, as long as there is room: (how many, how many
+    of them in inner tiles, which come first, the tile to go on with). The list has a `gap` after its inner tiles.
+    `marks` of a tile are two words, `stride` pairs of words apart from tile to tile."""
+    n = 0
+    inner_n = 0
+    bit = tl.arange(0, WORD)
+    below = (tl.full([WORD], 1, tl.int32) << bit) - 1
+    half = tl.arange(0, TILE // WORD)
+    tl.debug_barrier()  # the old list may still be read
+    while (start < tiles.count) & (n <= GATHER_ROOM - TILES_AT_ONCE * TILE):
+        index = start + tl.arange(0, TILES_AT_ONCE)
+        known = index < tiles.count
+        tile = tl.load(tiles.entries + index + tl.where(index < tiles.inner, 0, gap), mask=known, other=0)
+        place = (tile.to(tl.int64) * stride)[:, None] * (TILE // WORD) + half[None, :]
+        words = tl.reshape(tl.load(marks + place, mask=known[:, None], other=0), [TILES_AT_ONCE * TILE // WORD])
+        first = tl.reshape(tile[:, None] * TILE + half[None, :] * WORD, [TILES_AT_ONCE * TILE // WORD])
+        counts = bits_set(words)
+        before = n + tl.cumsum(counts, 0) - counts
+        row_place = before[:, None] + bits_set(words[:, None] & below[None, :])
+        tl.store(gathered + row_place, first[:, None] + bit[None, :], mask=((words[:, None] >> bit[None, :]) & 1) != 0)
+        of_tile = tl.sum(tl.reshape(counts, [TILES_AT_ONCE, TILE // WORD]), 1)
+        inner_n += tl.sum(tl.where(index < tiles.inner, of_tile, 0), 0)
+        n += tl.sum(of_tile, 0)
+        start += TILES_AT_ONCE
+    tl.debug_barrier()  # what other threads wrote is read from here on
+    return n, inner_n, start
+
+
+@triton.jit
+def listed_step(gathered, tiles, index, count, ROWS: tl.constexpr, GATHER: tl.constexpr):
+    """What the index-th step of a loop over `count` rows takes: ROWS gathered ones, far beyond all rows where there is
+    none, or the tile that they are in. Read a step ahead, as in listed_tile."""
+    first = index * ROWS
+    if GATHER:
+        place = tl.arange(0, ROWS)
+        return tl.load(gathered + first + place, mask=place < count - first, other=UNLIMITED)
+    else:
+        return tl.load(tiles + index // (TILE // ROWS), mask=first < count, other=0)
+
+
+@triton.jit
+def rows_of_step(entry, index, ROWS: tl.constexpr, GATHER: tl.constexpr):
+    """The rows of that step as load_rows takes them."""
+    return entry if GATHER else entry * TILE + part_of(index, TILE // ROWS) * ROWS

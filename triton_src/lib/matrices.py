@@ -1,0 +1,181 @@
+"""Rows of matrices: blocks of them loaded, multiplied, summed and stored."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# The interpreter keeps bfloat16 as integers: products of them are garbage and casts cut bits off.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+class Matrix(NamedTuple):
+    """Rows of all heads of a batch, and how many elements apart batches, heads and rows are."""
+
+    data: tl.tensor
+    batch_stride: tl.tensor
+    head_stride: tl.tensor
+    row_stride: tl.tensor
+
+
+class Rows(NamedTuple):
+    """The rows of one head of a sequence, and which of them count: begin <= row < end (no lower bound if it is None),
+    with columns below `columns`. What is read elsewhere is zero, and nothing is written there. Made in the kernel
+    itself: Triton 3.6 can't return a tuple with a None in it."""
+
+    data: tl.tensor  # where row 0 is
+    stride: tl.tensor
+    columns: tl.tensor
+    begin: tl.tensor | None
+    end: tl.tensor
+
+
+class Factor(NamedTuple):
+    """A block of rows that stays in registers or shared memory while it is multiplied by others, as load_factor loaded
+    it, and where it is from."""
+
+    block: tl.tensor
+    rows: Rows
+    first: tl.tensor
+
+
+class Code(NamedTuple):
+    """What a kernel's code is made for, all of it known when it is compiled."""
+
+    BLOCK_M: tl.constexpr  # query rows at a time
+    BLOCK_N: tl.constexpr  # keys at a time
+    BLOCK_D: tl.constexpr  # head dimensions, a power of two
+    STEP_D: tl.constexpr  # head dimensions that a product takes at a time
+    ALPHA: tl.constexpr  # as in entmax
+    EXACT: tl.constexpr  # fp32
+
+
+@triton.jit
+def head_of(matrix, batch, head, offset):
+    """`data` and `stride` of Rows: those of a head, from row `offset` on."""
+    start = batch * matrix.batch_stride + head * matrix.head_stride + offset * matrix.row_stride
+    return matrix.data + start, matrix.row_stride
+
+
+@triton.jit
+def row_numbers(first, ROWS: tl.constexpr):
+    """The numbers of a block's rows: `first` itself if it is a vector of them, else first, first + 1, ..."""
+    return first if len(first.shape) > 0 else first + tl.arange(0, ROWS)
+
+
+@triton.jit
+def load_rows(rows, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """A (ROWS, BLOCK_D) block: rows first, first + 1, ..., or those that a vector `first` names. If not MASKED all are
+    known to lie within begin and end. A row's place is 64 bits wide; offsets inside a block of neighbours are 32, which
+    the host sees to (kLongestRow in csrc/cuda/portable/call.cpp)."""
+    column = tl.arange(0, BLOCK_D)
+    mask = (column < rows.columns)[None, :]
+    if MASKED:
+        row = row_numbers(first, ROWS)
+        mask = mask & (row < rows.end)[:, None]
+        if rows.begin is not None:
+            mask = mask & (row >= rows.begin)[:, None]
+    if len(first.shape) > 0:  # both factors fit 32 bits: one instruction
+        place = (rows.data + column)[None, :] + (first.to(tl.int64) * rows.stride.to(tl.int32).to(tl.int64))[:, None]
+    else:
+        offset = tl.arange(0, ROWS)[:, None] * rows.stride.to(tl.int32) + column[None, :]
+        place = rows.data + first.to(tl.int64) * rows.stride + offset
+    return tl.load(place, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(rows, x, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores the (ROWS, BLOCK_D) block x, in fp32, as rows first, first + 1, ..."""
+    x = cast(x, rows.data.dtype.element_ty)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    mask = (column < rows.columns)[None, :] & (first + row < rows.end)[:, None]
+    offset = row[:, None] * rows.stride.to(tl.int32) + column[None, :]
+    tl.store(rows.data + first.to(tl.int64) * rows.stride + offset, x, mask=mask)
+
+
+@triton.jit
+def load_factor(rows, first, ROWS: tl.constexpr, CODE):
+    """The block of a Factor, which products read from shared memory: as it was loaded, since what is computed first
+    goes through registers again in every product. Nothing where products go by columns."""
+    return load_rows(rows, first, ROWS, CODE.BLOCK_D, True) if CODE.STEP_D == CODE.BLOCK_D else 0
+
+
+@triton.jit
+def products(a, b, first, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, CODE, MASKED: tl.constexpr):
+    """a_i.b_j of the rows of a Factor a and of the rows of b from `first` on (see load_rows). If STEP_D is less than
+    BLOCK_D (large fp32 heads, which fit neither registers nor shared memory) both go by STEP_D columns at a time and
+    are read again."""
+    if CODE.STEP_D == CODE.BLOCK_D:
+        found = dot(a.block, tl.trans(load_rows(b, first, B_ROWS, CODE.BLOCK_D, MASKED)))
+    else:
+        found = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+        for column in range(0, a.rows.columns, CODE.STEP_D):
+            a_part = Rows(a.rows.data + column, a.rows.stride, a.rows.columns - column, a.rows.begin, a.rows.end)
+            b_part = Rows(b.data + column, b.stride, b.columns - column, b.begin, b.end)
+            a_block = load_rows(a_part, a.first, A_ROWS, CODE.STEP_D, True)
+            b_block = load_rows(b_part, first, B_ROWS, CODE.STEP_D, MASKED)
+            found = dot(a_block, tl.trans(b_block), found)
+    return found
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b (+ acc) in fp32. fp32 operands are split into three bf16 each, whose six largest products keep all digits,
+    and take as long as three tf32 products, which lose two bits."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc=acc, input_precision="bf16x6" if a.dtype == tl.float32 else "tf32")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x (fp32) in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_or_nan(x, axis: tl.constexpr):
+    """Maximum along an axis; unlike tl.max it does not lose a NaN."""
+    if INTERPRETED:  # a reduction with its own combine function is a Python loop there
+        return tl.where(tl.sum((x != x).to(tl.int32), axis) > 0, float("nan"), tl.max(x, axis))
+    else:
+        return tl.reduce(x, axis, _larger_or_nan)
+
+
+@triton.jit
+def any_row(x):
+    """Whether a condition holds for any of some rows."""
+    return tl.max(x.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def column_sums(x):
+    """Sums over the columns of (rows, columns) that are equal modulo 8: in the matrix units' layout a thread holds
+    these itself. A row's sum, which threads share, is then taken once, after a loop."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+
+
+@triton.jit
+def kahan_add(total, lost, x, EXACT: tl.constexpr):
+    """(total + x, what that rounds away, to be given to the next addition if EXACT), after Kahan. A plain sum of
+    thousands of equal numbers is off by as many equal roundings. Adding 0 changes nothing, so that no bits depend on
+    which tiles without weight are visited."""
+    if EXACT:
+        y = x - lost
+        grown = total + y
+        return tl.where(x == 0.0, total, grown), tl.where(x == 0.0, lost, (grown - total) - y)
+    else:
+        return total + x, lost

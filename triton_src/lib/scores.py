@@ -1,0 +1,84 @@
+"""Scores: what is made of the products q.k before they are weighed. Whatever changes a score is in `scores_of`, for all
+kernels and both ways that blocks lie; the scale is in z_scale, by which scores become z at last."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .entmax import ALPHA_1_5, ALPHA_2
+from .matrices import products, row_numbers
+from .visibility import Span
+
+
+class Scores(NamedTuple):
+    """What makes a score of q.k, and hides it."""
+
+    slopes: tl.tensor
+    slopes_batch_stride: tl.tensor
+    has_slopes: tl.tensor
+    scale: tl.tensor
+    window_left: tl.tensor
+    window_right: tl.tensor
+
+
+class ScoreRules(NamedTuple):
+    """What the scores of some rows depend on beside the products: the keys that each row sees, its own place among the
+    keys, and ALiBi's slope in units of q.k."""
+
+    visible: Span
+    diagonal: tl.tensor
+    qk_slope: tl.tensor
+
+
+@triton.jit
+def z_scale_of(scale, alpha):
+    """(alpha - 1) * |scale|, by which q.k becomes z: for a negative scale the kernels are given -query, so that q.k
+    orders keys as z does. Never quite zero, so that the -inf of a hidden key stays -inf."""
+    return tl.maximum(tl.abs(scale) * (alpha - 1.0), 1e-30)
+
+
+@triton.jit
+def qk_slope_of(scores, batch, head, alpha, z_scale, ALPHA: tl.constexpr):
+    """A head's ALiBi slope, in units of q.k. Code for one alpha has none: its time is short."""
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
+        return 0.0
+    else:
+        place = scores.slopes + batch * scores.slopes_batch_stride + head
+        slope = tl.load(place, mask=scores.has_slopes != 0, other=0.0)
+        return slope * (alpha - 1.0) / z_scale
+
+
+@triton.jit
+def scores_of(qk, rules, key, row_axis: tl.constexpr, ALPHA: tl.constexpr, EDGE: tl.constexpr):
+    """Scores in units of q.k from the products of rows along `row_axis` with keys (a vector of their numbers): lowered
+    by ALiBi, and -inf where an EDGE hides keys from rows."""
+    qk = subtract_alibi(qk, rules, key, row_axis, ALPHA)
+    return mask_scores(qk, rules.visible, key, row_axis) if EDGE else qk
+
+
+@triton.jit
+def subtract_alibi(qk, rules, key, row_axis: tl.constexpr, ALPHA: tl.constexpr):
+    """Scores lowered by the slope times the distance from the row's own place among the keys."""
+    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
+        return qk
+    else:
+        diagonal = tl.expand_dims(rules.diagonal.to(tl.float32), 1 - row_axis)
+        return qk - rules.qk_slope * tl.abs(diagonal - tl.expand_dims(key.to(tl.float32), row_axis))
+
+
+@triton.jit
+def mask_scores(qk, visible, key, row_axis: tl.constexpr):
+    """-inf for keys that a row does not see. One comparison for both ends: as an unsigned number what is before the
+    first is above all."""
+    place = tl.expand_dims(key, row_axis) - tl.expand_dims(visible.first, 1 - row_axis)
+    count = tl.expand_dims(tl.maximum(visible.end - visible.first, 0), 1 - row_axis)
+    return tl.where(place.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True), qk, float("-inf"))
+
+
+@triton.jit
+def block_scores(q, key_rows, first, rules, CODE, EDGE: tl.constexpr):
+    """The (BLOCK_M, BLOCK_N) scores of a Factor of queries and the keys from `first` on, or those that a vector `first`
+    names."""
+    qk = products(q, key_rows, first, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
+    return scores_of(qk, rules, row_numbers(first, CODE.BLOCK_N), 0, CODE.ALPHA, EDGE)

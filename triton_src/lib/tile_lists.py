@@ -1,0 +1,109 @@
+"""Lists of the tiles to visit, in global memory. Loops over a list have a known trip count and no branch, which is what
+keeps them pipelined.
+
+Tile bits and lists are kept by tile rows: of each head one for 64 queries of a sequence (or 64 keys, where keys are
+down). Those of a packed batch stand as close as they can be placed by lengths alone.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .entmax import ALPHA_ANY
+from .visibility import LENGTHS_PACKED, TILE, ordered_tile
+
+WORD = tl.constexpr(32)  # tile bits in a word
+LIST_CHUNK = tl.constexpr(128)  # tiles of a row or column that are looked at together
+
+
+class TileList(NamedTuple):
+    """A list of tiles: `inner` ones first, which all rows see whole, of `count`."""
+
+    entries: tl.tensor
+    inner: tl.tensor
+    count: tl.tensor
+
+
+def count_tile_rows(rows: int, sequences: int | None = None) -> int:
+    """Tile rows of a head with so many rows: those of one sequence, or of a packed batch of so many sequences. For
+    Python: saved_sizes in csrc/ops/attention.cpp says the same."""
+    tiles = -(-rows // TILE.value) if sequences is None else rows // TILE.value + sequences
+    return 2 * -(-tiles // 2)
+
+
+def count_tile_words(keys: int) -> int:
+    """Words of a tile row with a bit for every tile of so many keys."""
+    return 2 * -(-keys // (2 * WORD.value * TILE.value))
+
+
+@triton.jit
+def first_tile_row(sequences, heads, batch, head, offset):
+    """Where a sequence's tile rows start among those of all (packed_tile_row in csrc/ops/attention.h)."""
+    packed = head * sequences.tile_rows + offset // TILE + batch
+    return tl.where(sequences.lengths_kind == LENGTHS_PACKED, packed, (batch * heads + head) * sequences.tile_rows)
+
+
+@triton.jit
+def append(entries, count, entry, wanted, STEP: tl.constexpr = 1):
+    """Appends the wanted ones of a vector of entries to a list, upwards or downwards; returns its new length."""
+    place = count + tl.cumsum(wanted.to(tl.int32), 0) - 1
+    tl.store(entries + place * STEP, entry, mask=wanted)
+    return count + tl.sum(wanted.to(tl.int32), 0)
+
+
+@triton.jit
+def tile_bit(words, tile, mask):
+    """Whether the tile's bit is set in a row of words."""
+    word = tl.load(words + tile // WORD, mask=mask, other=0)
+    return ((word >> (tile % WORD)) & 1) != 0
+
+
+@triton.jit
+def list_weighing(entries, bits, visible, ALPHA: tl.constexpr, every=1):
+    """The TileList of the visible tiles whose bit is set, or of `every` so many only one."""
+    count = 0
+    inner = 0
+    for start in range(0, visible.inner + visible.edge, LIST_CHUNK):
+        index = start + tl.arange(0, LIST_CHUNK)
+        tile = ordered_tile(index, visible)
+        wanted = tile_bit(bits, tile, index < visible.inner + visible.edge) & (index % every == 0)
+        count = append(entries, count, tile, wanted)
+        inner += tl.sum((wanted & (index < visible.inner)).to(tl.int32), 0)
+    tl.debug_barrier()  # what other threads wrote is read from here on
+    return TileList(entries, 0 if all_edges(ALPHA) else inner, count)
+
+
+@triton.constexpr_function
+def all_edges(ALPHA):
+    """1 in the code that treats every tile as one at an edge: half the code, where hiding keys is little of the time."""
+    return 1 if ALPHA == ALPHA_ANY else 0
+
+
+@triton.constexpr_function
+def stages(EDGE, ALPHA):
+    """How deep a loop over tiles is pipelined; None: as the variant says. Over edges it is mostly a step or two, and a
+    deeper one only begins and ends for longer. For any alpha all tiles count as edges."""
+    return 2 if EDGE and ALPHA != ALPHA_ANY else None
+
+
+@triton.jit
+def steps(tiles, PARTS: tl.constexpr, EDGE: tl.constexpr):
+    """(first, end) of a loop's steps over the inner tiles of a list, or over those at an EDGE, if each takes PARTS."""
+    if EDGE:
+        return tiles.inner * PARTS, tiles.count * PARTS
+    else:
+        return 0, tiles.inner * PARTS
+
+
+@triton.jit
+def listed_tile(entries, index, end, PARTS: tl.constexpr):
+    """The entry for the index-th step of a loop over a list, 0 from `end` on, where none is wanted. Loops read it a
+    step ahead: waiting for what addresses come from took a fifth of their time."""
+    return tl.load(entries + index // PARTS, mask=index < end, other=0)
+
+
+@triton.jit
+def part_of(index, PARTS: tl.constexpr):
+    """Which part of its tile the index-th step of a loop over a list works on, if a tile takes PARTS steps."""
+    return index - index // PARTS * PARTS  # the interpreter's loop indices know no %

@@ -1,0 +1,127 @@
+"""Which keys a row sees: lengths, causal order and windows, for one row, a block of rows and tiles of keys."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+TILE = tl.constexpr(64)  # side of the tiles that the op's tile bits speak of
+# A window bound that never binds, small enough that adding a row index does not overflow; as a row it is beyond all.
+UNLIMITED = tl.constexpr(1 << 30)
+
+# How lengths are given (LengthsKind in csrc/cuda/embedded.h says the same).
+LENGTHS_NONE = tl.constexpr(0)
+LENGTHS_PADDED = tl.constexpr(1)  # (B,) length of every sequence of a right-padded batch
+LENGTHS_PACKED = tl.constexpr(2)  # (B + 1,) offsets into a packed batch
+
+
+class Sequences(NamedTuple):
+    """The sequences of one side, queries or keys."""
+
+    lengths: tl.tensor  # or offsets
+    lengths_kind: tl.tensor
+    rows: tl.tensor  # of storage: of a sequence, or of a whole packed batch
+    max_seqlen: tl.tensor  # most rows that one of them has
+    tile_rows: tl.tensor  # of a head, see tile_lists
+
+
+class Sequence(NamedTuple):
+    """One of them: where it starts, how many rows it has, how many rows there are its to write."""
+
+    offset: tl.tensor
+    length: tl.tensor
+    extent: tl.tensor
+
+
+class Span(NamedTuple):
+    """Keys, or rows: first <= j < end."""
+
+    first: tl.tensor
+    end: tl.tensor
+
+
+class Band(NamedTuple):
+    """What decides which keys a row sees: row i those around key i + key_length - query_length."""
+
+    query_length: tl.tensor
+    key_length: tl.tensor
+    window_left: tl.tensor
+    window_right: tl.tensor
+
+
+class VisibleTiles(NamedTuple):
+    """The tiles of keys that a block of rows sees: `inner` of them, from `inner_first` on, seen whole by all rows, and
+    `edge` more around them, from `first` on."""
+
+    first: tl.tensor
+    inner_first: tl.tensor
+    inner: tl.tensor
+    edge: tl.tensor
+
+
+@triton.jit
+def sequence_bounds(sequences, batch):
+    """One of the sequences. Lengths come from the user's GPU memory unchecked, so they are clamped: wrong ones give
+    wrong rows, never a stray access. Offsets never fall, which the host sees to."""
+    kind, rows, limit = sequences.lengths_kind, sequences.rows, sequences.max_seqlen
+    given = tl.load(sequences.lengths + batch, mask=kind != LENGTHS_NONE, other=limit)
+    end = tl.load(sequences.lengths + batch + 1, mask=kind == LENGTHS_PACKED, other=rows)
+    packed = kind == LENGTHS_PACKED
+    offset = tl.where(packed, tl.minimum(tl.maximum(given, 0), rows), 0)
+    length = tl.where(packed, tl.minimum(end, rows) - offset, given)
+    length = tl.minimum(tl.maximum(length, 0), limit)
+    return Sequence(offset.to(tl.int64), length, tl.where(packed, length, limit))
+
+
+@triton.jit
+def visible_keys(row, band):
+    """The Span of keys that a row sees. Causal order, window and lengths are known here, and solved for the row in
+    `first_row_that_sees`; everything else asks these two."""
+    diagonal = diagonal_of(row, band)
+    first = tl.maximum(diagonal - band.window_left, 0)
+    end = tl.minimum(diagonal + band.window_right + 1, band.key_length)
+    return Span(first, tl.where(row < band.query_length, end, 0))
+
+
+@triton.jit
+def diagonal_of(row, band):
+    """A row's own place among the keys."""
+    return row + band.key_length - band.query_length
+
+
+@triton.jit
+def first_row_that_sees(band):
+    """The first row that sees a key, if there is one: what `visible_keys` says, solved for the row. All after it do."""
+    return tl.maximum(band.query_length - band.key_length - band.window_right, 0)
+
+
+@triton.jit
+def visible_tiles(row, band, ROWS: tl.constexpr):
+    """The VisibleTiles of a block of ROWS rows from `row` on."""
+    last_row = tl.minimum(row + ROWS, band.query_length) - 1
+    lowest = visible_keys(row, band)
+    highest = visible_keys(last_row, band)
+    first = lowest.first // TILE
+    end = tl.where(row < band.query_length, tl.maximum(tl.cdiv(tl.maximum(highest.end, 0), TILE), first), first)
+    inner_first = tl.minimum(tl.cdiv(highest.first, TILE), end)
+    inner = tl.maximum(tl.minimum(tl.maximum(lowest.end, 0) // TILE, end) - inner_first, 0)
+    return VisibleTiles(first, inner_first, inner, end - first - inner)
+
+
+@triton.jit
+def ordered_tile(index, tiles):
+    """The visible tiles in the order of visit: the inner ones, then those left of them, then those right of them."""
+    tile = tiles.first + index - tiles.inner
+    return tl.where(
+        index < tiles.inner, tiles.inner_first + index, tl.where(tile >= tiles.inner_first, tile + tiles.inner, tile)
+    )
+
+
+@triton.jit
+def keys_of_block(row, band, ROWS: tl.constexpr):
+    """The Span of keys that some row of a block sees. What others hold, NaN too, must not get into sums over the
+    block."""
+    lowest = visible_keys(row, band)
+    last_row = tl.minimum(row + ROWS, band.query_length) - 1
+    highest = visible_keys(last_row, band)
+    return Span(lowest.first, highest.end)
