@@ -94,9 +94,10 @@ def attend(
         return
 
     rows = query_block(at, first_row, BLOCK_M)
+    sees = rows.visible.first < rows.visible.end
     q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
     scale = head_scale(call, batch, head, ALPHA)
-    rules = ScoreRules(rows.visible, rows.diagonal, scale.qk_slope)
+    rules = ScoreRules(rows.row, at.band, rows.visible, scale.qk_slope)
     visible = visible_tiles(first_row, at.band, BLOCK_M)
     seen = keys_of_block(first_row, at.band, BLOCK_M)
     value_rows = Rows(*value_place, call.value_dim, seen.first, seen.end)
@@ -104,8 +105,7 @@ def attend(
     margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
     entries = tile_lists + tile_row * key_tiles
 
-    row_max, gap = scan(q, key_rows, rules, visible, scale, margins, SCAN_CODE)
-    sees = rows.visible.first < rows.visible.end
+    row_max, gap = scan(q, key_rows, rules, sees, visible, scale, margins, SCAN_CODE)
     finite = sees & (tl.abs(row_max) + scale.alpha < float("inf"))  # alpha may be NaN
     row_max = tl.where(finite, row_max, 0.0)
     gap = tl.where(finite, gap, float("inf"))  # rows that see nothing, and rows that are NaN, weigh nothing below
@@ -146,7 +146,7 @@ ATTEND = Spec(
 
 
 @triton.jit
-def scan(q, key_rows, rules, tiles, scale, margins, CODE):
+def scan(q, key_rows, rules, sees, tiles, scale, margins, CODE):
     """(row_max, a lower bound of gap) of each row. Writes the margins of each visible tile, as the upper half of an
     fp32; `margins` are pointers to those of tile 0. BLOCK_N is a multiple of TILE."""
     # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
@@ -155,7 +155,7 @@ def scan(q, key_rows, rules, tiles, scale, margins, CODE):
     whole = tiles.inner // MANY * MANY
     edge = tiles.edge + (tiles.inner - whole)
     one_by_one = VisibleTiles(tiles.first, tiles.inner_first, whole, edge)
-    never = tl.where(rules.visible.first < rules.visible.end, 0.0, float("-inf"))  # see nothing, ask for no tile
+    never = tl.where(sees, 0.0, float("-inf"))  # see nothing, ask for no tile
     row_max = tl.full([CODE.BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     largest = tl.full([CODE.BLOCK_M, CLASSES], float("-inf"), tl.float32)
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find row_max there

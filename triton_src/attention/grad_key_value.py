@@ -4,13 +4,13 @@ weight. The mathematics is grad_query's. Blocks are transposed: keys down, queri
 import triton
 import triton.language as tl
 
-from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, of_keys, of_queries
+from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, of_queries
 from ..lib.entmax import excess_of, weights
 from ..lib.marks import GATHER_ROOM, gathers, list_marked, listed_step, rows_of_step
-from ..lib.matrices import Code, Factor, Rows, cast, dot, load_factor, load_rows, products, row_numbers, store_rows
+from ..lib.matrices import Code, Factor, Rows, cast, dot, head_of, load_factor, load_rows, products, row_numbers, store_rows
 from ..lib.scores import ScoreRules, scores_of
 from ..lib.tile_lists import LIST_CHUNK, WORD, TileList, all_edges, append, first_tile_row, stages
-from ..lib.visibility import TILE, diagonal_of, first_row_that_sees, sequence_bounds, visible_keys
+from ..lib.visibility import TILE, first_row_that_sees, sequence_bounds, visible_keys
 from ..spec import CALL, MATRIX, Spec
 from .grad_query import load_terms
 
@@ -31,14 +31,14 @@ def grad_key_value(
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     queries = sequence_bounds(call.queries, batch)
     keys = sequence_bounds(call.keys, batch)
-    at = Head(batch, kv_head * call.group, kv_head, queries, keys, band_of(call, queries, keys))  # the first of the heads that share the keys
+    at = Head(batch, kv_head * call.group, call.group, queries, keys, band_of(call, queries, keys))  # the first of the heads that share the keys
     # These go from head to head.
     query_data, query_stride = of_queries(query, at)
     grad_out_data, grad_out_stride = of_queries(grad_out, at)
-    key_rows = Rows(*of_keys(key, at), call.head_dim, None, keys.length)
-    value_rows = Rows(*of_keys(value, at), call.value_dim, None, keys.length)
-    grad_key_rows = Rows(*of_keys(grad_key, at), call.head_dim, None, keys.extent)
-    grad_value_rows = Rows(*of_keys(grad_value, at), call.value_dim, None, keys.extent)
+    key_rows = Rows(*head_of(key, batch, kv_head, keys.offset), call.head_dim, None, keys.length)
+    value_rows = Rows(*head_of(value, batch, kv_head, keys.offset), call.value_dim, None, keys.length)
+    grad_key_rows = Rows(*head_of(grad_key, batch, kv_head, keys.offset), call.head_dim, None, keys.extent)
+    grad_value_rows = Rows(*head_of(grad_value, batch, kv_head, keys.offset), call.value_dim, None, keys.extent)
     row_terms += 4 * first_state_row(call, at)
     first_key = block * BLOCK_N
     if first_key >= keys.extent:
@@ -149,7 +149,7 @@ def add_queries(
     terms = load_terms(row_terms, rows, query_rows.end, CODE.BLOCK_M, EDGE)
     qk = products(k, query_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
     row = row_numbers(rows, CODE.BLOCK_M)
-    rules = ScoreRules(visible_keys(row, band), diagonal_of(row, band), scale.qk_slope)
+    rules = ScoreRules(row, band, None, scale.qk_slope)
     qk = scores_of(qk, rules, key_number, 1, CODE.ALPHA, EDGE)
     p, u = weights(excess_of(qk, scale.z, terms.threshold, 1, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
     p = p * terms.normaliser[None, :] if CODE.EXACT else p + terms.normaliser[None, :]

@@ -88,10 +88,9 @@ def grad_query(
     rows = query_block(at, first_row, BLOCK_M)
     q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
     do = Factor(load_factor(grad_out_rows, first_row, BLOCK_M, CODE), grad_out_rows, first_row)
-    state_row += rows.row
-    threshold, gap = load_thresholds(row_state, state_row, rows.row < at.queries.length, EXACT)
+    threshold, gap = load_thresholds(row_state, state_row + rows.row, rows.row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
-    rules = ScoreRules(rows.visible, rows.diagonal, scale.qk_slope)
+    rules = ScoreRules(rows.row, at.band, rows.visible, scale.qk_slope)
 
     # The keys to visit: those that are marked of the tiles with weight, inner ones first.
     tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
@@ -125,7 +124,7 @@ def grad_query(
                 ahead = listed_step(gathered, weighing.entries, index + 1, n, BLOCK_N, GATHER)
                 sums = add_keys(
                     sums, keys, q, do, key_rows, value_rows, rules, scale, threshold, dp_shift, largest_term,
-                    call.alpha.source != ALPHA_NUMBER, CODE, EDGE,
+                    call.alpha.source, CODE, EDGE,
                 )  # fmt: skip
 
     sum_u = tl.sum(sums.u, 1)
@@ -139,13 +138,14 @@ def grad_query(
         sum_p = tl.sum(sums.p, 1)
         normaliser += 1.0 / tl.where(sum_p == 0.0, 1.0, sum_p)
     normaliser = tl.where(sees, normaliser, 0.0)
-    place = row_terms + 4 * state_row
+    place = row_terms + 4 * (state_row + rows.row)
     delta = tl.where(sees, mean + dp_shift, 0.0)
     store_terms(place, RowTerms(threshold, delta, normaliser), rows.row < at.queries.extent)
     if ALPHA == ALPHA_ANY:  # noqa: SIM102
         if call.alpha.source != ALPHA_NUMBER:
             of_alpha = tl.sum(sums.ds_term, 1) - mean * tl.sum(sums.u_term, 1)
-            tl.store(alpha_terms + state_row, tl.where(sees, of_alpha, 0.0), mask=rows.row < at.queries.extent)
+            of_alpha = tl.where(sees, of_alpha, 0.0)
+            tl.store(alpha_terms + state_row + rows.row, of_alpha, mask=rows.row < at.queries.extent)
     store_rows(grad_query_rows, dq, first_row, BLOCK_M, BLOCK_D)
 
 
@@ -171,7 +171,7 @@ GRAD_QUERY = Spec(
 
 @triton.jit
 def add_keys(
-    sums, keys, q, do, key_rows, value_rows, rules, scale, threshold, dp_shift, largest_term, alpha_is_tensor,
+    sums, keys, q, do, key_rows, value_rows, rules, scale, threshold, dp_shift, largest_term, alpha_source,
     CODE, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The sums with some more keys."""
@@ -188,7 +188,7 @@ def add_keys(
         ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
     sum_ds = sums.ds + column_sums(ds)
     if CODE.ALPHA == ALPHA_ANY:  # noqa: SIM102
-        if alpha_is_tensor:
+        if alpha_source != ALPHA_NUMBER:
             term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - largest_term[:, None]
             u_term += column_sums(u * term)
             ds_term += column_sums(ds * term)

@@ -65,7 +65,7 @@ def mark(
     q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
     threshold, gap = load_thresholds(row_state, state_row + rows.row, rows.row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
-    rules = ScoreRules(rows.visible, rows.diagonal, scale.qk_slope)
+    rules = ScoreRules(rows.row, at.band, rows.visible, scale.qk_slope)
 
     tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
     entries = tile_lists + tile_row * key_tiles

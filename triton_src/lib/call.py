@@ -6,14 +6,12 @@ import triton
 import triton.language as tl
 
 from .entmax import Alpha, alpha_of_head
-from .matrices import head_of
 from .scores import Scores, qk_slope_of, z_scale_of
 from .visibility import (
     Band,
     Sequence,
     Sequences,
     Span,
-    diagonal_of,
     sequence_bounds,
     visible_keys,
 )
@@ -35,23 +33,20 @@ class Call(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A query head and its key head, in one sequence of queries and keys."""
+    """A head of queries, in one sequence of them and of keys."""
 
     batch: tl.tensor
     head: tl.tensor
-    kv_head: tl.tensor
+    group: tl.tensor  # heads that share a key head
     queries: Sequence
     keys: Sequence
     band: Band
 
 
 class QueryBlock(NamedTuple):
-    """A block of query rows: the number of its first, those of all, each one's place among the keys, and the keys that
-    it sees."""
+    """The numbers of a block's query rows, and the keys that each of them sees."""
 
-    first: tl.tensor
     row: tl.tensor
-    diagonal: tl.tensor
     visible: Span
 
 
@@ -76,19 +71,22 @@ def block_of_program(blocks, heads):
 def head_in_sequence(call, batch, head):
     queries = sequence_bounds(call.queries, batch)
     keys = sequence_bounds(call.keys, batch)
-    return Head(batch, head, head // call.group, queries, keys, band_of(call, queries, keys))
+    return Head(batch, head, call.group, queries, keys, band_of(call, queries, keys))
 
 
 @triton.jit
 def of_queries(matrix, at):
-    """`data` and `stride` of a Head's Rows, where there is a row for each query."""
-    return head_of(matrix, at.batch, at.head, at.queries.offset)
+    """`data` and `stride` of a Head's Rows, in a matrix with a row for each query."""
+    start = at.batch * matrix.batch_stride + at.head * matrix.head_stride + at.queries.offset * matrix.row_stride
+    return matrix.data + start, matrix.row_stride
 
 
 @triton.jit
 def of_keys(matrix, at):
-    """`data` and `stride` of a Head's Rows, where there is a row for each key."""
-    return head_of(matrix, at.batch, at.kv_head, at.keys.offset)
+    """The same of a matrix with a row for each key, of the key head that is the Head's."""
+    start = at.batch * matrix.batch_stride
+    start = start + (at.head // at.group) * matrix.head_stride + at.keys.offset * matrix.row_stride
+    return matrix.data + start, matrix.row_stride
 
 
 @triton.jit
@@ -105,7 +103,7 @@ def band_of(call, queries, keys):
 @triton.jit
 def query_block(at, first_row, BLOCK_M: tl.constexpr):
     row = first_row + tl.arange(0, BLOCK_M)
-    return QueryBlock(first_row, row, diagonal_of(row, at.band), visible_keys(row, at.band))
+    return QueryBlock(row, visible_keys(row, at.band))
 
 
 @triton.jit
