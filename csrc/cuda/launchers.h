@@ -6,63 +6,74 @@
 
 namespace adasplash::cuda {
 
-// A tensor whose rows the kernels read or write, and its strides in elements.
-struct Rows {
+// Rows of all heads of a batch, and how many elements apart batches, heads and rows are.
+struct Matrix {
   Exactly<const void*> data;
-  Exactly<int64_t> batch;
-  Exactly<int64_t> head;
-  Exactly<int64_t> row;
+  Exactly<int64_t> batch_stride;
+  Exactly<int64_t> head_stride;
+  Exactly<int64_t> row_stride;
 };
 
-struct MutableRows {
+struct MutableMatrix {
   Exactly<void*> data;
-  Exactly<int64_t> batch;
-  Exactly<int64_t> head;
-  Exactly<int64_t> row;
+  Exactly<int64_t> batch_stride;
+  Exactly<int64_t> head_stride;
+  Exactly<int64_t> row_stride;
 };
 
-// The shape and options of a call.
-struct CallArguments {
-  Exactly<const int32_t*> lengths_q;
-  Exactly<const int32_t*> lengths_k;
-  Exactly<const float*> alphas;
-  Exactly<const float*> slopes;
-  Exactly<int64_t> slopes_batch;
-  Exactly<int64_t> state_batch;
-  Exactly<int32_t> heads;
-  Exactly<int32_t> group;
-  Exactly<int32_t> rows_q;
-  Exactly<int32_t> rows_k;
-  Exactly<int32_t> limit_q;
-  Exactly<int32_t> limit_k;
+// The sequences of one side, queries or keys.
+struct Sequences {
+  Exactly<const int32_t*> lengths;
+  Exactly<int32_t> lengths_kind;
+  Exactly<int32_t> rows;
+  Exactly<int32_t> max_seqlen;
   Exactly<int32_t> tile_rows;
-  Exactly<int32_t> key_tile_rows;
-  Exactly<int32_t> tile_words;
-  Exactly<int32_t> width;
-  Exactly<int32_t> width_v;
-  Exactly<int32_t> kind_q;
-  Exactly<int32_t> kind_k;
-  Exactly<int32_t> kind_alpha;
+};
+
+// Where alpha is: a number, or in memory, one for all heads or for each.
+struct Alpha {
+  Exactly<const float*> per_head;
+  Exactly<int32_t> source;
+  Exactly<float> number;
+};
+
+// What makes a score of q.k, and hides it.
+struct Scores {
+  Exactly<const float*> slopes;
+  Exactly<int64_t> slopes_batch_stride;
   Exactly<int32_t> has_slopes;
+  Exactly<float> scale;
   Exactly<int32_t> window_left;
   Exactly<int32_t> window_right;
-  Exactly<float> scale;
-  Exactly<float> alpha;
 };
 
-// Of the kernels that gather, see triton_src/common.py.
-constexpr int64_t kProbed = 16, kRoom = 2560;
+// The shape and options of a call, which all kernels of attention take.
+struct Call {
+  Sequences queries;
+  Sequences keys;
+  Alpha alpha;
+  Scores scores;
+  Exactly<int64_t> state_batch_stride;
+  Exactly<int32_t> heads;
+  Exactly<int32_t> group;
+  Exactly<int32_t> tile_words;
+  Exactly<int32_t> head_dim;
+  Exactly<int32_t> value_dim;
+};
+
+// Of the kernels that gather, see triton_src/lib/marks.py.
+constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
 
 struct AttendArguments {
-  Rows query;
-  Rows key;
-  Rows value;
-  MutableRows out;
+  Matrix query;
+  Matrix key;
+  Matrix value;
+  MutableMatrix out;
   Exactly<float*> row_state;
   Exactly<int32_t*> tiles;
-  Exactly<int16_t*> numbers;
-  Exactly<int32_t*> lists;
-  CallArguments call;
+  Exactly<int16_t*> tile_margins;
+  Exactly<int32_t*> tile_lists;
+  Call call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
@@ -73,17 +84,17 @@ inline void attend(const Variant& variant, const Place& place, int64_t programs,
 }
 
 struct MarkArguments {
-  Rows query;
-  Rows key;
+  Matrix query;
+  Matrix key;
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
-  Exactly<int32_t*> lists;
+  Exactly<int32_t*> tile_lists;
   Exactly<int32_t*> key_marks;
   Exactly<int16_t*> row_marks;
-  Exactly<int32_t*> shares;
+  Exactly<int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
   Exactly<int32_t> probe_from;
-  CallArguments call;
+  Call call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
@@ -94,22 +105,22 @@ inline void mark(const Variant& variant, const Place& place, int64_t programs,
 }
 
 struct GradQueryArguments {
-  Rows query;
-  Rows key;
-  Rows value;
-  Rows out;
-  Rows grad_out;
-  MutableRows grad_query;
-  Exactly<float*> terms;
+  Matrix query;
+  Matrix key;
+  Matrix value;
+  Matrix out;
+  Matrix grad_out;
+  MutableMatrix grad_query;
+  Exactly<float*> row_terms;
   Exactly<float*> alpha_terms;
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
-  Exactly<int32_t*> lists;
+  Exactly<int32_t*> tile_lists;
   Exactly<const int32_t*> marks;
-  Exactly<int32_t*> chosen;
-  Exactly<const int32_t*> shares;
+  Exactly<int32_t*> gathered;
+  Exactly<const int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
-  CallArguments call;
+  Call call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
@@ -120,20 +131,20 @@ inline void grad_query(const Variant& variant, const Place& place, int64_t progr
 }
 
 struct GradKeyValueArguments {
-  Rows query;
-  Rows key;
-  Rows value;
-  Rows grad_out;
-  MutableRows grad_key;
-  MutableRows grad_value;
-  Exactly<const float*> terms;
+  Matrix query;
+  Matrix key;
+  Matrix value;
+  Matrix grad_out;
+  MutableMatrix grad_key;
+  MutableMatrix grad_value;
+  Exactly<const float*> row_terms;
   Exactly<const int32_t*> tiles;
-  Exactly<int32_t*> lists;
+  Exactly<int32_t*> tile_lists;
   Exactly<const int32_t*> marks;
-  Exactly<int32_t*> chosen;
-  Exactly<const int32_t*> shares;
+  Exactly<int32_t*> gathered;
+  Exactly<const int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
-  CallArguments call;
+  Call call;
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };

@@ -1,4 +1,4 @@
-"""What a call is, and what every program of attention begins with: which rows it works on, and what they see."""
+"""What a call is, and what every program of attention begins with: which head of which sequence it works on."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,9 @@ import triton
 import triton.language as tl
 
 from .entmax import Alpha, alpha_of_head
-from .scores import Scores, qk_slope_of, z_scale_of
-from .visibility import (
-    Band,
-    Sequence,
-    Sequences,
-    Span,
-    sequence_bounds,
-    visible_keys,
-)
+from .matrices import head_of
+from .scores import HeadScale, Scores, qk_slope_of, z_scale_of
+from .visibility import Band, Sequence, Sequences, sequence_bounds
 
 
 class Call(NamedTuple):
@@ -43,21 +37,6 @@ class Head(NamedTuple):
     band: Band
 
 
-class QueryBlock(NamedTuple):
-    """The numbers of a block's query rows, and the keys that each of them sees."""
-
-    row: tl.tensor
-    visible: Span
-
-
-class HeadScale(NamedTuple):
-    """A head's alpha, and what turns q.k into z: the factor, and ALiBi's slope in units of q.k."""
-
-    alpha: tl.tensor
-    z: tl.tensor
-    qk_slope: tl.tensor
-
-
 @triton.jit
 def block_of_program(blocks, heads):
     """(block, head, batch) of this program in a grid of one dimension; the others end at 65535. Head and batch are 64
@@ -77,8 +56,7 @@ def head_in_sequence(call, batch, head):
 @triton.jit
 def of_queries(matrix, at):
     """`data` and `stride` of a Head's Rows, in a matrix with a row for each query."""
-    start = at.batch * matrix.batch_stride + at.head * matrix.head_stride + at.queries.offset * matrix.row_stride
-    return matrix.data + start, matrix.row_stride
+    return head_of(matrix, at.batch, at.head, at.queries.offset)
 
 
 @triton.jit
@@ -98,12 +76,6 @@ def first_state_row(call, at):
 @triton.jit
 def band_of(call, queries, keys):
     return Band(queries.length, keys.length, call.scores.window_left, call.scores.window_right)
-
-
-@triton.jit
-def query_block(at, first_row, BLOCK_M: tl.constexpr):
-    row = first_row + tl.arange(0, BLOCK_M)
-    return QueryBlock(row, visible_keys(row, at.band))
 
 
 @triton.jit

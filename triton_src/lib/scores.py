@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .entmax import ALPHA_1_5, ALPHA_2
-from .matrices import products, row_numbers
+from .matrices import Factor, Rows, products, row_numbers
 from .visibility import Band, Span, diagonal_of, visible_keys
 
 
@@ -31,6 +31,23 @@ class ScoreRules(NamedTuple):
     band: Band
     visible: Span | None
     qk_slope: tl.tensor
+
+
+class HeadScale(NamedTuple):
+    """A head's alpha, and what turns q.k into z: the factor, and ALiBi's slope in units of q.k."""
+
+    alpha: tl.tensor
+    z: tl.tensor
+    qk_slope: tl.tensor
+
+
+class QueryBlock(NamedTuple):
+    """A block of queries against the keys of its head: what scores are made of, and turned into z by."""
+
+    q: Factor
+    key_rows: Rows
+    rules: ScoreRules
+    scale: HeadScale
 
 
 @triton.jit
@@ -80,8 +97,8 @@ def mask_scores(qk, rules, key, row_axis: tl.constexpr):
 
 
 @triton.jit
-def block_scores(q, key_rows, first, rules, CODE, EDGE: tl.constexpr):
-    """The (BLOCK_M, BLOCK_N) scores of a Factor of queries and the keys from `first` on, or those that a vector `first`
+def block_scores(queries, first, CODE, EDGE: tl.constexpr):
+    """The (BLOCK_M, BLOCK_N) scores of a QueryBlock and the keys from `first` on, or those that a vector `first`
     names."""
-    qk = products(q, key_rows, first, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
-    return scores_of(qk, rules, row_numbers(first, CODE.BLOCK_N), 0, CODE.ALPHA, EDGE)
+    qk = products(queries.q, queries.key_rows, first, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
+    return scores_of(qk, queries.rules, row_numbers(first, CODE.BLOCK_N), 0, CODE.ALPHA, EDGE)
