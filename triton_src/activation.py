@@ -179,9 +179,7 @@ def delta_of(sum_u_dp, sum_u):
 
 
 @triton.jit
-def grad_of_short_rows(
-    grad_out, output, grad_input, grad_alpha, batch, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def grad_of_short_rows(grad_out, output, grad_input, grad_alpha, batch, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The gradient of BLOCK_M rows of up to BLOCK_N weights."""
     EXACT: tl.constexpr = output.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -247,9 +245,7 @@ def activate_grad(
 
 ACTIVATE_GRAD = Spec(
     activate_grad,
-    arguments=dict(
-        grad_out="*T", output="*T", grad_input="*T", row_alpha="*fp32", grad_alpha="*fp32", **ROW_BATCH
-    ),
+    arguments=dict(grad_out="*T", output="*T", grad_input="*T", row_alpha="*fp32", grad_alpha="*fp32", **ROW_BATCH),
     writes=("grad_input", "grad_alpha"),
     constants=("BLOCK_M", "BLOCK_N", "LONG"),
     programs="BLOCK_M rows, ceil(rows / BLOCK_M) of them",

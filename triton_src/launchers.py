@@ -1,7 +1,7 @@
 """The C++ that is generated from the kernels: their arguments as structs, and the table of what was compiled.
 
 A kernel's parameters lie in memory as those of a C struct, so a struct of them is what the driver is given. Arguments
-that are named tuples are structs inside it, of the same name; one that is written to is the same with Mutable before it.
+that are named tuples are structs inside it, of the same name, with Mutable before it where the kernel writes.
 
     python -m triton_src.launchers > csrc/cuda/launchers.h        after a change of a kernel's arguments
 """
@@ -46,13 +46,12 @@ def cpp_type(argument, written=False):
     return f"Exactly<{SCALARS[kind][0]}>"
 
 
-def layout(argument):
-    """(size, alignment) of an argument in C++."""
-    if not is_group(argument):
-        return (struct.calcsize(letter(type_of(argument))),) * 2
+def layout(arguments):
+    """(size, alignment) of a C++ struct with such members."""
     size, alignment = 0, 1
-    for part in argument:
-        part_size, part_alignment = layout(part)
+    for argument in arguments:
+        scalar = None if is_group(argument) else struct.calcsize(letter(type_of(argument)))
+        part_size, part_alignment = (scalar, scalar) if scalar else layout(argument)
         size = -(-size // part_alignment) * part_alignment + part_size
         alignment = max(alignment, part_alignment)
     return -(-size // alignment) * alignment, alignment
@@ -90,7 +89,8 @@ def comment(text):
 
 
 def group_struct(name, argument, written):
-    lines = [f"{cpp_type(part, written)} {part_name};" for part_name, part in zip(argument._fields, argument, strict=True)]
+    parts = zip(argument._fields, argument, strict=True)
+    lines = [f"{cpp_type(part, written)} {part_name};" for part_name, part in parts]
     return ("" if written else comment(type(argument).__doc__)) + cpp_struct(name, lines)
 
 
@@ -100,7 +100,7 @@ def arguments_struct(spec):
     lines = [f"{cpp_type(argument, name in spec.writes)} {name};" for name, argument in spec.arguments.items()]
     lines += [f"{POINTEES[kind]}* {name} = nullptr;" for name, kind in APPENDED]
     flat = struct.calcsize(packing([*((leaf.name, leaf.type) for leaf in spec.leaves()), *APPENDED]))
-    if (flat, 8) != layout(type("All", (tuple,), {"_fields": ()})([*spec.arguments.values(), *(k for _, k in APPENDED)])):
+    if layout([*spec.arguments.values(), *(kind for _, kind in APPENDED)])[0] != flat:
         raise ValueError(f"{spec.name}: in C++ its arguments would lie elsewhere than its parameters do")
     name = f"{camel(spec.name)}Arguments"
     return name, cpp_struct(name, lines) + f"static_assert(sizeof({name}) == {flat});\n"
@@ -129,8 +129,9 @@ def source(manifest):
     rows = []
     for one in manifest["variants"]:
         constants = one["constants"]
+        element = ELEMENT_TYPES[one["dtype"]]
         rows.append(
-            f'    {{"{one["name"]}", "{one["symbol"]}", Kernel::k{camel(one["kernel"])}, {ELEMENT_TYPES[one["dtype"]]}, '
+            f'    {{"{one["name"]}", "{one["symbol"]}", Kernel::k{camel(one["kernel"])}, {element}, '
             f"{one['block_d']}, AlphaCode::k{camel(one['alpha'])}, {str(one['gather']).lower()}, {one['arch']}, "
             f"{constants['BLOCK_M']}, {constants['BLOCK_N']}, {one['warps']}, {one['shared']}, "
             f"{one['offset']}, {one['size']}, {one.get('ptx_offset', 0)}, {one.get('ptx_size', 0)}}},\n"

@@ -13,7 +13,7 @@ from .lib.matrices import Matrix
 from .lib.scores import Scores
 from .lib.visibility import Sequences
 
-# Bytes that the rows of tensors start at multiples of (kAlignment in csrc/cuda/portable/call.cpp): one load of a thread.
+# Bytes that rows of tensors start at multiples of (kAlignment in csrc/cuda/portable/call.cpp): one load of a thread.
 ALIGNMENT = 16
 # Sizes of element types, by Triton's names.
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -100,8 +100,8 @@ class Variant:
 
 # ---- tile shapes -----------------------------------------------------------------------------------------------------
 # Those of sm_90 were the fastest on a GPU, those of sm_80 are the ones that spill little. `python -m triton_src.tune`
-# tries shapes. A program of attention takes a tile of rows (grad_key_value: of keys), and along the other side a tile or
-# part of one at a time; what attend scans at a time are whole tiles.
+# tries shapes. A program of attention takes a tile of rows (grad_key_value: of keys), and along the other side a tile
+# or part of one at a time; what attend scans at a time are whole tiles.
 
 
 @functools.cache
@@ -120,7 +120,7 @@ def format_shapes(data: dict) -> str:
             if "shapes" not in table:
                 lines.append(f"  {json.dumps(table)},")
                 continue
-            lines.append(f"  {json.dumps({k: v for k, v in table.items() if k != 'shapes'})[:-1]}, \"shapes\": [")
+            lines.append(f'  {json.dumps({k: v for k, v in table.items() if k != "shapes"})[:-1]}, "shapes": [')
             lines += [f"   {json.dumps(shape)}," for shape in table["shapes"]]
             lines[-1] = lines[-1][:-1]
             lines.append("  ]},")
@@ -160,8 +160,8 @@ def put_shape(data: dict, arch: int, variant: Variant) -> None:
 
 
 def specialisations():
-    """Yields (dtype, block_d, alpha) of attention. Fast code for alpha = 1.5 and 2 exists where it pays: half types up to
-    head size 128. Above, and for fp32, matrix products weigh more than the powers."""
+    """Yields (dtype, block_d, alpha) of attention. Fast code for alpha = 1.5 and 2 exists where it pays: half types up
+    to head size 128. Above, and for fp32, matrix products weigh more than the powers."""
     for dtype in ELEMENT_BYTES:
         for block_d in (64, 128, 256):
             for alpha in ALPHAS if dtype != "fp32" and block_d < 256 else ("any",):

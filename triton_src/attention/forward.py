@@ -5,8 +5,8 @@ For a block of query rows and the keys j that a row sees,
 and only keys with z_j > row_max - 1 can have weight. A running maximum knows a superset of those: while it finds
 row_max, `scan` writes four margins a tile, one for 16 rows: the largest (row's maximum in the tile - row's running
 maximum). It also keeps the largest score of each of CLASSES classes of keys: a subset of the row's keys, whose tau is a
-lower bound of the row's own, and a close one. `solve` then walks the list of the tiles with a margin above that bound of
-gap = tau - row_max:
+lower bound of the row's own, and a close one. `solve` then walks the list of the tiles with a margin above that bound
+of gap = tau - row_max:
 
   1. sums over the row at gap, and a step towards the solution, until the next step arrives (mostly once);
   2. the output, divided by the sum of the weights it was made with. That sum also tells whether gap was good enough for
@@ -16,7 +16,7 @@ gap = tau - row_max:
 import triton
 import triton.language as tl
 
-from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries, query_block
+from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries
 from ..lib.entmax import (
     ALPHA_1_5,
     ALPHA_2,
@@ -44,7 +44,7 @@ from ..lib.matrices import (
     max_or_nan,
     store_rows,
 )
-from ..lib.scores import ScoreRules, block_scores
+from ..lib.scores import QueryBlock, ScoreRules, block_scores
 from ..lib.tile_lists import (
     LIST_CHUNK,
     WORD,
@@ -57,7 +57,7 @@ from ..lib.tile_lists import (
     stages,
     steps,
 )
-from ..lib.visibility import TILE, VisibleTiles, keys_of_block, ordered_tile, visible_tiles
+from ..lib.visibility import TILE, VisibleTiles, keys_of_block, ordered_tile, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
 
 CLASSES = tl.constexpr(64)  # of keys, whose maxima scan keeps
@@ -75,8 +75,8 @@ def attend(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     SCAN_N: tl.constexpr,
 ):  # fmt: skip
-    """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that holds
-    weight."""
+    """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
+    holds weight."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
@@ -93,36 +93,35 @@ def attend(
     if first_row >= at.queries.extent:
         return
 
-    rows = query_block(at, first_row, BLOCK_M)
+    row = first_row + tl.arange(0, BLOCK_M)
+    visible = visible_keys(row, at.band)
+    sees = visible.first < visible.end
     q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
     scale = head_scale(call, batch, head, ALPHA)
-    rules = ScoreRules(rows.visible, rows.diagonal, scale.qk_slope)
-    visible = visible_tiles(first_row, at.band, BLOCK_M)
-    seen = keys_of_block(first_row, at.band, BLOCK_M)
-    value_rows = Rows(*value_place, call.value_dim, seen.first, seen.end)
+    queries = QueryBlock(q, key_rows, ScoreRules(row, at.band, visible, scale.qk_slope), scale)
+    tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
+    keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
+    value_rows = Rows(*value_place, call.value_dim, keys_seen.first, keys_seen.end)
     tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
     margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
     entries = tile_lists + tile_row * key_tiles
 
-    row_max, gap = scan(q, key_rows, rules, visible, scale, margins, SCAN_CODE)
-    sees = rows.visible.first < rows.visible.end
+    row_max, gap = scan(queries, sees, tiles_seen, margins, SCAN_CODE)
     finite = sees & (tl.abs(row_max) + scale.alpha < float("inf"))  # alpha may be NaN
     row_max = tl.where(finite, row_max, 0.0)
     gap = tl.where(finite, gap, float("inf"))  # rows that see nothing, and rows that are NaN, weigh nothing below
     tl.debug_barrier()  # what other threads wrote is read from here on
-    candidates = list_candidates(entries, margins, gap, visible, ALPHA)
-    weighted, sum_p, gap = solve(
-        q, key_rows, value_rows, rules, scale, row_max, gap, finite, candidates, margins, CODE
-    )
+    candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
+    weighted, sum_p, gap = solve(queries, value_rows, row_max, gap, finite, candidates, margins, CODE)
 
     broken = sees & ~finite
     row_max = tl.where(broken, float("nan"), row_max)
-    tl.store(row_state + 2 * rows.row, row_max, mask=rows.row < at.queries.extent)
-    tl.store(row_state + 2 * rows.row + 1, tl.where(broken, float("nan"), gap), mask=rows.row < at.queries.extent)
+    tl.store(row_state + 2 * row, row_max, mask=row < at.queries.extent)
+    tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), gap), mask=row < at.queries.extent)
     weighted *= (1.0 / tl.where(finite & (sum_p > 0.0), sum_p, 1.0))[:, None]
     weighted = tl.where(broken[:, None], float("nan"), weighted)
     store_rows(out_rows, weighted, first_row, BLOCK_M, BLOCK_D)
-    store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, visible, any_row(broken))
+    store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, tiles_seen, any_row(broken))
 
 
 ATTEND = Spec(
@@ -146,7 +145,7 @@ ATTEND = Spec(
 
 
 @triton.jit
-def scan(q, key_rows, rules, tiles, scale, margins, CODE):
+def scan(queries, sees, tiles, margins, CODE):
     """(row_max, a lower bound of gap) of each row. Writes the margins of each visible tile, as the upper half of an
     fp32; `margins` are pointers to those of tile 0. BLOCK_N is a multiple of TILE."""
     # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
@@ -155,24 +154,24 @@ def scan(q, key_rows, rules, tiles, scale, margins, CODE):
     whole = tiles.inner // MANY * MANY
     edge = tiles.edge + (tiles.inner - whole)
     one_by_one = VisibleTiles(tiles.first, tiles.inner_first, whole, edge)
-    never = tl.where(rules.visible.first < rules.visible.end, 0.0, float("-inf"))  # see nothing, ask for no tile
+    never = tl.where(sees, 0.0, float("-inf"))  # see nothing, ask for no tile
     row_max = tl.full([CODE.BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     largest = tl.full([CODE.BLOCK_M, CLASSES], float("-inf"), tl.float32)
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find row_max there
         for index in tl.range(edge if EDGE else whole // MANY, num_stages=stages(EDGE, CODE.ALPHA)):
             if EDGE:
                 tile = ordered_tile(whole + edge - 1 - index, one_by_one)
-                qk = block_scores(q, key_rows, tile * TILE, rules, EDGE_CODE, True)
+                qk = block_scores(queries, tile * TILE, EDGE_CODE, True)
             else:
                 tile = tiles.inner_first + index * MANY
-                qk = block_scores(q, key_rows, tile * TILE, rules, CODE, False)
+                qk = block_scores(queries, tile * TILE, CODE, False)
             row_max, largest, above = maxima(qk, row_max, largest)
-            margin = largest_of_warps(above + (tl.abs(row_max) * ROUNDING + never)[:, None, None]) * scale.z
+            margin = largest_of_warps(above + (tl.abs(row_max) * ROUNDING + never)[:, None, None]) * queries.scale.z
             place = tile + tl.arange(0, 1 if EDGE else MANY)
             tl.store(margins[:, None] + place[None, :], upper_half(margin))
 
-    row_max *= scale.z
-    return row_max, gap_of_classes(largest, row_max, scale, CODE.ALPHA)
+    row_max *= queries.scale.z
+    return row_max, gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA)
 
 
 @triton.jit
@@ -203,9 +202,9 @@ def gap_of_classes(largest, row_max, scale, ALPHA: tl.constexpr):
 
 @triton.jit
 def largest_of_warps(x):
-    """(groups, tiles): the largest of (rows, tiles, n) in WARP_ROWS rows of a tile, NaN only where all are. x is above 0
-    by no more than rounding. As integers, which one instruction reduces over a warp: with the sign bit set the largest
-    number is the lowest one, and NaN is above all."""
+    """(groups, tiles): the largest of (rows, tiles, n) in WARP_ROWS rows of a tile, NaN only where all are. x is above
+    0 by no more than rounding. As integers, which one instruction reduces over a warp: with the sign bit set the
+    largest number is the lowest one, and NaN is above all."""
     GROUPS: tl.constexpr = x.shape[0] // WARP_ROWS
     bits = x.to(tl.int32, bitcast=True) | -(2**31)
     bits = tl.reshape(bits, [GROUPS, WARP_ROWS, x.shape[1], x.shape[2]])
@@ -267,10 +266,10 @@ def a_step_away(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def solve(q, key_rows, value_rows, rules, scale, row_max, gap, finite, candidates, margins, CODE):
-    """(the weighted values, the sum of their weights, gap) of each row, as the file's head says. The gap is a step ahead
-    of the one that the values were weighted at."""
-    DTYPE: tl.constexpr = key_rows.data.dtype.element_ty
+def solve(queries, value_rows, row_max, gap, finite, candidates, margins, CODE):
+    """(the weighted values, the sum of their weights, gap) of each row, as the file's head says. The gap is a step
+    ahead of the one that the values were weighted at."""
+    DTYPE: tl.constexpr = value_rows.data.dtype.element_ty
     weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
     sum_p = tl.zeros([CODE.BLOCK_M], tl.float32)
     sum_u = tl.zeros([CODE.BLOCK_M], tl.float32)
@@ -286,9 +285,9 @@ def solve(q, key_rows, value_rows, rules, scale, row_max, gap, finite, candidate
         distant = moving & (outputs % 2 == 0)
         while any_row(distant):
             threshold = threshold_of(row_max, gap, CODE.EXACT)
-            sum_p, here_u = sum_weights(q, key_rows, rules, scale, threshold, candidates, CODE)
+            sum_p, here_u = sum_weights(queries, threshold, candidates, CODE)
             near = tl.abs(sum_p - 1.0) <= a_step_away(DTYPE, CODE.ALPHA)
-            step, here_u, here_slope = threshold_step(sum_p, here_u, gap, near, scale.alpha, CODE.ALPHA)
+            step, here_u, here_slope = threshold_step(sum_p, here_u, gap, near, queries.scale.alpha, CODE.ALPHA)
             moved = (gap + step != gap) & (attempts < ATTEMPTS)
             attempts += 1
             gap = tl.where(distant, gap + step, gap)
@@ -298,14 +297,12 @@ def solve(q, key_rows, value_rows, rules, scale, row_max, gap, finite, candidate
 
         # 2. The output, and its sums.
         threshold = threshold_of(row_max, gap, CODE.EXACT)
-        weighted, sum_p, here_u = weigh_values(
-            q, key_rows, value_rows, rules, scale, threshold, candidates, margins, CODE
-        )
+        weighted, sum_p, here_u = weigh_values(queries, value_rows, threshold, candidates, margins, CODE)
         if CODE.ALPHA != ALPHA_ANY:
             here_u = sum_u + slope_u * sum_p
         if CODE.ALPHA == ALPHA_1_5:  # u <= -gap, so this is a bound: no step passes row_max, settled support or not
             here_u = tl.maximum(here_u, sum_p / -gap)
-        step = newton_step(sum_p, here_u, scale.alpha, CODE.ALPHA)
+        step = newton_step(sum_p, here_u, queries.scale.alpha, CODE.ALPHA)
         attempts += 1
         outputs += 1
         solved = tl.where(moving, gap + step, solved)
@@ -317,7 +314,7 @@ def solve(q, key_rows, value_rows, rules, scale, row_max, gap, finite, candidate
 
 
 @triton.jit
-def sum_weights(q, key_rows, rules, scale, threshold, candidates, CODE):
+def sum_weights(queries, threshold, candidates, CODE):
     """(sum p, sum u) of each row; for alpha = 2 u is 1, and counted."""
     PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
     part_p = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
@@ -330,9 +327,9 @@ def sum_weights(q, key_rows, rules, scale, threshold, candidates, CODE):
         for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
             first_key = ahead * TILE + part_of(index, PARTS) * CODE.BLOCK_N
             ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
-            qk = block_scores(q, key_rows, first_key, rules, CODE, EDGE)
-            excess = excess_of(qk, scale.z, threshold, 0, CODE.EXACT)
-            p, u = weights(excess, scale.alpha, CODE.ALPHA, CODE.EXACT)
+            qk = block_scores(queries, first_key, CODE, EDGE)
+            excess = excess_of(qk, queries.scale.z, threshold, 0, CODE.EXACT)
+            p, u = weights(excess, queries.scale.alpha, CODE.ALPHA, CODE.EXACT)
             part_p, lost = kahan_add(part_p, lost, column_sums(p), CODE.EXACT)
             if CODE.ALPHA == ALPHA_2:
                 part_n += column_counts(excess)
@@ -343,7 +340,7 @@ def sum_weights(q, key_rows, rules, scale, threshold, candidates, CODE):
 
 
 @triton.jit
-def weigh_values(q, key_rows, value_rows, rules, scale, threshold, candidates, margins, CODE):
+def weigh_values(queries, value_rows, threshold, candidates, margins, CODE):
     """(sum p v, sum p, sum u) of each row, the last in the code for any alpha alone. The margins of a tile become 1 if
     its keys weigh for any of their rows, else 0."""
     PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
@@ -359,8 +356,9 @@ def weigh_values(q, key_rows, value_rows, rules, scale, threshold, candidates, m
             tile = ahead
             ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
             first_key = tile * TILE + part_of(index, PARTS) * CODE.BLOCK_N
-            qk = block_scores(q, key_rows, first_key, rules, CODE, EDGE)
-            p, u = weights(excess_of(qk, scale.z, threshold, 0, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
+            qk = block_scores(queries, first_key, CODE, EDGE)
+            excess = excess_of(qk, queries.scale.z, threshold, 0, CODE.EXACT)
+            p, u = weights(excess, queries.scale.alpha, CODE.ALPHA, CODE.EXACT)
             v = load_rows(value_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
             weighted = dot(cast(p, v.dtype), v, weighted)
             here = column_sums(p)

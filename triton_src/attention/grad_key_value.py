@@ -1,18 +1,49 @@
 """The gradients of key and value: a block of keys against the query rows, of all heads that share it, where it holds
 weight. The mathematics is grad_query's. Blocks are transposed: keys down, queries across."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, of_keys, of_queries
+from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, of_queries
 from ..lib.entmax import excess_of, weights
 from ..lib.marks import GATHER_ROOM, gathers, list_marked, listed_step, rows_of_step
-from ..lib.matrices import Code, Factor, Rows, cast, dot, load_factor, load_rows, products, row_numbers, store_rows
-from ..lib.scores import ScoreRules, scores_of
+from ..lib.matrices import (
+    Code,
+    Factor,
+    Rows,
+    cast,
+    dot,
+    head_of,
+    load_factor,
+    load_rows,
+    products,
+    row_numbers,
+    store_rows,
+)
+from ..lib.scores import HeadScale, ScoreRules, scores_of
 from ..lib.tile_lists import LIST_CHUNK, WORD, TileList, all_edges, append, first_tile_row, stages
-from ..lib.visibility import TILE, diagonal_of, first_row_that_sees, sequence_bounds, visible_keys
+from ..lib.visibility import TILE, first_row_that_sees, sequence_bounds, visible_keys
 from ..spec import CALL, MATRIX, Spec
 from .grad_query import load_terms
+
+
+class KeyBlock(NamedTuple):
+    """The block of keys that a program holds: their numbers, they and their values."""
+
+    key_number: tl.tensor
+    k: Factor
+    v: Factor
+
+
+class HeadRows(NamedTuple):
+    """What is read of the queries of a head."""
+
+    query_rows: Rows
+    grad_out_rows: Rows
+    row_terms: tl.tensor
+    scale: HeadScale
 
 
 @triton.jit
@@ -31,14 +62,14 @@ def grad_key_value(
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     queries = sequence_bounds(call.queries, batch)
     keys = sequence_bounds(call.keys, batch)
-    at = Head(batch, kv_head * call.group, kv_head, queries, keys, band_of(call, queries, keys))  # the first of the heads that share the keys
-    # These go from head to head.
+    # The first of the heads that share the keys; what is of one of them goes from head to head.
+    at = Head(batch, kv_head * call.group, call.group, queries, keys, band_of(call, queries, keys))
     query_data, query_stride = of_queries(query, at)
     grad_out_data, grad_out_stride = of_queries(grad_out, at)
-    key_rows = Rows(*of_keys(key, at), call.head_dim, None, keys.length)
-    value_rows = Rows(*of_keys(value, at), call.value_dim, None, keys.length)
-    grad_key_rows = Rows(*of_keys(grad_key, at), call.head_dim, None, keys.extent)
-    grad_value_rows = Rows(*of_keys(grad_value, at), call.value_dim, None, keys.extent)
+    key_rows = Rows(*head_of(key, batch, kv_head, keys.offset), call.head_dim, None, keys.length)
+    value_rows = Rows(*head_of(value, batch, kv_head, keys.offset), call.value_dim, None, keys.length)
+    grad_key_rows = Rows(*head_of(grad_key, batch, kv_head, keys.offset), call.head_dim, None, keys.extent)
+    grad_value_rows = Rows(*head_of(grad_value, batch, kv_head, keys.offset), call.value_dim, None, keys.extent)
     row_terms += 4 * first_state_row(call, at)
     first_key = block * BLOCK_N
     if first_key >= keys.extent:
@@ -47,6 +78,7 @@ def grad_key_value(
     key_number = first_key + tl.arange(0, BLOCK_N)
     k = Factor(load_factor(key_rows, first_key, BLOCK_N, CODE), key_rows, first_key)
     v = Factor(load_factor(value_rows, first_key, BLOCK_N, CODE), value_rows, first_key)
+    held = KeyBlock(key_number, k, v)
     key_tile = first_key // TILE
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
     query_tiles = tl.cdiv(call.queries.max_seqlen, TILE)
@@ -65,24 +97,11 @@ def grad_key_value(
         scale = head_scale(call, batch, at.head + member, ALPHA)
         query_rows = Rows(query_data, query_stride, call.head_dim, sees_first, queries.length)
         grad_out_rows = Rows(grad_out_data, grad_out_stride, call.value_dim, sees_first, queries.length)
+        member_rows = HeadRows(query_rows, grad_out_rows, row_terms, scale)
         weighing = list_query_tiles(entries, query_tiles, tiles, call.tile_words, key_tile, at.band, CODE)
-        gap = query_tiles - weighing.count
-        start = 0
-        while start < weighing.count:
-            if GATHER:
-                n, inner_n, start = list_marked(gathered, weighing, gap, marks, key_tiles, start)
-            else:
-                n, inner_n, start = weighing.count * TILE, weighing.inner * TILE, weighing.count
-            for EDGE in tl.static_range(all_edges(ALPHA), 2):
-                begin, end = (inner_n // BLOCK_M, tl.cdiv(n, BLOCK_M)) if EDGE else (0, inner_n // BLOCK_M)
-                listed = entries + gap if EDGE else entries
-                ahead = listed_step(gathered, listed, begin, n, BLOCK_M, GATHER)
-                for index in tl.range(begin, end, num_stages=stages(EDGE, ALPHA)):
-                    rows = rows_of_step(ahead, index, BLOCK_M, GATHER)
-                    ahead = listed_step(gathered, listed, index + 1, n, BLOCK_M, GATHER)
-                    dk, dv = add_queries(
-                        dk, dv, rows, k, v, key_number, query_rows, grad_out_rows, row_terms, at.band, scale, CODE, EDGE
-                    )
+        dk, dv = add_head(
+            dk, dv, held, member_rows, weighing, query_tiles, gathered, marks, key_tiles, at.band, CODE, GATHER
+        )
         query_data += query.head_stride
         grad_out_data += grad_out.head_stride
         row_terms += 4 * call.queries.rows
@@ -115,8 +134,8 @@ GRAD_KEY_VALUE = Spec(
 
 @triton.jit
 def list_query_tiles(entries, room, bits, tile_words, key_tile, band, CODE):
-    """The TileList of the query tiles with weight in a tile of keys: those whose rows all see all keys from the front of
-    `room` entries, others from its end."""
+    """The TileList of the query tiles with weight in a tile of keys: those whose rows all see all keys from the front
+    of `room` entries, others from its end."""
     first_key = key_tile * TILE
     inner = 0
     edge = 0
@@ -140,23 +159,46 @@ def list_query_tiles(entries, room, bits, tile_words, key_tile, band, CODE):
 
 
 @triton.jit
-def add_queries(
-    dk, dv, rows, k, v, key_number, query_rows, grad_out_rows, row_terms, band, scale, CODE, EDGE: tl.constexpr
-):
-    """dk and dv with what some more rows add."""
-    q = load_rows(query_rows, rows, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
-    do = load_rows(grad_out_rows, rows, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
-    terms = load_terms(row_terms, rows, query_rows.end, CODE.BLOCK_M, EDGE)
-    qk = products(k, query_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
+def add_head(
+    dk, dv, keys, head, weighing, room, gathered, marks, marks_stride, band, CODE, GATHER: tl.constexpr
+):  # fmt: skip
+    """dk and dv with what the rows of a head add: all in the tiles of a list, which list_query_tiles made in its
+    `room`, or those that are marked there."""
+    unused = room - weighing.count
+    start = 0
+    while start < weighing.count:
+        if GATHER:
+            n, inner_n, start = list_marked(gathered, weighing, unused, marks, marks_stride, start)
+        else:
+            n, inner_n, start = weighing.count * TILE, weighing.inner * TILE, weighing.count
+        for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
+            begin, end = (inner_n // CODE.BLOCK_M, tl.cdiv(n, CODE.BLOCK_M)) if EDGE else (0, inner_n // CODE.BLOCK_M)
+            listed = weighing.entries + unused if EDGE else weighing.entries
+            ahead = listed_step(gathered, listed, begin, n, CODE.BLOCK_M, GATHER)
+            for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
+                rows = rows_of_step(ahead, index, CODE.BLOCK_M, GATHER)
+                ahead = listed_step(gathered, listed, index + 1, n, CODE.BLOCK_M, GATHER)
+                dk, dv = add_queries(dk, dv, rows, keys, head, band, CODE, EDGE)
+    return dk, dv
+
+
+@triton.jit
+def add_queries(dk, dv, rows, keys, head, band, CODE, EDGE: tl.constexpr):
+    """dk and dv with what some more rows of a head add."""
+    scale = head.scale
+    q = load_rows(head.query_rows, rows, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
+    do = load_rows(head.grad_out_rows, rows, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
+    terms = load_terms(head.row_terms, rows, band.query_length, CODE.BLOCK_M, EDGE)
+    qk = products(keys.k, head.query_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
     row = row_numbers(rows, CODE.BLOCK_M)
-    rules = ScoreRules(visible_keys(row, band), diagonal_of(row, band), scale.qk_slope)
-    qk = scores_of(qk, rules, key_number, 1, CODE.ALPHA, EDGE)
+    rules = ScoreRules(row, band, None, scale.qk_slope)
+    qk = scores_of(qk, rules, keys.key_number, 1, CODE.ALPHA, EDGE)
     p, u = weights(excess_of(qk, scale.z, terms.threshold, 1, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
     p = p * terms.normaliser[None, :] if CODE.EXACT else p + terms.normaliser[None, :]
     if EDGE:
         p = tl.where(qk == float("-inf"), 0.0, p)
     dv = dot(cast(p, do.dtype), do, dv)
-    dp = products(v, grad_out_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
+    dp = products(keys.v, head.grad_out_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
     ds = u * (dp - terms.delta[None, :])
     if EDGE:
         ds = tl.where(qk == float("-inf"), 0.0, ds)  # 0 * NaN

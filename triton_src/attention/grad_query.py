@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries, query_block
+from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries
 from ..lib.entmax import (
     ALPHA_ANY,
     ALPHA_NUMBER,
@@ -37,10 +37,20 @@ from ..lib.matrices import (
     products,
     store_rows,
 )
-from ..lib.scores import ScoreRules, block_scores
+from ..lib.scores import QueryBlock, ScoreRules, block_scores
 from ..lib.tile_lists import WORD, all_edges, first_tile_row, list_weighing, stages
-from ..lib.visibility import TILE, keys_of_block, visible_tiles
+from ..lib.visibility import TILE, keys_of_block, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
+
+
+class OutputBlock(NamedTuple):
+    """The other side of a QueryBlock: its incoming gradients against values, and two numbers of each row that are taken
+    off sums, so that they do not cancel."""
+
+    do: Factor
+    value_rows: Rows
+    dp_shift: tl.tensor
+    largest_term: tl.tensor
 
 
 class Sums(NamedTuple):
@@ -85,67 +95,49 @@ def grad_query(
     if first_row >= at.queries.extent:
         return
 
-    rows = query_block(at, first_row, BLOCK_M)
+    row = first_row + tl.arange(0, BLOCK_M)
+    visible = visible_keys(row, at.band)
     q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
     do = Factor(load_factor(grad_out_rows, first_row, BLOCK_M, CODE), grad_out_rows, first_row)
-    state_row += rows.row
-    threshold, gap = load_thresholds(row_state, state_row, rows.row < at.queries.length, EXACT)
+    threshold, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
-    rules = ScoreRules(rows.visible, rows.diagonal, scale.qk_slope)
 
     # The keys to visit: those that are marked of the tiles with weight, inner ones first.
     tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
     entries = tile_lists + tile_row * key_tiles
     gathered += tile_row * GATHER_ROOM
     marks += tile_row * key_tiles * (TILE // WORD)
-    seen = keys_of_block(first_row, at.band, BLOCK_M)
-    key_rows = Rows(*key_place, call.head_dim, seen.first, seen.end)
-    value_rows = Rows(*value_place, call.value_dim, seen.first, seen.end)
-    visible = visible_tiles(first_row, at.band, BLOCK_M)
+    keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
+    key_rows = Rows(*key_place, call.head_dim, keys_seen.first, keys_seen.end)
+    value_rows = Rows(*value_place, call.value_dim, keys_seen.first, keys_seen.end)
+    tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
     bits = tiles + tile_row * call.tile_words
-    weighing = list_weighing(entries, bits, visible, ALPHA)
+    weighing = list_weighing(entries, bits, tiles_seen, ALPHA)
 
+    queries = QueryBlock(q, key_rows, ScoreRules(row, at.band, visible, scale.qk_slope), scale)
     dp_shift = output_products(do, out_rows, CODE)
-    largest_term = term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT)
-    narrow = tl.zeros([BLOCK_M, 8], tl.float32)
-    wide = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    sums = Sums(narrow, narrow, narrow, narrow, narrow, narrow, wide, wide)
-    start = 0
-    while start < weighing.count:
-        if GATHER:
-            n, inner_n, start = list_marked(gathered, weighing, 0, marks, 1, start)
-        else:
-            n, inner_n, start = weighing.count * TILE, weighing.inner * TILE, weighing.count
-        for EDGE in tl.static_range(all_edges(ALPHA), 2):
-            begin, end = (inner_n // BLOCK_N, tl.cdiv(n, BLOCK_N)) if EDGE else (0, inner_n // BLOCK_N)
-            ahead = listed_step(gathered, weighing.entries, begin, n, BLOCK_N, GATHER)
-            # Steps of a whole tile (D = 64): fewer stages for edges made all of it 4 % slower (docs/cuda.md).
-            for index in tl.range(begin, end, num_stages=stages(EDGE and BLOCK_N < TILE, ALPHA)):
-                keys = rows_of_step(ahead, index, BLOCK_N, GATHER)
-                ahead = listed_step(gathered, weighing.entries, index + 1, n, BLOCK_N, GATHER)
-                sums = add_keys(
-                    sums, keys, q, do, key_rows, value_rows, rules, scale, threshold, dp_shift, largest_term,
-                    call.alpha.source != ALPHA_NUMBER, CODE, EDGE,
-                )  # fmt: skip
+    outputs = OutputBlock(do, value_rows, dp_shift, term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT))
+    sums = sum_keys(queries, outputs, threshold, weighing, gathered, marks, call.alpha.source, CODE, GATHER)
 
     sum_u = tl.sum(sums.u, 1)
     sum_ds = tl.sum(sums.ds, 1)
     mean = tl.where(sum_u > 0.0, sum_ds / sum_u, 0.0)  # delta - dp_shift
     mean = tl.where(gap == gap, mean, float("nan"))
-    sees = rows.visible.first < rows.visible.end  # the other rows' queries and incoming gradients may be anything
+    sees = visible.first < visible.end  # the other rows' queries and incoming gradients may be anything
     dq = tl.where(sees[:, None], (sums.dk - mean[:, None] * sums.uk) * call.scores.scale, 0.0)
     normaliser = tl.where(gap == gap, 0.0, float("nan"))
     if EXACT:  # no fp32 threshold makes the sum of thousands of weights quite one
         sum_p = tl.sum(sums.p, 1)
         normaliser += 1.0 / tl.where(sum_p == 0.0, 1.0, sum_p)
     normaliser = tl.where(sees, normaliser, 0.0)
-    place = row_terms + 4 * state_row
+    place = row_terms + 4 * (state_row + row)
     delta = tl.where(sees, mean + dp_shift, 0.0)
-    store_terms(place, RowTerms(threshold, delta, normaliser), rows.row < at.queries.extent)
+    store_terms(place, RowTerms(threshold, delta, normaliser), row < at.queries.extent)
     if ALPHA == ALPHA_ANY:  # noqa: SIM102
         if call.alpha.source != ALPHA_NUMBER:
             of_alpha = tl.sum(sums.ds_term, 1) - mean * tl.sum(sums.u_term, 1)
-            tl.store(alpha_terms + state_row, tl.where(sees, of_alpha, 0.0), mask=rows.row < at.queries.extent)
+            of_alpha = tl.where(sees, of_alpha, 0.0)
+            tl.store(alpha_terms + state_row + row, of_alpha, mask=row < at.queries.extent)
     store_rows(grad_query_rows, dq, first_row, BLOCK_M, BLOCK_D)
 
 
@@ -170,26 +162,47 @@ GRAD_QUERY = Spec(
 
 
 @triton.jit
-def add_keys(
-    sums, keys, q, do, key_rows, value_rows, rules, scale, threshold, dp_shift, largest_term, alpha_is_tensor,
-    CODE, EDGE: tl.constexpr,
-):  # fmt: skip
+def sum_keys(queries, outputs, threshold, weighing, gathered, marks, alpha_source, CODE, GATHER: tl.constexpr):
+    """The Sums over the tiles of a list, or over what is marked in them."""
+    narrow = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    wide = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
+    sums = Sums(narrow, narrow, narrow, narrow, narrow, narrow, wide, wide)
+    start = 0
+    while start < weighing.count:
+        if GATHER:
+            n, inner_n, start = list_marked(gathered, weighing, 0, marks, 1, start)
+        else:
+            n, inner_n, start = weighing.count * TILE, weighing.inner * TILE, weighing.count
+        for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
+            begin, end = (inner_n // CODE.BLOCK_N, tl.cdiv(n, CODE.BLOCK_N)) if EDGE else (0, inner_n // CODE.BLOCK_N)
+            ahead = listed_step(gathered, weighing.entries, begin, n, CODE.BLOCK_N, GATHER)
+            # Steps of a whole tile (D = 64): fewer stages for edges made all of it 4 % slower (docs/cuda.md).
+            for index in tl.range(begin, end, num_stages=stages(EDGE and CODE.BLOCK_N < TILE, CODE.ALPHA)):
+                keys = rows_of_step(ahead, index, CODE.BLOCK_N, GATHER)
+                ahead = listed_step(gathered, weighing.entries, index + 1, n, CODE.BLOCK_N, GATHER)
+                sums = add_keys(sums, keys, queries, outputs, threshold, alpha_source, CODE, EDGE)
+    return sums
+
+
+@triton.jit
+def add_keys(sums, keys, queries, outputs, threshold, alpha_source, CODE, EDGE: tl.constexpr):
     """The sums with some more keys."""
-    k = load_rows(key_rows, keys, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
-    qk = block_scores(q, key_rows, keys, rules, CODE, EDGE)  # of the same rows of keys: one load for both
+    scale = queries.scale
+    k = load_rows(queries.key_rows, keys, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
+    qk = block_scores(queries, keys, CODE, EDGE)  # of the same rows of keys: one load for both
     p, u = weights(excess_of(qk, scale.z, threshold, 0, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
-    dp = products(do, value_rows, keys, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
+    dp = products(outputs.do, outputs.value_rows, keys, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
     sum_p, lost, u_term, ds_term = sums.p, sums.lost, sums.u_term, sums.ds_term
     if CODE.EXACT:
         sum_p, lost = kahan_add(sum_p, lost, column_sums(p), True)
     sum_u = sums.u + column_sums(u)
-    ds = u * (dp - dp_shift[:, None])
+    ds = u * (dp - outputs.dp_shift[:, None])
     if EDGE:
         ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
     sum_ds = sums.ds + column_sums(ds)
     if CODE.ALPHA == ALPHA_ANY:  # noqa: SIM102
-        if alpha_is_tensor:
-            term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - largest_term[:, None]
+        if alpha_source != ALPHA_NUMBER:
+            term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - outputs.largest_term[:, None]
             u_term += column_sums(u * term)
             ds_term += column_sums(ds * term)
     sum_dk = dot(cast(ds, k.dtype), k, sums.dk)

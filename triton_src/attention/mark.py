@@ -1,19 +1,19 @@
 """Which keys of a tile weigh, and for which rows: what the backward gathers, where that pays.
 
-Within a tile with weight few keys may have any. Of long sequences `mark` first probes how many, for each key head. Where
-they are few it notes which, and the kernels after it gather them: grad_query the keys that a block of rows weighs,
-grad_key_value the rows that weigh a block of keys. Elsewhere the same kernels walk tiles. Both codes are launched, and
-one of them returns at once: only the GPU knows which.
+Within a tile with weight few keys may have any. Of long sequences `mark` first probes how many, for each key head.
+Where they are few it notes which, and the kernels after it gather them: grad_query the keys that a block of rows
+weighs, grad_key_value the rows that weigh a block of keys. Elsewhere the same kernels walk tiles. Both codes are
+launched, and one of them returns at once: only the GPU knows which.
 """
 
 import triton
 import triton.language as tl
 
-from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries, query_block
+from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries
 from ..lib.entmax import load_thresholds
 from ..lib.marks import PROBE_EVERY, WARP_ROWS, bits_set, gathers, marks_of
 from ..lib.matrices import Code, Factor, Rows, load_factor
-from ..lib.scores import ScoreRules, block_scores
+from ..lib.scores import QueryBlock, ScoreRules, block_scores
 from ..lib.tile_lists import (
     LIST_CHUNK,
     WORD,
@@ -25,7 +25,7 @@ from ..lib.tile_lists import (
     stages,
     steps,
 )
-from ..lib.visibility import TILE, visible_tiles
+from ..lib.visibility import TILE, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
 
 
@@ -41,9 +41,7 @@ def mark(
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     blocks = tl.cdiv(call.queries.max_seqlen, BLOCK_M)
-    block, head, batch = block_of_program(
-        tl.where(probe_from > 0, tl.cdiv(blocks, PROBE_EVERY), blocks), call.heads
-    )
+    block, head, batch = block_of_program(tl.where(probe_from > 0, tl.cdiv(blocks, PROBE_EVERY), blocks), call.heads)
     block *= tl.where(probe_from > 0, PROBE_EVERY, 1)
     probe_counts += 2 * (batch * (call.heads // call.group) + head // call.group)
     if (probe_from == 0) & (gathers(probe_counts, 0, gather_below) == 0):
@@ -61,22 +59,23 @@ def mark(
     if (first_row < 0) | (first_row >= at.queries.extent):
         return
 
-    rows = query_block(at, first_row, BLOCK_M)
+    row = first_row + tl.arange(0, BLOCK_M)
+    visible = visible_keys(row, at.band)
     q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
-    threshold, gap = load_thresholds(row_state, state_row + rows.row, rows.row < at.queries.length, EXACT)
+    threshold, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
-    rules = ScoreRules(rows.visible, rows.diagonal, scale.qk_slope)
+    queries = QueryBlock(q, key_rows, ScoreRules(row, at.band, visible, scale.qk_slope), scale)
 
     tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
     entries = tile_lists + tile_row * key_tiles
     key_marks += tile_row * key_tiles * (TILE // WORD)
     row_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
-    visible = visible_tiles(first_row, at.band, BLOCK_M)
-    every = tl.where(probe_from > 0, tl.maximum((visible.inner + visible.edge) // PROBE_EVERY, 1), 1)
+    tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
+    every = tl.where(probe_from > 0, tl.maximum((tiles_seen.inner + tiles_seen.edge) // PROBE_EVERY, 1), 1)
     bits = tiles + tile_row * call.tile_words
-    weighing = list_weighing(entries, bits, visible, ALPHA, every)
+    weighing = list_weighing(entries, bits, tiles_seen, ALPHA, every)
     clear_key_marks(key_marks, weighing)
-    mark_tiles(q, key_rows, rules, scale, threshold, gap != gap, weighing, key_marks, row_marks, CODE)
+    mark_tiles(queries, threshold, gap != gap, weighing, key_marks, row_marks, CODE)
     if probe_from > 0:
         tl.debug_barrier()
         tl.atomic_add(probe_counts, count_key_marks(key_marks, weighing), sem="relaxed")
@@ -117,7 +116,7 @@ def clear_key_marks(key_marks, tiles):
 
 
 @triton.jit
-def mark_tiles(q, key_rows, rules, scale, threshold, weighs_all, tiles, key_marks, row_marks, CODE):
+def mark_tiles(queries, threshold, weighs_all, tiles, key_marks, row_marks, CODE):
     """The marks of the tiles of a list. Each group of WARP_ROWS rows for itself: no warp waits for another."""
     PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
     groups = tl.arange(0, TILE // WARP_ROWS)
@@ -130,8 +129,8 @@ def mark_tiles(q, key_rows, rules, scale, threshold, weighs_all, tiles, key_mark
             tile = ahead
             ahead = listed_tile(tiles.entries, index + 1, end, PARTS)
             part = part_of(index, PARTS)
-            qk = block_scores(q, key_rows, tile * TILE + part * CODE.BLOCK_N, rules, CODE, EDGE)
-            key_bits, here = marks_of(qk, scale.z, threshold, weighs_all, CODE.EXACT)
+            qk = block_scores(queries, tile * TILE + part * CODE.BLOCK_N, CODE, EDGE)
+            key_bits, here = marks_of(qk, queries.scale.z, threshold, weighs_all, CODE.EXACT)
             place = key_marks + tile * (TILE // WORD) + part * (CODE.BLOCK_N // WORD) + of_step
             place = place[None, :] + tl.zeros(key_bits.shape, tl.int32)  # 3.6's interpreter misreads a broadcast_to
             tl.atomic_or(place, key_bits, mask=key_bits != 0, sem="relaxed")

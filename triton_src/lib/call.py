@@ -1,4 +1,4 @@
-"""What a call is, and what every program of attention begins with: which rows it works on, and what they see."""
+"""What a call is, and what every program of attention begins with: which head of which sequence it works on."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,8 @@ import triton.language as tl
 
 from .entmax import Alpha, alpha_of_head
 from .matrices import head_of
-from .scores import Scores, qk_slope_of, z_scale_of
-from .visibility import (
-    Band,
-    Sequence,
-    Sequences,
-    Span,
-    diagonal_of,
-    sequence_bounds,
-    visible_keys,
-)
+from .scores import HeadScale, Scores, qk_slope_of, z_scale_of
+from .visibility import Band, Sequence, Sequences, sequence_bounds
 
 
 class Call(NamedTuple):
@@ -35,32 +27,14 @@ class Call(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A query head and its key head, in one sequence of queries and keys."""
+    """A head of queries, in one sequence of them and of keys."""
 
     batch: tl.tensor
     head: tl.tensor
-    kv_head: tl.tensor
+    group: tl.tensor  # heads that share a key head
     queries: Sequence
     keys: Sequence
     band: Band
-
-
-class QueryBlock(NamedTuple):
-    """A block of query rows: the number of its first, those of all, each one's place among the keys, and the keys that
-    it sees."""
-
-    first: tl.tensor
-    row: tl.tensor
-    diagonal: tl.tensor
-    visible: Span
-
-
-class HeadScale(NamedTuple):
-    """A head's alpha, and what turns q.k into z: the factor, and ALiBi's slope in units of q.k."""
-
-    alpha: tl.tensor
-    z: tl.tensor
-    qk_slope: tl.tensor
 
 
 @triton.jit
@@ -76,19 +50,21 @@ def block_of_program(blocks, heads):
 def head_in_sequence(call, batch, head):
     queries = sequence_bounds(call.queries, batch)
     keys = sequence_bounds(call.keys, batch)
-    return Head(batch, head, head // call.group, queries, keys, band_of(call, queries, keys))
+    return Head(batch, head, call.group, queries, keys, band_of(call, queries, keys))
 
 
 @triton.jit
 def of_queries(matrix, at):
-    """`data` and `stride` of a Head's Rows, where there is a row for each query."""
+    """`data` and `stride` of a Head's Rows, in a matrix with a row for each query."""
     return head_of(matrix, at.batch, at.head, at.queries.offset)
 
 
 @triton.jit
 def of_keys(matrix, at):
-    """`data` and `stride` of a Head's Rows, where there is a row for each key."""
-    return head_of(matrix, at.batch, at.kv_head, at.keys.offset)
+    """The same of a matrix with a row for each key, of the key head that is the Head's."""
+    start = at.batch * matrix.batch_stride
+    start = start + (at.head // at.group) * matrix.head_stride + at.keys.offset * matrix.row_stride
+    return matrix.data + start, matrix.row_stride
 
 
 @triton.jit
@@ -100,12 +76,6 @@ def first_state_row(call, at):
 @triton.jit
 def band_of(call, queries, keys):
     return Band(queries.length, keys.length, call.scores.window_left, call.scores.window_right)
-
-
-@triton.jit
-def query_block(at, first_row, BLOCK_M: tl.constexpr):
-    row = first_row + tl.arange(0, BLOCK_M)
-    return QueryBlock(first_row, row, diagonal_of(row, at.band), visible_keys(row, at.band))
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Entmax of a row, piece by piece: alpha, thresholds, weights, and the steps that find a threshold.
 
-The notation is that of docs/architecture.md: z = (alpha - 1) * score, row_max is a row's largest z, gap = tau - row_max,
-excess = [z - tau]+, p = excess^(1/(alpha-1)) a weight, and u = p^(2-alpha).
+The notation is that of docs/architecture.md: z = (alpha - 1) * score, row_max is a row's largest z,
+gap = tau - row_max, excess = [z - tau]+, p = excess^(1/(alpha-1)) a weight, and u = p^(2-alpha).
 """
 
 from typing import NamedTuple
@@ -139,8 +139,8 @@ def newton_step(sum_p, sum_u, alpha, ALPHA: tl.constexpr):
 
 @triton.jit
 def threshold_step(sum_p, sum_u, gap, near, alpha, ALPHA: tl.constexpr):
-    """(how far tau should rise or, if negative, fall; the sum of u there as a + b P of the sum P of p there: a, b), from
-    sums over the row at `gap`.
+    """(how far tau should rise or, if negative, fall; the sum of u there as a + b P of the sum P of p there: a, b),
+    from sums over the row at `gap`.
 
     For alpha = 1.5 and n keys that keep their weight sum p is a polynomial of the second degree in tau, whose root is
     taken. Counting n would be a quarter of the instructions. Excesses spread as (1 - x/L)^b, b > -1, between 0 and the

@@ -1,7 +1,5 @@
 """Marks: which keys of a tile weigh, and for which rows; and lists of what is marked."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
@@ -10,20 +8,10 @@ from .matrices import INTERPRETED
 from .tile_lists import WORD, part_of
 from .visibility import TILE, UNLIMITED
 
-WARP_ROWS = tl.constexpr(16)  # rows of one warp in the matrix units' layout: what is kept for each such group of rows
-# of a block, no other warp waits for
+WARP_ROWS = tl.constexpr(16)  # of one warp in the matrix units' layout: for what is kept of each, no other warp waits
 PROBE_EVERY = tl.constexpr(16)  # one of so many blocks of rows is probed, at about so many tiles of it
 TILES_AT_ONCE = tl.constexpr(32)  # tiles whose marked rows are listed together
 GATHER_ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for
-
-
-class Visit(NamedTuple):
-    """The rows that a loop goes over: those gathered, or those of listed tiles; `count` of them, `inner` ones first."""
-
-    gathered: tl.tensor
-    tiles: tl.tensor
-    inner: tl.tensor
-    count: tl.tensor
 
 
 @triton.jit
@@ -70,18 +58,18 @@ def marks_of(qk, z_scale, threshold, weighs_all, EXACT: tl.constexpr):
 
 @triton.jit
 def gathers(probe_counts, kv_head, gather_below):
-    """Whether of the probed keys of a key head (counted over all batches) less than `gather_below` per cent weigh, so
-    that to gather them pays. 0 per cent: nothing was probed."""
+    """Whether of the probed keys of a key head (the heads of all sequences are counted) less than `gather_below` per
+    cent weigh, so that to gather them pays. 0 per cent: nothing was probed."""
     weigh = tl.load(probe_counts + 2 * kv_head, mask=gather_below > 0, other=0)
     probed = tl.load(probe_counts + 2 * kv_head + 1, mask=gather_below > 0, other=0)
     return weigh.to(tl.int64) * 100 < probed.to(tl.int64) * gather_below
 
 
 @triton.jit
-def list_marked(gathered, tiles, gap, marks, stride, start):
-    """Gathers the marked rows of the tiles of a list from the start-th on, as long as there is room: (how many, how many
-    of them in inner tiles, which come first, the tile to go on with). The list has a `gap` after its inner tiles.
-    `marks` of a tile are two words, `stride` pairs of words apart from tile to tile."""
+def list_marked(gathered, tiles, unused, marks, stride, start):
+    """Gathers the marked rows of the tiles of a list from the start-th on, as long as there is room: (how many, how
+    many of them in inner tiles, which come first, the tile to go on with). The list has `unused` entries after its
+    inner tiles. `marks` of a tile are two words, `stride` pairs of words apart from tile to tile."""
     n = 0
     inner_n = 0
     bit = tl.arange(0, WORD)
@@ -91,7 +79,7 @@ def list_marked(gathered, tiles, gap, marks, stride, start):
     while (start < tiles.count) & (n <= GATHER_ROOM - TILES_AT_ONCE * TILE):
         index = start + tl.arange(0, TILES_AT_ONCE)
         known = index < tiles.count
-        tile = tl.load(tiles.entries + index + tl.where(index < tiles.inner, 0, gap), mask=known, other=0)
+        tile = tl.load(tiles.entries + index + tl.where(index < tiles.inner, 0, unused), mask=known, other=0)
         place = (tile.to(tl.int64) * stride)[:, None] * (TILE // WORD) + half[None, :]
         words = tl.reshape(tl.load(marks + place, mask=known[:, None], other=0), [TILES_AT_ONCE * TILE // WORD])
         first = tl.reshape(tile[:, None] * TILE + half[None, :] * WORD, [TILES_AT_ONCE * TILE // WORD])

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from .entmax import ALPHA_1_5, ALPHA_2
-from .matrices import products, row_numbers
-from .visibility import Span
+from .matrices import Factor, Rows, products, row_numbers
+from .visibility import Band, Span, diagonal_of, visible_keys
 
 
 class Scores(NamedTuple):
@@ -23,12 +23,31 @@ class Scores(NamedTuple):
 
 
 class ScoreRules(NamedTuple):
-    """What the scores of some rows depend on beside the products: the keys that each row sees, its own place among the
-    keys, and ALiBi's slope in units of q.k."""
+    """What the scores of some rows depend on beside the products: the numbers of the rows, the band of keys that they
+    see, which of them each row sees (None: to be found from the band where it is needed), and ALiBi's slope in units of
+    q.k. Made in the kernel itself, as Rows."""
 
-    visible: Span
-    diagonal: tl.tensor
+    row: tl.tensor
+    band: Band
+    visible: Span | None
     qk_slope: tl.tensor
+
+
+class HeadScale(NamedTuple):
+    """A head's alpha, and what turns q.k into z: the factor, and ALiBi's slope in units of q.k."""
+
+    alpha: tl.tensor
+    z: tl.tensor
+    qk_slope: tl.tensor
+
+
+class QueryBlock(NamedTuple):
+    """A block of queries against the keys of its head: what scores are made of, and turned into z by."""
+
+    q: Factor
+    key_rows: Rows
+    rules: ScoreRules
+    scale: HeadScale
 
 
 @triton.jit
@@ -44,8 +63,8 @@ def qk_slope_of(scores, batch, head, alpha, z_scale, ALPHA: tl.constexpr):
     if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
         return 0.0
     else:
-        place = scores.slopes + batch * scores.slopes_batch_stride + head
-        slope = tl.load(place, mask=scores.has_slopes != 0, other=0.0)
+        given = scores.has_slopes != 0
+        slope = tl.load(scores.slopes + batch * scores.slopes_batch_stride + head, mask=given, other=0.0)
         return slope * (alpha - 1.0) / z_scale
 
 
@@ -54,7 +73,7 @@ def scores_of(qk, rules, key, row_axis: tl.constexpr, ALPHA: tl.constexpr, EDGE:
     """Scores in units of q.k from the products of rows along `row_axis` with keys (a vector of their numbers): lowered
     by ALiBi, and -inf where an EDGE hides keys from rows."""
     qk = subtract_alibi(qk, rules, key, row_axis, ALPHA)
-    return mask_scores(qk, rules.visible, key, row_axis) if EDGE else qk
+    return mask_scores(qk, rules, key, row_axis) if EDGE else qk
 
 
 @triton.jit
@@ -63,22 +82,23 @@ def subtract_alibi(qk, rules, key, row_axis: tl.constexpr, ALPHA: tl.constexpr):
     if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
         return qk
     else:
-        diagonal = tl.expand_dims(rules.diagonal.to(tl.float32), 1 - row_axis)
+        diagonal = tl.expand_dims(diagonal_of(rules.row, rules.band).to(tl.float32), 1 - row_axis)
         return qk - rules.qk_slope * tl.abs(diagonal - tl.expand_dims(key.to(tl.float32), row_axis))
 
 
 @triton.jit
-def mask_scores(qk, visible, key, row_axis: tl.constexpr):
+def mask_scores(qk, rules, key, row_axis: tl.constexpr):
     """-inf for keys that a row does not see. One comparison for both ends: as an unsigned number what is before the
     first is above all."""
+    visible = visible_keys(rules.row, rules.band) if rules.visible is None else rules.visible
     place = tl.expand_dims(key, row_axis) - tl.expand_dims(visible.first, 1 - row_axis)
     count = tl.expand_dims(tl.maximum(visible.end - visible.first, 0), 1 - row_axis)
     return tl.where(place.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True), qk, float("-inf"))
 
 
 @triton.jit
-def block_scores(q, key_rows, first, rules, CODE, EDGE: tl.constexpr):
-    """The (BLOCK_M, BLOCK_N) scores of a Factor of queries and the keys from `first` on, or those that a vector `first`
+def block_scores(queries, first, CODE, EDGE: tl.constexpr):
+    """The (BLOCK_M, BLOCK_N) scores of a QueryBlock and the keys from `first` on, or those that a vector `first`
     names."""
-    qk = products(q, key_rows, first, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
-    return scores_of(qk, rules, row_numbers(first, CODE.BLOCK_N), 0, CODE.ALPHA, EDGE)
+    qk = products(queries.q, queries.key_rows, first, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
+    return scores_of(qk, queries.rules, row_numbers(first, CODE.BLOCK_N), 0, CODE.ALPHA, EDGE)

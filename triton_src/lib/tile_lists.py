@@ -76,7 +76,7 @@ def list_weighing(entries, bits, visible, ALPHA: tl.constexpr, every=1):
 
 @triton.constexpr_function
 def all_edges(ALPHA):
-    """1 in the code that treats every tile as one at an edge: half the code, where hiding keys is little of the time."""
+    """1 in code that treats every tile as one at an edge: half the code, where hiding keys is little of the time."""
     return 1 if ALPHA == ALPHA_ANY else 0
 
 

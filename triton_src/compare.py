@@ -1,0 +1,170 @@
+"""Compares the kernels of two checkouts: python -m triton_src.compare OLD NEW --arch 80 90
+
+Each checkout compiles its variants by its own triton_src.compile, with the compiler of this Python, into a cache of its
+own, so that a second run takes seconds. Two variants of one name are the same if their PTX is, but for what
+`normalised` takes away, and if the assembler made as many registers, spills, stack and shared memory of it. Says which
+are not, with --show how the first of them differs; the exit status is 1 if there are any.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+RESOURCES = ("warps", "shared", "registers", "spilled", "stack")
+
+# What arguments were called before they were parts of named tuples; the strides of tensors, query_row and so on, are
+# in `current_name`.
+RENAMED = {
+    "numbers": "tile_margins",
+    "lists": "tile_lists",
+    "shares": "probe_counts",
+    "terms": "row_terms",
+    "chosen": "gathered",
+    "lengths_q": "call.queries.lengths",
+    "kind_q": "call.queries.lengths_kind",
+    "rows_q": "call.queries.rows",
+    "limit_q": "call.queries.max_seqlen",
+    "tile_rows": "call.queries.tile_rows",
+    "lengths_k": "call.keys.lengths",
+    "kind_k": "call.keys.lengths_kind",
+    "rows_k": "call.keys.rows",
+    "limit_k": "call.keys.max_seqlen",
+    "key_tile_rows": "call.keys.tile_rows",
+    "alphas": "call.alpha.per_head",
+    "kind_alpha": "call.alpha.source",
+    "alpha": "call.alpha.number",
+    "slopes": "call.scores.slopes",
+    "slopes_batch": "call.scores.slopes_batch_stride",
+    "has_slopes": "call.scores.has_slopes",
+    "scale": "call.scores.scale",
+    "window_left": "call.scores.window_left",
+    "window_right": "call.scores.window_right",
+    "state_batch": "call.state_batch_stride",
+    "heads": "call.heads",
+    "group": "call.group",
+    "tile_words": "call.tile_words",
+    "width": "call.head_dim",
+    "width_v": "call.value_dim",
+}
+
+COMPILE = """
+import json, sys
+from triton_src.compile import compile_all
+file, cache, jobs, *archs = sys.argv[1:]
+with open(file, "w") as out:
+    json.dump(compile_all([int(arch) for arch in archs], cache, int(jobs)), out)
+"""
+
+
+def compiled(checkout, archs, cache, jobs):
+    """{(name, architecture): description} of a checkout's variants."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "variants.json"
+        arguments = [file, cache, jobs, *archs]
+        subprocess.run([sys.executable, "-c", COMPILE, *map(str, arguments)], cwd=checkout, check=True)
+        return {(one["name"], one["arch"]): one for one in json.loads(file.read_text())}
+
+
+def current_name(name, names):
+    """What an argument is called today, of which `names` are all of a kernel's."""
+    if "heads" not in names:  # of a checkout whose arguments are grouped already, or of an activation
+        return name
+    tensor, _, stride = name.rpartition("_")
+    if stride in ("batch", "head", "row") and tensor in names:
+        return f"{tensor}.{stride}_stride"
+    return f"{name}.data" if f"{name}_row" in names else RENAMED.get(name, name)
+
+
+REGISTER = re.compile(r"%(?:p|rs|rd|r|fd|f)\d+\b")
+OF_PARAMETER = re.compile(r"\s*ld\.param\.\w+\s+(%\w+), \[entry_param_(\d+)\];")
+COMMUTES = re.compile(r"(\s*(?:@!?%p\d+ )?(?:add|mul|and|or|xor|min|max)\.[\w.]+\s+)(%\w+), (%\w+), (\S+);")
+
+
+def normalised(ptx, description):
+    """The lines of a variant's PTX without what a kernel's names and the order of its parameters decide:
+
+    - comments, the kernel's name, the declarations of parameters and registers are gone;
+    - a register that a parameter is loaded into is called by the parameter's name, and the load is gone: parameters do
+      not change, so that where they are loaded says nothing;
+    - other registers are numbered in the order in which they are first written to;
+    - the two operands of an instruction that commutes are sorted: LLVM orders them by where parameters stand.
+
+    The order of all other instructions, and everything in them, is compared."""
+    names = [name for name, _ in description["arguments"]]
+    called, lines = {}, []
+    for line in ptx.replace(description["symbol"], "entry").splitlines():
+        line = line.partition("//")[0].rstrip()
+        if load := OF_PARAMETER.match(line):
+            name = f"<{current_name(names[int(load[2])], names)}>"
+            if called.setdefault(load[1], name) != name:
+                raise ValueError(f"{description['name']}: {load[1]} is loaded from two parameters")
+        elif line and ".param " not in line and not line.lstrip().startswith(".reg "):
+            lines.append(line)
+    if any("entry_param" in line for line in lines):
+        raise ValueError(f"{description['name']}: uses its parameters in a way that this does not know")
+
+    def number(line):
+        for register in REGISTER.findall(line):
+            if register not in called:
+                called[register] = f"%{register.strip('%0123456789')}{len(called)}"
+
+    parts = []
+    for line in lines:
+        commutes = COMMUTES.match(line)
+        number(commutes[1] + commutes[2] if commutes else line)
+        parts.append((line, commutes))
+    found = []
+    for line, commutes in parts:
+        if commutes:
+            first, second = sorted(called.get(operand, operand) for operand in commutes.groups()[2:])
+            line = f"{commutes[1]}{commutes[2]}, {first}, {second};"
+        found.append(REGISTER.sub(lambda register: called.get(register[0], register[0]), line))
+    return found
+
+
+def differences(old, new):
+    """Lines that say how two variants differ, resources first; none if they are the same."""
+    found = [f"{what}: {old[what]}, now {new[what]}" for what in RESOURCES if old[what] != new[what]]
+    lines = [normalised(Path(one["stored"]).with_suffix(".ptx").read_text(), one) for one in (old, new)]
+    if lines[0] != lines[1]:
+        found += difflib.unified_diff(*lines, "old", "new", lineterm="", n=2)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path, help="a checkout")
+    parser.add_argument("new", type=Path, help="another")
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], metavar="ARCH")
+    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    parser.add_argument("--cache", type=Path, default=caches / "torch-adasplash" / "compare")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--show", type=int, default=0, metavar="LINES", help="of the first variant that differs")
+    args = parser.parse_args()
+    old, new = (
+        compiled(checkout.resolve(), args.arch, (args.cache / side).resolve(), args.jobs)
+        for checkout, side in ((args.old, "old"), (args.new, "new"))
+    )
+    for name, arch in sorted(old.keys() ^ new.keys()):
+        print(f"{name} sm_{arch}: only in {args.old if (name, arch) in old else args.new}")
+    both = [key for key in old if key in new]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        found = pool.map(differences, (old[key] for key in both), (new[key] for key in both), chunksize=8)
+        differ = {key: lines for key, lines in zip(both, found, strict=True) if lines}
+    for (name, arch), lines in differ.items():
+        print(f"{name} sm_{arch}: {len(lines)} lines of differences, the first: {lines[0]}")
+    for lines in list(differ.values())[:1]:
+        print("\n".join(lines[: args.show]))
+    print(f"{len(both)} variants in both, {len(both) - len(differ)} the same")
+    return 1 if differ or old.keys() != new.keys() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
