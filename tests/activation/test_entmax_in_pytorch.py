@@ -7,6 +7,7 @@ from torch import Tensor
 import adasplash
 from activations import draw
 from common import HALF, assert_same_bits, normal_like, run_python
+from saving import reloaded_program, reloaded_script
 
 OPS = torch.ops.adasplash
 
@@ -81,7 +82,7 @@ def test_compiled_in_one_graph_for_all_lengths(backend):
 
 
 @pytest.mark.backends("cpu", "cuda")
-def test_exported(backend, tmp_path):
+def test_exported(backend):
     gate = Gate().to(backend.device)
     x = draw(20, 8, device=backend.device)
     program = torch.export.export(gate, (x,), dynamic_shapes=({0: torch.export.Dim("rows", max=4096)},))
@@ -89,17 +90,15 @@ def test_exported(backend, tmp_path):
     assert names.count("adasplash.entmax.tensor_alpha") == 1 and names.count("adasplash.entmax.default") == 3
     names = [str(node.target) for node in program.run_decompositions().graph.nodes]
     assert names.count("adasplash._entmax_forward.default") == 4
-    torch.export.save(program, tmp_path / "gate.pt2")
-    module = torch.export.load(tmp_path / "gate.pt2").module()
+    module = reloaded_program(program)
     for rows in (20, 50):
         x = draw(rows, 8, device=backend.device)
         assert torch.equal(module(x), gate(x))
 
 
-def test_scripted_saved_and_loaded(backend, tmp_path):
+def test_scripted_saved_and_loaded(backend):
     gate = Gate().to(backend.device)
-    torch.jit.save(torch.jit.script(gate), tmp_path / "gate.pt")
-    loaded = torch.jit.load(tmp_path / "gate.pt")
+    loaded = reloaded_script(gate)
     for rows in (20, 7, 33, 20):  # the profiling executor rewrites the graph after its first runs
         x = draw(rows, 8, device=backend.device)
         assert_same_bits(train(loaded, x), train(gate, x))

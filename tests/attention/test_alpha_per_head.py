@@ -1,7 +1,5 @@
 """alpha as a tensor: one for each head, or one for all, and its gradient."""
 
-import io
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ import reference
 from adasplash import entmax_attn
 from common import ALPHAS, Inputs, assert_same_bits, check_gradients, gradients, normal_like
 from common import make_inputs as make_cpu_inputs
+from saving import reloaded_script
 
 SHAPES = {
     "few": dict(heads=3, m=20, n=30),
@@ -143,10 +142,7 @@ def test_a_script_with_a_learned_alpha_and_a_number(make_inputs):
 
     inputs = make_inputs(m=20, n=25)
     module = Both().to(inputs.query.device)
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(module), file)
-    file.seek(0)
-    loaded = torch.jit.load(file)
+    loaded = reloaded_script(module)
     results = []
     for either in (module, loaded, loaded, loaded):
         out = either(*inputs)

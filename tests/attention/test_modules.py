@@ -1,7 +1,5 @@
 """EntmaxAttention: the layer that its parts make up, in every form in which torch runs a module."""
 
-import io
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch import nn
 import adasplash
 import reference
 from adasplash import EntmaxAttention
+from saving import reloaded_script
 
 OPTIONS = {
     "plain": {},
@@ -218,10 +217,7 @@ def test_types(backend, dtype):
 
 def test_scripted_saved_and_loaded(backend, options):
     module = make(backend, **options)
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(module), file)
-    file.seek(0)
-    loaded = torch.jit.load(file)
+    loaded = reloaded_script(module)
     for m, n in ((30, 41), (70, 65)):
         given = arguments(backend, module, m, n)
         for _ in range(3):  # the profiling executor rewrites the graph after its first runs

@@ -7,16 +7,11 @@ import torch
 
 import reference
 from common import Inputs, normal_like
+from options import resolved
 from packing import packed
 
 forward = torch.ops.adasplash._entmax_attn_forward
 backward = torch.ops.adasplash._entmax_attn_backward
-
-
-def resolved(inputs, alpha=1.5, is_causal=False, scale=None):
-    """The private ops' options, for padded tensors and alpha as a number."""
-    m, n = inputs.query.shape[2], inputs.key.shape[2]
-    return None, alpha, is_causal, scale, None, None, None, None, m, n, [-1, -1], None
 
 
 def tiles_of(length):

@@ -1,13 +1,13 @@
 """torch.export: one node, dynamic lengths, and files."""
 
-import io
-
 import pytest
 import torch
+from torch._functorch.aot_autograd import aot_export_joint_simple
 
 import adasplash
-from common import make_inputs, run_python
+from common import assert_same_bits, gradients, make_inputs, normal_like, run_python
 from options import FORMS
+from saving import reloaded_program
 
 pytestmark = pytest.mark.backends("cpu", "cuda")
 Dim = torch.export.Dim
@@ -48,10 +48,7 @@ def test_saved_and_loaded_for_any_length(backend, decomposed):
     program = exported(Attend(), backend.device)
     if decomposed:
         program = program.run_decompositions()
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    module = torch.export.load(file).module()
+    module = reloaded_program(program)
     for batch, m, n in ((2, 33, 50), (3, 64, 64), (5, 100, 20), (1, 2, 129)):
         inputs = make_inputs(batch, 4, m, n, kv_heads=2, device=backend.device)
         assert torch.equal(module(*inputs), Attend()(*inputs))
@@ -72,10 +69,7 @@ def test_every_option_for_any_length(backend, form, decomposed):
     program = torch.export.export(module(), given, dynamic_shapes=tuple(shapes))
     assert len(calls(program)) == 1
     program = program.run_decompositions() if decomposed else program
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
+    loaded = reloaded_program(program)
     for q_lengths, k_lengths in (([20, 33], [40, 25]), ([7, 30, 2], [9, 64, 65]), ([60] * 5, [20, 1, 3, 4, 130])):
         other = arguments(q_lengths, k_lengths, backend.device)
         assert torch.equal(loaded(*other), module()(*other))
@@ -96,10 +90,11 @@ def test_loaded_in_another_process(tmp_path):
 
 def test_training_graph(backend):
     """The joint graph of forward and backward holds the two private ops, and the gradients are right."""
-    from torch._functorch.aot_autograd import aot_export_joint_simple
-
-    inputs = [x.requires_grad_() for x in make_inputs(2, 4, 33, 50, kv_heads=2, device=backend.device)]
-    graph = aot_export_joint_simple(lambda *x: (Attend()(*x),), inputs, trace_joint=True)
+    inputs = make_inputs(2, 4, 33, 50, kv_heads=2, device=backend.device, requires_grad=True)
+    graph = aot_export_joint_simple(lambda *x: (Attend()(*x),), list(inputs), trace_joint=True)
     names = [str(node.target) for node in graph.graph.nodes]
     assert names.count("adasplash._entmax_attn_forward.default") == 1
     assert names.count("adasplash._entmax_attn_backward.default") == 1
+    grad = normal_like(inputs.query)
+    (out,), grads = graph(list(inputs), [grad])
+    assert_same_bits((out, *grads), gradients(inputs, grad, Attend()))

@@ -1,13 +1,12 @@
 """TorchScript: script, save, load, run and train, for both ways to write the call."""
 
-import io
-
 import pytest
 import torch
 
 import adasplash
 from common import assert_same_bits, make_inputs, run_python
 from options import FORMS, run
+from saving import reloaded_script
 
 pytestmark = pytest.mark.backends("cpu", "emulated", "cuda")
 
@@ -55,13 +54,6 @@ class Trained(torch.nn.Module):
 CALLS = (CallsOp, CallsFunction, CallsFunctionByPosition, CallsWithAttributes, Defaults)
 
 
-def reloaded(module):
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.script(module), file)
-    file.seek(0)
-    return torch.jit.load(file)
-
-
 def expected(call, inputs):
     if call is Defaults:
         return 2 * adasplash.entmax_attn(*inputs)
@@ -70,7 +62,7 @@ def expected(call, inputs):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_scripted_saved_and_loaded(backend, call):
-    module = reloaded(call())
+    module = reloaded_script(call())
     for m, n in ((20, 30), (65, 65), (30, 20)):
         inputs = make_inputs(m=m, n=n, device=backend.device)
         assert torch.equal(module(*inputs), expected(call, inputs))
@@ -81,7 +73,7 @@ def test_scripted_saved_and_loaded(backend, call):
 @pytest.mark.parametrize("call", CALLS)
 def test_trains_as_eager_does(backend, call):
     losses = []
-    for script in (lambda module: module, torch.jit.script, reloaded):
+    for script in (lambda module: module, torch.jit.script, reloaded_script):
         torch.manual_seed(0)
         module = script(Trained(call())).to(backend.device)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
@@ -125,7 +117,7 @@ def test_repeated_training_runs_survive_the_profiling_executor(backend):
 def test_every_option_after_saving_and_loading(backend, form):
     module, arguments = FORMS[form]
     given = arguments([20, 0, 33], [40, 7, 25], backend.device)
-    eager, scripted = run(module(), given), reloaded(module())
+    eager, scripted = run(module(), given), reloaded_script(module())
     for _ in range(3):
         assert_same_bits(run(scripted, given), eager)
     assert all(x.any() for x in eager)

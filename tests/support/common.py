@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import functools
 import os
 import subprocess
 import sys
@@ -142,12 +143,30 @@ def assert_same_values(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=0, rtol=rtol)
 
 
-def gather(length: int, below: int = 101) -> None:
-    """From how many queries and keys on, and below what per cent of weighing ones, the GPU's backward gathers."""
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library beneath the package, for what it exports for tests."""
     import adasplash
 
-    library = ctypes.CDLL(str(Path(adasplash.__file__).parent / "lib" / "libadasplash.so"))
-    library.adasplash_gather(ctypes.c_int32(length), ctypes.c_int32(below))
+    return ctypes.CDLL(str(Path(adasplash.__file__).parent / "lib" / "libadasplash.so"))
+
+
+def gather(length: int, below: int = 101) -> None:
+    """From how many queries and keys on, and below what per cent of weighing ones, the GPU's backward gathers."""
+    library().adasplash_gather(ctypes.c_int32(length), ctypes.c_int32(below))
+
+
+def cuda_implementations() -> list[str]:
+    """The implementations of attention on the GPU that are built, in order of preference. The last serves all calls."""
+    names = library().adasplash_cuda_implementations
+    names.restype = ctypes.c_char_p
+    return names().decode().split(",")
+
+
+def force_cuda_implementation(name: str | None) -> None:
+    """Has this one compute all calls from now on, which fail where it does not serve them; None: as users have it."""
+    unknown = library().adasplash_force_cuda_implementation(name.encode() if name else None)
+    assert not unknown, name
 
 
 def gradients(inputs: Inputs, grad: Tensor, function, *options, **keywords) -> tuple[Tensor, ...]:

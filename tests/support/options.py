@@ -72,6 +72,12 @@ def packed_arguments(q_lengths, k_lengths, device="cpu"):
     return (*inputs, torch.tensor(ALPHA, device=device), *ends, slopes, max(q_lengths), max(k_lengths))
 
 
+def resolved(inputs, alpha=1.5, is_causal=False, scale=None):
+    """The private ops' options, for padded tensors and alpha as a number."""
+    m, n = inputs.query.shape[2], inputs.key.shape[2]
+    return None, alpha, is_causal, scale, None, None, None, None, m, n, [-1, -1], None
+
+
 FORMS = {"padded": (Padded, padded_arguments), "packed": (Packed, packed_arguments)}
 
 

@@ -21,7 +21,7 @@ def alone(inputs, lengths, b):
     return Inputs(*(x.transpose(0, 1)[None].contiguous() for x in parts)), (q, k)
 
 
-def check_packed(inputs, lengths, **keywords):
+def check_packed(inputs, lengths, *, op=entmax_attn_varlen, **keywords):
     """`check_gradients` with the lengths as the first options of both the op and the reference."""
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    return check_gradients(entmax_attn_varlen, inputs, **dict(zip(names, lengths, strict=True)), **keywords)
+    return check_gradients(op, inputs, **dict(zip(names, lengths, strict=True)), **keywords)
