@@ -31,13 +31,17 @@ namespace adasplash {
 //   window                 (left, right), inclusive, -1 for no limit: query i sees the keys from i + N - M - left to
 //                          i + N - M + right
 //   alibi_slopes           (H,) or (B, H) float32: takes slope * |i + N - M - j| off the scaled score of key j
+//   kv_starts              (B,) int32 or int64: the first key of each batch entry, for caches and batches that are
+//                          padded on the left. kv_seqlens then says where its keys end; N is their difference, and j
+//                          is counted from the start. An entry whose start is not before its end sees nothing.
 ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                      double alpha = 1.5, bool is_causal = false,
                                      std::optional<double> scale = std::nullopt,
                                      const std::optional<at::Tensor>& q_seqlens = std::nullopt,
                                      const std::optional<at::Tensor>& kv_seqlens = std::nullopt,
                                      c10::IntArrayRef window = {-1, -1},
-                                     const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+                                     const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+                                     const std::optional<at::Tensor>& kv_starts = std::nullopt);
 
 // The same with one alpha for each head, a tensor of shape (H,) or (), float32, float64 or of query's type. Values from
 // 1.01 to 2; differentiable in alpha too.
@@ -47,7 +51,8 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& q_seqlens = std::nullopt,
                                      const std::optional<at::Tensor>& kv_seqlens = std::nullopt,
                                      c10::IntArrayRef window = {-1, -1},
-                                     const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+                                     const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+                                     const std::optional<at::Tensor>& kv_starts = std::nullopt);
 
 // The same for sequences of different lengths, packed behind each other without padding:
 //

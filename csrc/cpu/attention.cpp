@@ -174,7 +174,7 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
   auto result = allocate_backward(query, key, value, options);
   auto& [dq, dk, dv, dalpha] = result;
   if (options.q_seqlens) dq.zero_();
-  if (options.kv_seqlens || query.size(1) == 0) {  // keys of padding, or that no head asks for
+  if (options.kv_seqlens || options.kv_starts || query.size(1) == 0) {  // keys of padding, or that no head asks for
     dk.zero_();
     dv.zero_();
   }

@@ -3,6 +3,8 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+
 #include "ops/attention_checks.h"
 
 namespace adasplash::cpu {
@@ -15,16 +17,16 @@ std::vector<T> values_of(const at::Tensor& t) {
   return {data, data + dense.numel()};
 }
 
-// The lengths of a right-padded batch: `longest` each where none are given.
-std::vector<int64_t> padded_lengths(const char* op, const char* name, const OptionalTensor& seqlens, int64_t entries,
-                                    const char* dimension, int64_t longest) {
-  if (!seqlens) return std::vector<int64_t>(entries, longest);
-  const auto lengths = values_of<int64_t>(*seqlens);
-  for (size_t b = 0; b < lengths.size(); ++b) {
-    TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= longest, op, ": ", name, " must be from 0 to ", dimension, " ",
-                longest, ", got ", lengths[b], " at [", b, "]");
+// A row for each entry of a padded batch, where its sequence starts or ends: `otherwise` each where none are given.
+std::vector<int64_t> rows_of_entries(const char* op, const char* name, const OptionalTensor& given, int64_t entries,
+                                     const char* dimension, int64_t longest, int64_t otherwise) {
+  if (!given) return std::vector<int64_t>(entries, otherwise);
+  const auto rows = values_of<int64_t>(*given);
+  for (size_t b = 0; b < rows.size(); ++b) {
+    TORCH_CHECK(rows[b] >= 0 && rows[b] <= longest, op, ": ", name, " must be from 0 to ", dimension, " ", longest,
+                ", got ", rows[b], " at [", b, "]");
   }
-  return lengths;
+  return rows;
 }
 
 // Where the sequences of a packed tensor begin, and where the last one ends.
@@ -66,10 +68,14 @@ std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& ke
                            .first_tile_row = packed_tile_row<int64_t>(b, q[b])});
     }
   } else {
-    const int64_t entries = query.size(0);
-    const auto q = padded_lengths(op, "q_seqlens", o.q_seqlens, entries, "query's length", query.size(2));
-    const auto k = padded_lengths(op, "kv_seqlens", o.kv_seqlens, entries, "key's length", key.size(2));
-    for (int64_t b = 0; b < entries; ++b) sequences.push_back({.entry = b, .queries = q[b], .keys = k[b]});
+    const int64_t entries = query.size(0), queries = query.size(2), keys = key.size(2);
+    const auto q = rows_of_entries(op, "q_seqlens", o.q_seqlens, entries, "query's length", queries, queries);
+    const auto start = rows_of_entries(op, "kv_starts", o.kv_starts, entries, "key's length", keys, 0);
+    const auto end = rows_of_entries(op, "kv_seqlens", o.kv_seqlens, entries, "key's length", keys, keys);
+    for (int64_t b = 0; b < entries; ++b) {
+      sequences.push_back(
+          {.entry = b, .queries = q[b], .first_key = start[b], .keys = std::max<int64_t>(end[b] - start[b], 0)});
+    }
   }
   for (const Sequence& s : sequences) {  // keys are counted in int32
     TORCH_CHECK(s.keys <= INT32_MAX, op, ": key must hold at most ", INT32_MAX, " keys, got ", s.keys);

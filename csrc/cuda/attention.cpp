@@ -80,10 +80,11 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
     for (const at::Tensor& t : {grad_query, grad_key, grad_value, alpha_terms}) t.zero_();
   }
   const int64_t heads = AttentionShape::of(query, key, value, options).batch.expect_int() * query.size(1);
-  if (heads == 0) {  // keys that no head asks for
+  if (options.kv_starts || heads == 0) {  // keys before the first of their sequence, or that no head asks for
     grad_key.zero_();
     grad_value.zero_();
-  } else {
+  }
+  if (heads > 0) {
     for (const Part& part : Part::all(inputs, implementation.backward_scratch(inputs))) {
       implementation.backward({inputs.op, part.queries(query), part.keys(key), part.keys(value), part.options(options)},
                               {part.queries(grad_out), part.rows(row_state), part.rows(tiles),

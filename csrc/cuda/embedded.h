@@ -17,8 +17,9 @@ constexpr const char* kKernelNames[] = {"attend", "mark", "grad_query", "grad_ke
 // The alphas that kernels have code of their own for; kAny is the code that takes alpha at run time.
 enum class AlphaCode { kAny, k15, k2 };
 
-// How kernels are given the lengths of sequences: not at all, one length a sequence, or the packed form's offsets.
-enum class LengthsKind : int32_t { kNone = 0, kPadded = 1, kPacked = 2 };
+// How kernels are given the lengths of sequences: not at all, one length a sequence, the packed form's offsets, or
+// where each sequence of a padded batch starts and ends.
+enum class LengthsKind : int32_t { kNone = 0, kPadded = 1, kPacked = 2, kBounds = 3 };
 
 // Where kernels find alpha: a number among their arguments, or in memory, one for all heads or one for each.
 enum class AlphaSource : int32_t { kNumber = 0, kShared = 1, kPerHead = 2 };

@@ -45,8 +45,9 @@ struct BackwardInputs {
   const OptionalTensor& out;  // the forward's output, where it was kept
 };
 
-// Where the backward writes, as the forward does. alpha_terms (of row_state's shape without its last dimension, empty
-// unless the gradient of alpha is asked for) are what each row adds to the gradient of its alpha.
+// Where the backward writes, as the forward does; gradients of keys before kv_starts are zero already, too. alpha_terms
+// (of row_state's shape without its last dimension, empty unless the gradient of alpha is asked for) are what each row
+// adds to the gradient of its alpha.
 struct BackwardOutputs {
   const at::Tensor &grad_query, &grad_key, &grad_value, &alpha_terms;
 };

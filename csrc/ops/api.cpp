@@ -10,17 +10,17 @@ namespace adasplash {
 at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double alpha,
                        bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
                        const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
-                       const std::optional<at::Tensor>& alibi_slopes) {
+                       const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& kv_starts) {
   static const auto op = find_op<PaddedSignature<double>>("adasplash::entmax_attn");
-  return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes);
+  return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts);
 }
 
 at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& alpha,
                        bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
                        const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
-                       const std::optional<at::Tensor>& alibi_slopes) {
+                       const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& kv_starts) {
   static const auto op = find_op<PaddedSignature<PerHead>>("adasplash::entmax_attn", "per_head");
-  return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes);
+  return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts);
 }
 
 at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

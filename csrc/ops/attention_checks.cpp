@@ -54,6 +54,7 @@ void check_cu_seqlens(const char* op, const at::Tensor& query, const AttentionOp
   TORCH_CHECK(options.cu_seqlens_q && options.cu_seqlens_k, op, ": cu_seqlens_q and cu_seqlens_k go together");
   TORCH_CHECK(!options.q_seqlens && !options.kv_seqlens, op,
               ": q_seqlens and kv_seqlens are of the padded form; cu_seqlens_q and cu_seqlens_k say the lengths here");
+  TORCH_CHECK(!options.kv_starts, op, ": kv_starts are of the padded form; cu_seqlens_k says where keys start here");
   check_lengths(op, "cu_seqlens_q", "(batch + 1,)", *options.cu_seqlens_q, query);
   check_lengths(op, "cu_seqlens_k", "(batch + 1,)", *options.cu_seqlens_k, query);
   const c10::SymInt size = options.cu_seqlens_q->sym_size(0);
@@ -157,6 +158,7 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
   }
   check_seqlens(op, "q_seqlens", options.q_seqlens, shape, query);
   check_seqlens(op, "kv_seqlens", options.kv_seqlens, shape, query);
+  check_seqlens(op, "kv_starts", options.kv_starts, shape, query);
   TORCH_CHECK(options.window[0] >= -1 && options.window[1] >= -1, op,
               ": window (left, right) must be 0 or more each, or -1 for no limit, got (", options.window[0], ", ",
               options.window[1], ")");

@@ -35,6 +35,7 @@ struct AttentionOptions {
   c10::SymInt max_seqlen_q = 0, max_seqlen_k = 0;
   std::array<int64_t, 2> window = {-1, -1};  // (left, right), inclusive; -1 is unlimited
   OptionalTensor alibi_slopes;               // (H,) or (B, H) float32
+  OptionalTensor kv_starts;                  // (B,), padded form: the first key of each entry
 
   // Whether this is the packed form, whose sequences stand behind each other in one dimension of tokens.
   bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
@@ -99,10 +100,11 @@ inline constexpr Option kMaxSeqlenQ("max_seqlen_q", &AttentionOptions::max_seqle
 inline constexpr Option kMaxSeqlenK("max_seqlen_k", &AttentionOptions::max_seqlen_k);
 inline constexpr Option kWindow("window", &AttentionOptions::window, "[-1, -1]");
 inline constexpr Option kAlibiSlopes("alibi_slopes", &AttentionOptions::alibi_slopes, "None");
+inline constexpr Option kKvStarts("kv_starts", &AttentionOptions::kv_starts, "None");
 
 // The public ops: what follows alpha, of which all but the first are taken by name only. The packed form has its
 // lengths, which have no defaults, before alpha.
-inline constexpr std::tuple kPaddedOptions(kIsCausal, kScale, kQSeqlens, kKvSeqlens, kWindow, kAlibiSlopes);
+inline constexpr std::tuple kPaddedOptions(kIsCausal, kScale, kQSeqlens, kKvSeqlens, kWindow, kAlibiSlopes, kKvStarts);
 inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlopes);
 
 // The private pair, which serves the padded and the packed form, alpha as a number (head_alpha absent) and per head.
@@ -111,7 +113,7 @@ inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlo
 // files from before them leave them out.
 inline constexpr std::tuple kFirstOptions(kHeadAlpha, kAlpha, kIsCausal, kScale, kQSeqlens, kKvSeqlens, kCuSeqlensQ,
                                           kCuSeqlensK, kMaxSeqlenQ, kMaxSeqlenK, kWindow, kAlibiSlopes);
-inline constexpr std::tuple kLaterOptions;
+inline constexpr std::tuple kLaterOptions(kKvStarts);
 inline constexpr std::tuple kAllOptions = std::tuple_cat(kFirstOptions, kLaterOptions);
 
 // Whether the private pair hands on every option of a list; one that it does not would be lost on the way.

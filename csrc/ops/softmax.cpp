@@ -14,6 +14,7 @@ at::Tensor softmax_attn(const at::Tensor& query, const at::Tensor& key, const at
   };
   refuse_if(o.q_seqlens.has_value(), "q_seqlens");
   refuse_if(o.kv_seqlens.has_value(), "kv_seqlens");
+  refuse_if(o.kv_starts.has_value(), "kv_starts");
   refuse_if(o.window[0] != -1 || o.window[1] != -1, "window");
   refuse_if(o.alibi_slopes.has_value(), "alibi_slopes");
   const auto shape = AttentionShape::of(query, key, value, o);

@@ -13,12 +13,13 @@ UNLIMITED = tl.constexpr(1 << 30)
 LENGTHS_NONE = tl.constexpr(0)
 LENGTHS_PADDED = tl.constexpr(1)  # (B,) length of every sequence of a right-padded batch
 LENGTHS_PACKED = tl.constexpr(2)  # (B + 1,) offsets into a packed batch
+LENGTHS_BOUNDS = tl.constexpr(3)  # (B, 2) first row and end of every sequence of a padded batch
 
 
 class Sequences(NamedTuple):
     """The sequences of one side, queries or keys."""
 
-    lengths: tl.tensor  # or offsets
+    lengths: tl.tensor  # or offsets, or bounds
     lengths_kind: tl.tensor
     rows: tl.tensor  # of storage: of a sequence, or of a whole packed batch
     max_seqlen: tl.tensor  # most rows that one of them has
@@ -64,13 +65,16 @@ def sequence_bounds(sequences, batch):
     """One of the sequences. Lengths come from the user's GPU memory unchecked, so they are clamped: wrong ones give
     wrong rows, never a stray access. Offsets never fall, which the host sees to."""
     kind, rows, limit = sequences.lengths_kind, sequences.rows, sequences.max_seqlen
-    given = tl.load(sequences.lengths + batch, mask=kind != LENGTHS_NONE, other=limit)
-    end = tl.load(sequences.lengths + batch + 1, mask=kind == LENGTHS_PACKED, other=rows)
-    packed = kind == LENGTHS_PACKED
-    offset = tl.where(packed, tl.minimum(tl.maximum(given, 0), rows), 0)
-    length = tl.where(packed, tl.minimum(end, rows) - offset, given)
+    starts = kind >= LENGTHS_PACKED  # whether each sequence has one of its own, with its end behind it
+    place = sequences.lengths + tl.where(kind == LENGTHS_BOUNDS, 2 * batch, batch)
+    given = tl.load(place, mask=kind != LENGTHS_NONE, other=limit)
+    end = tl.load(place + 1, mask=starts, other=rows)
+    offset = tl.where(starts, tl.minimum(tl.maximum(given, 0), rows), 0)
+    length = tl.where(starts, tl.minimum(end, rows) - offset, given)
     length = tl.minimum(tl.maximum(length, 0), limit)
-    return Sequence(offset.to(tl.int64), length, tl.where(packed, length, limit))
+    # A padded sequence's rows go on behind its end; those before its start are zeroed by the host.
+    extent = tl.where(kind == LENGTHS_PACKED, length, limit - offset)
+    return Sequence(offset.to(tl.int64), length, extent)
 
 
 @triton.jit

@@ -1,6 +1,8 @@
 #include "cuda/portable/call.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -46,12 +48,24 @@ bool is_aligned(const at::Tensor& t) {
   return (reinterpret_cast<uintptr_t>(t.const_data_ptr()) | elements * t.element_size()) % kAlignment == 0;
 }
 
-// Lengths as the kernels take them: a copy, which nobody changes while they run. Offsets of packed sequences must not
-// fall, or two sequences would have scratch in common; values out of the range of int32 must not wrap into it.
+// Rows that a user's tensor names, as the kernels take them: a copy, which nobody changes while they run. Values out of
+// the range of int32 must not wrap into it.
+at::Tensor as_rows(const at::Tensor& given) {
+  return given.clamp(0, std::numeric_limits<int32_t>::max()).to(at::kInt).contiguous();
+}
+
+// Lengths, or the packed form's offsets, which must not fall, or two sequences would have scratch in common.
 at::Tensor as_lengths(const OptionalTensor& padded, const OptionalTensor& packed) {
-  if (!padded && !packed) return {};
-  const at::Tensor lengths = packed ? std::get<0>(packed->cummax(0)) : *padded;
-  return lengths.clamp(0, std::numeric_limits<int32_t>::max()).to(at::kInt).contiguous();
+  if (packed) return as_rows(std::get<0>(packed->cummax(0)));
+  return padded ? as_rows(*padded) : at::Tensor();
+}
+
+// The same for keys, which may have starts: then (B, 2), where each sequence starts and ends.
+at::Tensor as_key_lengths(const at::Tensor& key, const AttentionOptions& options) {
+  if (!options.kv_starts) return as_lengths(options.kv_seqlens, options.cu_seqlens_k);
+  const at::Tensor starts = as_rows(*options.kv_starts);
+  const at::Tensor ends = options.kv_seqlens ? as_rows(*options.kv_seqlens) : at::full_like(starts, key.size(2));
+  return at::stack({starts, ends}, 1);
 }
 
 at::DimVector padded_sizes(const at::Tensor& t) {
@@ -78,13 +92,14 @@ int32_t checked_count(const char* op, const char* what, const c10::SymInt& given
   return static_cast<int32_t>(count);
 }
 
-// One side's sequences. `lengths` are what as_lengths made of the options.
+// One side's sequences. `lengths` are what as_lengths or as_key_lengths made of the options.
 Sequences sequences_of(const at::Tensor& lengths, int32_t rows, const c10::SymInt& max_seqlen, int64_t batch,
                        const AttentionOptions& options) {
   const bool packed = options.packed();
-  const LengthsKind kind = packed              ? LengthsKind::kPacked
-                           : lengths.defined() ? LengthsKind::kPadded
-                                               : LengthsKind::kNone;
+  const LengthsKind kind = packed               ? LengthsKind::kPacked
+                           : !lengths.defined() ? LengthsKind::kNone
+                           : lengths.dim() == 2 ? LengthsKind::kBounds
+                                                : LengthsKind::kPadded;
   return {
       .lengths = pointer<int32_t>(lengths),
       .lengths_kind = static_cast<int32_t>(kind),
@@ -166,12 +181,9 @@ at::Tensor with_aligned_rows(const at::Tensor& t) {
   return rows;
 }
 
-// Of the packed form zeros: nobody writes the rows of tokens that no sequence has.
+// Zeros where the kernels may leave rows out: tokens that no sequence has, and keys before the first of theirs.
 AlignedResult::AlignedResult(const at::Tensor& result)
-    : rows(is_aligned(result)  ? result
-           : result.dim() == 3 ? at::zeros(padded_sizes(result), result.options())
-                               : at::empty(padded_sizes(result), result.options())),
-      result_(result) {}
+    : rows(is_aligned(result) ? result : at::zeros(padded_sizes(result), result.options())), result_(result) {}
 
 void AlignedResult::finish() const {
   if (!rows.is_same(result_)) result_.copy_(rows.narrow(-1, 0, result_.sizes().back()));
@@ -179,7 +191,7 @@ void AlignedResult::finish() const {
 
 PreparedCall::PreparedCall(const AttentionInputs& inputs)
     : query_lengths_(as_lengths(inputs.options.q_seqlens, inputs.options.cu_seqlens_q)),
-      key_lengths_(as_lengths(inputs.options.kv_seqlens, inputs.options.cu_seqlens_k)),
+      key_lengths_(as_key_lengths(inputs.key, inputs.options)),
       alphas_(as_floats(inputs.options.head_alpha)),
       slopes_(as_floats(inputs.options.alibi_slopes)),
       packed(inputs.options.packed()),
