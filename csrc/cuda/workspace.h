@@ -5,19 +5,12 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/SymInt.h>
 
 #include <array>
 #include <cstdint>
 #include <string_view>
 
 namespace adasplash::cuda {
-
-// To be replaced by that of ops/attention.h.
-inline c10::SymInt tile_row_count(const c10::SymInt& rows, const c10::SymInt& batch, bool packed) {
-  const int64_t r = rows.expect_int();
-  return c10::SymInt(((packed ? r / 64 + batch.expect_int() : (r + 63) / 64) + 1) / 2 * 2);
-}
 
 // How many there are, in a call or a part of one, of the things that scratch is needed for.
 struct Extents {
