@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TILE = 64  # kTile of csrc/attention.h
+_TILE = 64  # kTile of csrc/ops/attention.h
 _LIST_LENGTH = 64  # support_capacity on the CPU; the CUDA kernels make no lists
 
 # What is computed at a time, at a float64 for each score 4 MiB; the keys of the lists take 32 MiB at the most.
@@ -71,7 +71,10 @@ def attention_stats(
     Raises:
         RuntimeError: an argument does not fit; the message names it.
     """
-    call = _Call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes)
+    call = _Call(
+        query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
+        window=window, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     count = torch.zeros(call.rows, dtype=torch.int64, device=query.device)
     total = torch.zeros(call.rows, dtype=torch.float64, device=query.device)
     largest = torch.zeros_like(total)
@@ -125,7 +128,10 @@ def attention_weights(
     Raises:
         RuntimeError: an argument does not fit; the message names it.
     """
-    call = _Call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes)
+    call = _Call(
+        query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
+        window=window, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     nan_row = call.gap.isnan().nonzero().squeeze(1)
     nan_entries = nan_row, call.begin[nan_row], torch.full_like(nan_row, torch.nan, dtype=torch.float64)
     row, column, weight = _joined(itertools.chain([nan_entries], call.weights()))
@@ -153,6 +159,7 @@ class _Call:
         key: Tensor,
         value: Tensor,
         alpha: float | Tensor,
+        *,
         is_causal: bool,
         scale: float | None,
         q_seqlens: Tensor | None,
@@ -160,11 +167,25 @@ class _Call:
         window: tuple[int, int],
         alibi_slopes: Tensor | None,
     ):
-        number, tensor = (1.5, alpha) if isinstance(alpha, Tensor) else (alpha, None)
+        # The one place in Python that names all options of this op; those of the packed form are absent here.
         _, self.row_state, self.support, tiles = torch.ops.adasplash._entmax_attn_forward(
-            query, key, value, tensor, number, is_causal, scale, q_seqlens, kv_seqlens,
-            None, None, 0, 0, window, alibi_slopes, _LIST_LENGTH if query.device.type == "cpu" else 0,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            head_alpha=alpha if isinstance(alpha, Tensor) else None,
+            alpha=1.5 if isinstance(alpha, Tensor) else alpha,
+            is_causal=is_causal,
+            scale=scale,
+            q_seqlens=q_seqlens,
+            kv_seqlens=kv_seqlens,
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+            max_seqlen_q=0,
+            max_seqlen_k=0,
+            window=window,
+            alibi_slopes=alibi_slopes,
+            support_capacity=_LIST_LENGTH if query.device.type == "cpu" else 0,
+        )
         device = query.device
         self.query, self.key = query, key
         self.batch, self.heads, self.queries, head_dim = query.shape
@@ -191,10 +212,10 @@ class _Call:
     ) -> None:
         """Which keys each row sees, as docs/contract.md says: `begin` to `end`, and `place`, the key beside it."""
 
-        def lengths(given: Tensor | None, whole: int) -> Tensor:
-            if given is None:
+        def lengths(seqlens: Tensor | None, whole: int) -> Tensor:
+            if seqlens is None:
                 return torch.full((self.batch, 1), whole, device=self.query.device)
-            return given.long().clamp(0, whole)[:, None]
+            return seqlens.long().clamp(0, whole)[:, None]
 
         queries, keys = lengths(q_seqlens, self.queries), lengths(kv_seqlens, self.key.shape[2])
         row = torch.arange(self.padded, device=self.query.device)

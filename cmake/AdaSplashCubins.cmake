@@ -19,13 +19,16 @@ endif()
 
 target_sources(adasplash PRIVATE
   csrc/cuda/activation.cpp
+  csrc/cuda/attention.cpp
+  csrc/cuda/driver.cpp
+  csrc/cuda/embedded.cpp
+  csrc/cuda/implementation.cpp
+  csrc/cuda/part.cpp
+  csrc/cuda/register.cpp
   csrc/cuda/portable/backward.cpp
   csrc/cuda/portable/call.cpp
-  csrc/cuda/driver.cpp
   csrc/cuda/portable/forward.cpp
-  csrc/cuda/embedded.cpp
-  csrc/cuda/part.cpp
-  csrc/cuda/register.cpp)
+  csrc/cuda/portable/portable.cpp)
 target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})
 
 set(ADASPLASH_BUILT_ARCHS "${_wanted}")  # none, or a list

@@ -82,59 +82,60 @@ class ForwardRow {
       for_lanes<A>(count, [&](int64_t i, int64_t lanes) {
         store((load<A>(input_ + first + i, lanes) - Vec<A>(shift)) * Vec<A>(scale_), chunk_ + i, lanes);
       });
-      pad_scores(chunk_, count, Candidates<A>::kStep);
+      pad_z(chunk_, count, Candidates<A>::kStep);
       f(chunk_, first, count);
     }
   }
 
-  // tau - m, from below; `chunks` calls its argument with z - m in chunks.
+  // From below; `chunks` calls its argument with z - max in chunks.
   template <typename Chunks>
-  A find_threshold(const Chunks& chunks) const {
-    A tau = list_.tau_bound();
+  A find_gap(const Chunks& chunks) const {
+    A gap = list_.gap_bound();
     for (int step = 0; step < kMaxSteps; ++step) {
       Sums sums;
-      chunks([&](const A* z, int64_t count) { add_sums(weights_, z, count, A(0), tau, sums); });
-      if (!step_on(weights_, sums, tau)) break;
+      chunks([&](const A* z, int64_t count) { add_sums(weights_, z, count, A(0), gap, sums); });
+      if (!step_on(weights_, sums, gap)) break;
     }
-    return tau;
+    return gap;
   }
 
   void finish_list() {
-    A *const z = list_.z, top = -kInfinity<A>;
+    A *const z = list_.z, max = -kInfinity<A>;
     for (int64_t i = 0; i < list_.count; ++i) {
       z[i] = static_cast<A>(input_[list_.key[i]]);
-      top = std::max(top, z[i]);
+      max = std::max(max, z[i]);
     }
     // The difference of scores that matter is exact, that of their products with alpha - 1 is not.
-    for (int64_t i = 0; i < list_.count; ++i) z[i] = (z[i] - top) * scale_;
-    pad_scores(z, list_.count, kLanes<A>);
+    for (int64_t i = 0; i < list_.count; ++i) z[i] = (z[i] - max) * scale_;
+    pad_z(z, list_.count, kLanes<A>);
     const auto chunks = [&](const auto& f) {
       for (int64_t i = 0; i < list_.count; i += kChunk) f(z + i, std::min(kChunk, list_.count - i));
     };
-    const A tau = find_threshold(chunks);
+    const A gap = find_gap(chunks);
     double total = 0;
-    chunks([&](A* part, int64_t count) { total += to_weights(weights_, part, count, A(0), tau); });
-    const A factor = static_cast<A>(1 / total);
+    chunks([&](A* part, int64_t count) { total += to_weights(weights_, part, count, A(0), gap); });
+    const A normaliser = static_cast<A>(1 / total);
     std::fill_n(out_, n_, T(0));
-    for (int64_t i = 0; i < list_.count; ++i) out_[list_.key[i]] = static_cast<T>(z[i] * factor);
+    for (int64_t i = 0; i < list_.count; ++i) out_[list_.key[i]] = static_cast<T>(z[i] * normaliser);
   }
 
   void finish_dense() {
-    Vec<A> tops(-kInfinity<A>);
+    Vec<A> lane_max(-kInfinity<A>);
     for_lanes<A>(n_, [&](int64_t i, int64_t lanes) {
       const Vec<A> v = load<A>(input_ + i, lanes);
-      tops = at::vec::maximum(tops, lanes == kLanes<A> ? v : Vec<A>::set(Vec<A>(-kInfinity<A>), v, lanes));
+      lane_max = at::vec::maximum(lane_max, lanes == kLanes<A> ? v : Vec<A>::set(Vec<A>(-kInfinity<A>), v, lanes));
     });
-    const A top = max_lanes(tops);
-    const A tau = find_threshold(
-        [&](const auto& f) { for_chunks(top, [&](const A* z, int64_t, int64_t count) { f(z, count); }); });
+    const A max = max_lanes(lane_max);
+    const A gap =
+        find_gap([&](const auto& f) { for_chunks(max, [&](const A* z, int64_t, int64_t count) { f(z, count); }); });
     double total = 0;
-    for_chunks(top, [&](A* z, int64_t, int64_t count) { total += to_weights(weights_, z, count, A(0), tau); });
-    const Vec<A> factor(static_cast<A>(1 / total));
-    for_chunks(top, [&](A* z, int64_t first, int64_t count) {
-      to_weights(weights_, z, count, A(0), tau);
-      for_lanes<A>(
-          count, [&](int64_t i, int64_t lanes) { store_as(load<A>(z + i, lanes) * factor, out_ + first + i, lanes); });
+    for_chunks(max, [&](A* z, int64_t, int64_t count) { total += to_weights(weights_, z, count, A(0), gap); });
+    const Vec<A> normaliser(static_cast<A>(1 / total));
+    for_chunks(max, [&](A* z, int64_t first, int64_t count) {
+      to_weights(weights_, z, count, A(0), gap);
+      for_lanes<A>(count, [&](int64_t i, int64_t lanes) {
+        store_as(load<A>(z + i, lanes) * normaliser, out_ + first + i, lanes);
+      });
     });
   }
 

@@ -2,7 +2,6 @@
 #include "ops/attention.h"
 
 #include <ATen/Context.h>
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -15,12 +14,12 @@
 #include <cstdint>
 #include <limits>
 #include <numeric>
-#include <type_traits>
 #include <vector>
 
-#include "cpu/blas.h"
 #include "cpu/kernels.h"
 #include "cpu/options.h"
+#include "cpu/tasks.h"
+#include "cpu/types.h"
 #include "ops/attention_checks.h"
 
 namespace adasplash {
@@ -28,67 +27,12 @@ namespace {
 
 using namespace cpu;
 
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // The kernels read rows through BLAS: dense, not overlapping, with a stride that fits an int.
 at::Tensor with_dense_rows(const at::Tensor& t) {
   const bool dense = (t.size(3) <= 1 || t.stride(3) == 1) &&
                      (t.size(2) <= 1 || (t.stride(2) >= t.size(3) && t.stride(2) <= INT32_MAX));
   return dense ? t : t.contiguous();
 }
-
-#ifndef INTRA_OP_PARALLEL
-#error "at::parallel_for would run on one thread: compile with OpenMP"
-#endif
-
-// Runs task(index, scratch) for every index, on all threads. Threads take the next task when they are done with one, as
-// causal blocks differ in length; which thread runs a task changes nothing in its result.
-template <typename F>
-void run_tasks(int64_t count, int64_t scratch_bytes, const F& task) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const SingleThreadedBlas alone;
-    const at::DataPtr memory = at::getCPUAllocator()->allocate(scratch_bytes);
-    char* const scratch = static_cast<char*>(memory.get());
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(index, scratch);
-    }
-  });
-}
-
-// The blocks of rows that all heads of all sequences consist of, each a task.
-class Blocks {
- public:
-  struct Block {
-    size_t sequence;
-    int64_t head, first;  // the block's first row
-  };
-
-  Blocks(const std::vector<Sequence>& sequences, int64_t Sequence::* length, int64_t heads, int64_t block,
-         bool last_first)
-      : block_(block), last_first_(last_first) {
-    for (const Sequence& s : sequences) {
-      per_head_.push_back((s.*length + block - 1) / block);
-      ends_.push_back(count() + heads * per_head_.back());
-    }
-  }
-
-  int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
-
-  Block operator[](int64_t index) const {
-    const size_t sequence = std::upper_bound(ends_.begin(), ends_.end(), index) - ends_.begin();
-    const int64_t per_head = per_head_[sequence], within = index - (sequence == 0 ? 0 : ends_[sequence - 1]);
-    const int64_t place = within % per_head;
-    return {sequence, within / per_head, (last_first_ ? per_head - 1 - place : place) * block_};
-  }
-
- private:
-  const int64_t block_;
-  const bool last_first_;
-  std::vector<int64_t> per_head_, ends_;  // a sequence each
-};
 
 // Rows from `first` on of one head of a tensor (entries, heads, rows, width).
 template <typename T>
@@ -172,9 +116,6 @@ struct Call {
   const at::Tensor row_state_, support_, tiles_;
 };
 
-#define ADASPLASH_DISPATCH(TYPE, NAME, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, TYPE, NAME, __VA_ARGS__)
-
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const AttentionOptions& options, const c10::SymInt& support_capacity) {
   constexpr const char* name = "_entmax_attn_forward";
@@ -192,7 +133,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   }
   ADASPLASH_DISPATCH(query.scalar_type(), name, [&] {
     using A = Accumulate<scalar_t>;
-    const Call<scalar_t> call(query, key, value, options, {row_state, support, tiles, {}});
+    const Call<scalar_t> call(query, key, value, options, {row_state, support, tiles, /*out=*/{}});
     const auto& kernel = kernels<scalar_t, A>();
     const Blocks blocks = call.query_blocks();
     const at::Tensor out_by_head = by_head(out, options);
@@ -209,7 +150,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   return result;
 }
 
-// dalpha from every row's share (entries, heads, rows), in an order that no thread count changes.
+// dalpha from every row's part (entries, heads, rows), in an order that no thread count changes.
 void sum_alpha_terms(const at::Tensor& terms, at::Tensor& dalpha) {
   const int64_t entries = terms.size(0), heads = terms.size(1), rows = terms.size(2);
   const at::Tensor sums = at::zeros({heads}, at::kDouble);
@@ -226,10 +167,10 @@ void sum_alpha_terms(const at::Tensor& terms, at::Tensor& dalpha) {
   dalpha.copy_(dalpha.dim() == 0 ? at::scalar_tensor(std::accumulate(sum, sum + heads, 0.0), at::kDouble) : sums);
 }
 
-BackwardResult backward(const at::Tensor& grad_out_, const at::Tensor& query, const at::Tensor& key,
+BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
   constexpr const char* name = "_entmax_attn_backward";
-  check_backward(grad_out_, query, key, value, saved, options);
+  check_backward(grad_out, query, key, value, saved, options);
   auto result = allocate_backward(query, key, value, options);
   auto& [dq, dk, dv, dalpha] = result;
   if (options.q_seqlens) dq.zero_();
@@ -240,7 +181,7 @@ BackwardResult backward(const at::Tensor& grad_out_, const at::Tensor& query, co
   ADASPLASH_DISPATCH(query.scalar_type(), name, [&] {
     using A = Accumulate<scalar_t>;
     const Call<scalar_t> call(query, key, value, options, saved);
-    const at::Tensor grad_out = with_dense_rows(by_head(grad_out_, options)), dq_by_head = by_head(dq, options),
+    const at::Tensor grad_out_by_head = with_dense_rows(by_head(grad_out, options)), dq_by_head = by_head(dq, options),
                      dk_by_head = by_head(dk, options), dv_by_head = by_head(dv, options);
     const auto& kernel = kernels<scalar_t, A>();
     const int64_t scratch_bytes = kernel.backward_scratch(query.size(-1), value.size(-1), saved.support.size(-1));
@@ -252,7 +193,7 @@ BackwardResult backward(const at::Tensor& grad_out_, const at::Tensor& query, co
     const auto describe = [&](size_t sequence, int64_t h, BackwardHead<scalar_t, A>& head) {
       const Sequence& s = call.sequences[sequence];
       call.describe(sequence, h, head);
-      head.grad_out = rows_of<const scalar_t>(grad_out, s.entry, h, s.first_query);
+      head.grad_out = rows_of<const scalar_t>(grad_out_by_head, s.entry, h, s.first_query);
       head.dq = rows_of<scalar_t>(dq_by_head, s.entry, h, s.first_query);
       head.row_terms = reinterpret_cast<RowTerms<A>*>(row_terms.mutable_data_ptr<uint8_t>()) + call.first_row(s, h);
       if (alpha_terms.defined()) head.alpha_terms = alpha_terms.mutable_data_ptr<double>() + call.first_row(s, h);

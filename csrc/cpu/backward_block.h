@@ -1,12 +1,12 @@
-// The backward over the support. With u = p^(2-alpha) on the support, dP = dO.v and delta = sum(u dP) / sum(u):
-//   dS = u (dP - delta),  dq = scale sum_j dS k_j,  dk_j = scale sum_i dS q_i,  dv_j = sum_i p dO_i.
-// A first pass over blocks of queries gives delta, dq and each row's share of dalpha, a second one over blocks of keys
+// The backward over the support. With u = p^(2-alpha) on the support, dp = dO.v and delta = sum(u dp) / sum(u):
+//   ds = u (dp - delta),  dq = scale sum_j ds k_j,  dk_j = scale sum_i ds q_i,  dv_j = sum_i p dO_i.
+// A first pass over blocks of queries gives delta, dq and each row's part of dalpha, a second one over blocks of keys
 // gives dk and dv: no atomics, every sum in an order of its own that no thread count changes. Rows with a list of their
 // support cost what its length says; the others ("dense" rows) are rebuilt by matrix products over the tiles that hold
 // weight.
 #pragma once
 
-#include "cpu/blocks.h"
+#include "cpu/scores.h"
 #include "cpu/threshold.h"
 
 namespace adasplash::cpu {
@@ -17,29 +17,29 @@ struct BackwardBuffers {
   BackwardBuffers(int64_t head_dim, int64_t value_dim, int64_t capacity, Arena& arena)
       : query(arena.take<A>(kQueryBlock * head_dim)),
         grad_out(arena.take<A>(kQueryBlock * value_dim)),
-        scores(arena.take<A>(kQueryBlock * kBlockStride<A>)),
-        grads(arena.take<A>(kQueryBlock * kBlockStride<A>)),
+        z(arena.take<A>(kQueryBlock * kBlockStride<A>)),
+        dp(arena.take<A>(kQueryBlock * kBlockStride<A>)),
         columns(arena.take<A>(kKeyBlock * std::max(head_dim, value_dim))),
         list_z(arena.take<A>(capacity + kLanes<A>)),
         list_u(arena.take<A>(capacity + kLanes<A>)),
         list_dp(arena.take<A>(capacity + kLanes<A>)),
-        weighted_k(arena.take<A>(kQueryBlock * head_dim)),
-        plain_k(arena.take<A>(kQueryBlock * head_dim)),
+        u_dp_k(arena.take<A>(kQueryBlock * head_dim)),
+        u_k(arena.take<A>(kQueryBlock * head_dim)),
         sums(arena.take<RowSums>(kQueryBlock)),
         dense(arena.take<int64_t>(kQueryBlock)),
         dk{arena.take<A>(kKeyBlock * head_dim), head_dim},
         dv{arena.take<A>(kKeyBlock * value_dim), value_dim} {}
 
   struct RowSums {
-    A c = 0;  // taken off dP
-    double p = 0, u = 0, u_dp = 0;
-    double psi = 0, psi_dp = 0;  // of u psi, for dalpha
+    A dp_shift = 0;                 // taken off dp
+    double p = 0, u = 0, u_dp = 0;  // of p; of u; of u (dp - dp_shift)
+    double psi = 0, psi_dp = 0;     // of u psi; of u psi (dp - dp_shift), for dalpha
   };
-  A *query, *grad_out;  // the block's rows in type A
-  A *scores, *grads;    // of the block of queries and one block of keys: z, then u or p; dP, then dS
-  A* columns;
+  A *query, *grad_out;           // the block's rows in type A
+  A *z, *dp;                     // of the block of queries and one block of keys; then u or p, and ds
+  A* columns;                    // the block of keys in type A
   A *list_z, *list_u, *list_dp;  // of one row's support
-  A *weighted_k, *plain_k;       // A and b of dq / scale = A - delta b
+  A *u_dp_k, *u_k;               // sums of u (dp - dp_shift) k, and of u k, for each row
   RowSums* sums;
   int64_t* dense;  // the queries without a list, whose rows stand behind each other in what is above
   Rows<A> dk, dv;
@@ -91,7 +91,7 @@ class BackwardBlock {
     if (dense_count_ > 0) dense_query_pass();
   }
 
-  // Adds the block's share to dk and dv of the given keys.
+  // Adds the block's part to dk and dv of the given keys.
   void key_pass(Interval keys) {
     for (int64_t i = first_; i < first_ + rows_; ++i) {
       if (!is_dense(i)) list_key_pass(i, keys);
@@ -107,20 +107,19 @@ class BackwardBlock {
   const A* query_row(int64_t i) { return in_type<A>(head_.query[i], head_.head_dim, buffers_.query); }
   const A* grad_out_row(int64_t i) { return in_type<A>(head_.grad_out[i], head_.value_dim, buffers_.grad_out); }
 
-  // z and dP of the support entries of one row, into the list buffers.
+  // z and dp of the support entries of one row, into the list buffers.
   void list_products(int64_t i, const A* query, const A* grad_out, const int32_t* support, int64_t count) {
+    list_scores(head_, i, query, support, count, buffers_.list_z);
     for (int64_t e = 0; e < count; ++e) {
-      buffers_.list_z[e] = head_.z_scale() * dot(query, head_.key[support[e]], head_.head_dim);
       buffers_.list_dp[e] = dot(grad_out, head_.value[support[e]], head_.value_dim);
     }
-    if (head_.slope != 0) subtract_alibi(head_, i, support, count, buffers_.list_z);
-    pad_scores(buffers_.list_z, count, kLanes<A>);
+    pad_z(buffers_.list_z, count, kLanes<A>);
   }
 
   double list_alpha_sum(const RowTerms<A>& terms) const {
-    const AlphaFactor<A> psi(terms.max, terms.tau);
+    const AlphaFactor<A> psi(terms.max, terms.gap);
     double sum = 0;
-    for_lanes<A>(terms.count, [&](int64_t e, int64_t lanes) {  // z and u are padded, dP is not
+    for_lanes<A>(terms.count, [&](int64_t e, int64_t lanes) {  // z and u are padded, dp is not
       const Vec<A> dp = load<A>(buffers_.list_dp + e, lanes);
       const Vec<A> weighted = Vec<A>::loadu(buffers_.list_u + e) * psi(Vec<A>::loadu(buffers_.list_z + e));
       sum += sum_lanes(weighted * (dp - Vec<A>(terms.delta)));
@@ -139,27 +138,28 @@ class BackwardBlock {
     const A* dp = buffers_.list_dp;
     if (count > 0) {
       list_products(i, query_row(i), grad_out_row(i), support, count);
-      // Dot products round otherwise than the forward's matrix products. Settling tau on these very scores keeps the
+      // Dot products round otherwise than the forward's matrix products. Settling the gap on these very z keeps the
       // weights summing to one, which matters where scores are large.
       terms.max = *std::max_element(z, z + count);
-      terms.tau = solve(weights_, z, count, terms.max, head_.row_state[2 * i + 1]);
+      terms.gap = solve(weights_, z, count, terms.max, head_.row_state[2 * i + 1]);
       double sum_p = 0, sum_u = 0, sum_u_dp = 0;
       for (int64_t e = 0; e < count; e += kLanes<A>) {
-        const Vec<A> t = excess(Vec<A>::loadu(z + e), terms.max, terms.tau);
-        weights_.u(t).store(u + e);
-        sum_p += sum_lanes(t * Vec<A>::loadu(u + e));
+        const Vec<A> excess = excess_of(Vec<A>::loadu(z + e), terms.max, terms.gap);
+        weights_.u(excess).store(u + e);
+        sum_p += sum_lanes(excess * Vec<A>::loadu(u + e));
       }
       for (int64_t e = 0; e < count; ++e) {
         sum_u += u[e];
         sum_u_dp += static_cast<double>(u[e]) * dp[e];
       }
-      terms.normalizer = static_cast<A>(1 / sum_p);
+      terms.normaliser = static_cast<A>(1 / sum_p);
       terms.delta = static_cast<A>(sum_u_dp / sum_u);
       if (head_.alpha_terms != nullptr) save_alpha_term(i, list_alpha_sum(terms));
       for (int64_t e = 0; e < count; ++e) u[e] *= (dp[e] - terms.delta) * static_cast<A>(head_.scale);
     }
-    weighted_sum(u, support, count, head_.key, head_.head_dim, buffers_.plain_k);
-    convert_back(buffers_.plain_k, head_.head_dim, head_.dq[i]);
+    A* dq = buffers_.u_k;  // the list's u are ds by now
+    weighted_sum(u, support, count, head_.key, head_.head_dim, dq);
+    convert_back(dq, head_.head_dim, head_.dq[i]);
   }
 
   void list_key_pass(int64_t i, Interval keys) {
@@ -173,11 +173,11 @@ class BackwardBlock {
     const A* grad_out = grad_out_row(i);
     list_products(i, query, grad_out, begin, end - begin);
     for (int64_t e = 0; e < end - begin; e += kLanes<A>) {
-      const Vec<A> t = excess(Vec<A>::loadu(buffers_.list_z + e), terms.max, terms.tau);
-      const Vec<A> u = weights_.u(t);
+      const Vec<A> excess = excess_of(Vec<A>::loadu(buffers_.list_z + e), terms.max, terms.gap);
+      const Vec<A> u = weights_.u(excess);
       const Vec<A> ds = u * (Vec<A>::loadu(buffers_.list_dp + e) - Vec<A>(terms.delta));
       ds.store(buffers_.list_u + e);
-      (t * u * Vec<A>(terms.normalizer)).store(buffers_.list_z + e);
+      (excess * u * Vec<A>(terms.normaliser)).store(buffers_.list_z + e);
     }
     for (int64_t e = 0; e < end - begin; ++e) {
       const int64_t k = begin[e] - keys.begin;
@@ -196,28 +196,28 @@ class BackwardBlock {
     }
   }
 
-  // Calls f(keys) for the blocks of keys in which this block of queries has weight, with z and dP computed.
+  // Calls f(keys) for the blocks of keys in which this block of queries has weight, with z and dp computed.
   template <typename F>
   void for_dense_blocks(Interval within, const F& f) {
     for_key_blocks(head_, first_, rows_, [&](Interval keys) {
       if (keys.begin >= within.end || keys.end <= within.begin || !tiles_.any(keys)) return;
-      multiply_scores(
+      block_scores(
           head_, Rows<const A>{buffers_.query, head_.head_dim}, dense_count_,
-          [&](int64_t d) { return buffers_.dense[d]; }, keys, buffers_.columns, buffers_.scores);
+          [&](int64_t d) { return buffers_.dense[d]; }, keys, buffers_.columns, buffers_.z);
       multiply(Rows<const A>{buffers_.grad_out, head_.value_dim}, dense_count_, A(1), head_.value, keys,
-               head_.value_dim, buffers_.columns, buffers_.grads);
+               head_.value_dim, buffers_.columns, buffers_.dp);
       f(keys);
     });
   }
 
-  // Calls f(d, query, number of its visible keys, z and dP there) for every dense row, and zeroes both blocks where it
+  // Calls f(d, query, number of its visible keys, z and dp there) for every dense row, and zeroes both blocks where it
   // does not see.
   template <typename F>
   void for_dense_rows(Interval keys, const F& f) {
     for (int64_t d = 0; d < dense_count_; ++d) {
       const int64_t i = buffers_.dense[d];
-      A* z = buffers_.scores + d * kBlockStride<A>;
-      A* dp = buffers_.grads + d * kBlockStride<A>;
+      A* z = buffers_.z + d * kBlockStride<A>;
+      A* dp = buffers_.dp + d * kBlockStride<A>;
       Interval visible = head_.visible(i).clip(keys.begin, keys.end);
       if (visible.empty()) visible = {keys.end, keys.end};
       const int64_t before = visible.begin - keys.begin;
@@ -230,52 +230,52 @@ class BackwardBlock {
   }
 
   Vec<A> dense_excess(int64_t i, const Vec<A>& z) const {
-    const A max = head_.row_state[2 * i], tau = head_.row_state[2 * i + 1];
-    return std::isnan(max) ? Vec<A>(kNaN<A>) : excess(z, max, tau);
+    const A max = head_.row_state[2 * i], gap = head_.row_state[2 * i + 1];
+    return std::isnan(max) ? Vec<A>(kNaN<A>) : excess_of(z, max, gap);
   }
-  Vec<A> dense_u(const Vec<A>& t) const { return weights_.u(t) + (t - t); }  // NaN stays NaN
+  Vec<A> dense_u(const Vec<A>& excess) const { return weights_.u(excess) + (excess - excess); }  // NaN stays NaN
 
-  // One pass: with any constant c of the row, dq / scale = sum(u (dP - c) k) - (delta - c) sum(u k). c is the delta of
-  // the keys so far, so that little is left to cancel, whatever mean values and keys have.
+  // One pass: with any dp_shift of the row, dq / scale = sum(u (dp - dp_shift) k) - (delta - dp_shift) sum(u k). The
+  // shift is the delta of the keys so far, so that little is left to cancel, whatever mean values and keys have.
   void dense_query_pass() {
     pack_dense_rows();
     const int64_t dim = head_.head_dim;
-    std::fill_n(buffers_.weighted_k, dense_count_ * dim, A(0));
-    std::fill_n(buffers_.plain_k, dense_count_ * dim, A(0));
+    std::fill_n(buffers_.u_dp_k, dense_count_ * dim, A(0));
+    std::fill_n(buffers_.u_k, dense_count_ * dim, A(0));
     std::fill_n(buffers_.sums, dense_count_, typename BackwardBuffers<A>::RowSums{});
     for_dense_blocks({0, head_.keys}, [&](Interval keys) {
       for_dense_rows(keys, [&](int64_t d, int64_t query, int64_t n, A* z, A* dp) {
         auto& sums = buffers_.sums[d];
-        const AlphaFactor<A> factor(head_.row_state[2 * query], head_.row_state[2 * query + 1]);
+        const AlphaFactor<A> psi_of(head_.row_state[2 * query], head_.row_state[2 * query + 1]);
         double p = 0, u = 0, u_dp = 0, psi = 0, psi_dp = 0;
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
-          // Lanes beyond the row are no keys: their t must not count.
-          Vec<A> t = dense_excess(query, load<A>(z + i, lanes));
-          if (lanes < kLanes<A>) t = Vec<A>::set(Vec<A>(0), t, lanes);
-          const Vec<A> weights = dense_u(t);
-          p += sum_lanes(t * weights);
-          u += sum_lanes(weights);
-          const Vec<A> shifted = load<A>(dp + i, lanes) - Vec<A>(sums.c);
-          u_dp += sum_lanes(weights * shifted);
+          // Lanes beyond the row are no keys: their excess must not count.
+          Vec<A> excess = dense_excess(query, load<A>(z + i, lanes));
+          if (lanes < kLanes<A>) excess = Vec<A>::set(Vec<A>(0), excess, lanes);
+          const Vec<A> own_u = dense_u(excess);
+          p += sum_lanes(excess * own_u);
+          u += sum_lanes(own_u);
+          const Vec<A> shifted = load<A>(dp + i, lanes) - Vec<A>(sums.dp_shift);
+          u_dp += sum_lanes(own_u * shifted);
           if (head_.alpha_terms != nullptr) {
-            const Vec<A> weighted = weights * factor(load<A>(z + i, lanes));
+            const Vec<A> weighted = own_u * psi_of(load<A>(z + i, lanes));
             psi += sum_lanes(weighted);
             psi_dp += sum_lanes(weighted * shifted);
           }
-          store(weights, z + i, lanes);
+          store(own_u, z + i, lanes);
         });
         if (u == 0) {
           std::fill_n(dp, n, A(0));
           return;
         }
         const A step = static_cast<A>((sums.u_dp + u_dp) / (sums.u + u));
-        sums.c += step;
-        add_scaled(-step, buffers_.plain_k + d * dim, dim, buffers_.weighted_k + d * dim);
+        sums.dp_shift += step;
+        add_scaled(-step, buffers_.u_k + d * dim, dim, buffers_.u_dp_k + d * dim);
         sums.u_dp -= step * sums.u;
         sums.psi += psi;
         sums.psi_dp += psi_dp - step * sums.psi;
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
-          const Vec<A> weighted = load<A>(z + i, lanes) * (load<A>(dp + i, lanes) - Vec<A>(sums.c));
+          const Vec<A> weighted = load<A>(z + i, lanes) * (load<A>(dp + i, lanes) - Vec<A>(sums.dp_shift));
           store(weighted, dp + i, lanes);
           sums.u_dp += sum_lanes(load<A>(dp + i, lanes));
         });
@@ -283,20 +283,20 @@ class BackwardBlock {
         sums.u += u;
       });
       const Rows<const A> k = in_type<A>(head_.key, keys.begin, keys.size(), dim, buffers_.columns);
-      Gemm<A>::nn(dense_count_, dim, keys.size(), A(1), buffers_.grads, kBlockStride<A>, k.data, k.stride, A(1),
-                  buffers_.weighted_k, dim);
-      Gemm<A>::nn(dense_count_, dim, keys.size(), A(1), buffers_.scores, kBlockStride<A>, k.data, k.stride, A(1),
-                  buffers_.plain_k, dim);
+      Gemm<A>::nn(dense_count_, dim, keys.size(), A(1), buffers_.dp, kBlockStride<A>, k.data, k.stride, A(1),
+                  buffers_.u_dp_k, dim);
+      Gemm<A>::nn(dense_count_, dim, keys.size(), A(1), buffers_.z, kBlockStride<A>, k.data, k.stride, A(1),
+                  buffers_.u_k, dim);
     });
     for (int64_t d = 0; d < dense_count_; ++d) {
       const int64_t query = buffers_.dense[d];
       const auto& sums = buffers_.sums[d];
       const A rest = static_cast<A>(sums.u_dp / sums.u);
-      head_.row_terms[query].delta = sums.c + rest;
-      head_.row_terms[query].normalizer = static_cast<A>(1 / sums.p);
+      head_.row_terms[query].delta = sums.dp_shift + rest;
+      head_.row_terms[query].normaliser = static_cast<A>(1 / sums.p);
       if (head_.alpha_terms != nullptr) save_alpha_term(query, sums.psi_dp - rest * sums.psi);
-      A* dq = buffers_.weighted_k + d * dim;
-      add_scaled(-rest, buffers_.plain_k + d * dim, dim, dq);
+      A* dq = buffers_.u_dp_k + d * dim;
+      add_scaled(-rest, buffers_.u_k + d * dim, dim, dq);
       for (int64_t i = 0; i < dim; ++i) dq[i] *= static_cast<A>(head_.scale);
       convert_back(dq, dim, head_.dq[query]);
     }
@@ -308,16 +308,16 @@ class BackwardBlock {
       for_dense_rows(seen, [&](int64_t, int64_t query, int64_t n, A* z, A* dp) {
         const RowTerms<A>& terms = head_.row_terms[query];
         for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
-          const Vec<A> t = dense_excess(query, load<A>(z + i, lanes));
-          const Vec<A> u = dense_u(t);
-          store(t * u * Vec<A>(terms.normalizer), z + i, lanes);
+          const Vec<A> excess = dense_excess(query, load<A>(z + i, lanes));
+          const Vec<A> u = dense_u(excess);
+          store(excess * u * Vec<A>(terms.normaliser), z + i, lanes);
           store(u * (load<A>(dp + i, lanes) - Vec<A>(terms.delta)), dp + i, lanes);
         });
       });
       const int64_t offset = seen.begin - keys.begin;
-      Gemm<A>::tn(seen.size(), head_.head_dim, dense_count_, static_cast<A>(head_.scale), buffers_.grads,
-                  kBlockStride<A>, buffers_.query, head_.head_dim, A(1), buffers_.dk[offset], buffers_.dk.stride);
-      Gemm<A>::tn(seen.size(), head_.value_dim, dense_count_, A(1), buffers_.scores, kBlockStride<A>, buffers_.grad_out,
+      Gemm<A>::tn(seen.size(), head_.head_dim, dense_count_, static_cast<A>(head_.scale), buffers_.dp, kBlockStride<A>,
+                  buffers_.query, head_.head_dim, A(1), buffers_.dk[offset], buffers_.dk.stride);
+      Gemm<A>::tn(seen.size(), head_.value_dim, dense_count_, A(1), buffers_.z, kBlockStride<A>, buffers_.grad_out,
                   head_.value_dim, A(1), buffers_.dv[offset], buffers_.dv.stride);
     });
   }

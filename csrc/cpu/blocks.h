@@ -1,4 +1,4 @@
-// What forward and backward share: the scores of a block of queries against a block of keys, and the tile bits.
+// What forward and backward share: products of a block of queries with a block of keys, and the tile bits.
 #pragma once
 
 #include "cpu/blas.h"
@@ -18,7 +18,7 @@ inline void for_key_blocks(const Head<T, A>& head, int64_t first, int64_t rows, 
   }
 }
 
-// A block of scores or of dO.v, row-major; wide enough for the padding that scans ask for.
+// From row to row of a block of z or of dp, row-major; wide enough for the padding that scans ask for.
 template <typename A>
 constexpr int64_t kBlockStride = kKeyBlock + 4 * kLanes<A>;
 
@@ -33,28 +33,6 @@ inline void multiply(Rows<const A> left, int64_t rows, A scale, Rows<const T> ri
   for (int64_t r = 0; scale == 0 && r < rows; ++r) {
     for (int64_t i = 0; i < keys.size(); ++i) block[r * kBlockStride<A> + i] *= scale;
   }
-}
-
-// What ALiBi takes off the scores of one query with keys.
-template <typename T, typename A>
-inline void subtract_alibi(const Head<T, A>& head, int64_t query, Interval keys, A* z) {
-  const A slope = head.z_slope(), first = static_cast<A>(keys.begin - head.place(query));
-  const auto n = static_cast<int32_t>(keys.size());
-  for (int32_t i = 0; i < n; ++i) z[i] -= slope * std::abs(first + static_cast<A>(i));
-}
-template <typename T, typename A>
-inline void subtract_alibi(const Head<T, A>& head, int64_t query, const int32_t* keys, int64_t count, A* z) {
-  const A slope = head.z_slope();
-  for (int64_t e = 0; e < count; ++e) z[e] -= slope * std::abs(static_cast<A>(keys[e] - head.place(query)));
-}
-
-// The z of rows of query, given in type A, with a block of keys; query_of(r) says which query row r is.
-template <typename T, typename A, typename F>
-inline void multiply_scores(const Head<T, A>& head, Rows<const A> query, int64_t rows, const F& query_of, Interval keys,
-                            A* converted, A* block) {
-  multiply(query, rows, head.z_scale(), head.key, keys, head.head_dim, converted, block);
-  if (head.slope == 0) return;
-  for (int64_t r = 0; r < rows; ++r) subtract_alibi(head, query_of(r), keys, block + r * kBlockStride<A>);
 }
 
 // The tile bits of one row of 64 x 64 tiles; none are kept in inference.

@@ -1,7 +1,7 @@
-// The candidates of a row: the few scores that can still get weight, found in one pass over all of them.
+// The candidates of a row: the few keys that can still get weight, found in one pass over all z.
 //
-// Only scores above max - 1 can have weight. The threshold of the keys seen so far is never above that of all keys, so
-// it rules out more: a few Newton steps on the short list raise the bound, and the list stays short.
+// Only keys with z above max - 1 can have weight. The threshold of the keys seen so far is never above that of all
+// keys, so it rules out more: a few Newton steps on the short list raise the bound, and the list stays short.
 #pragma once
 
 #include "cpu/threshold.h"
@@ -22,13 +22,13 @@ struct Candidates {
   int32_t* key;
   int64_t most = kMaxCandidates;
   int64_t count = 0, refine_at = kFirstRefinement;
-  A max = -kInfinity<A>;    // of all scores seen; NaN if one was
-  A bound = -kInfinity<A>;  // no score up to here can get weight
+  A max = -kInfinity<A>;    // of all z seen; NaN if one was
+  A bound = -kInfinity<A>;  // no key with z up to here can get weight
   bool overflowed = false;  // the list is not kept any more, only max
 
-  A tau_bound() const { return std::max(bound - max, A(-1)); }  // of tau - max, from below
+  A gap_bound() const { return std::max(bound - max, A(-1)); }  // from below
 
-  // Takes the scores of keys first_key, first_key + 1, ...; z_row must hold -inf from n to the next multiple of kStep.
+  // Takes the z of keys first_key, first_key + 1, ...; z_row must hold -inf from n to the next multiple of kStep.
   template <typename Weights>
   void scan(const Weights& weights, const A* z_row, int64_t n, int64_t first_key) {
     if (std::isnan(max)) return;
@@ -66,14 +66,14 @@ struct Candidates {
 
   template <typename Weights>
   void refine(const Weights& weights) {
-    A tau = tau_bound();
-    pad_scores(z, count, kLanes<A>);
+    A gap = gap_bound();
+    pad_z(z, count, kLanes<A>);
     for (int step = 0; step < 2; ++step) {
       Sums sums;
-      add_sums(weights, z, count, max, tau, sums);
-      tau += static_cast<A>(newton_step(weights, sums));
+      add_sums(weights, z, count, max, gap, sums);
+      gap += static_cast<A>(newton_step(weights, sums));
     }
-    bound = std::max(bound, max + tau - slack());
+    bound = std::max(bound, max + gap - slack());
     int64_t kept = 0;
     for (int64_t i = 0; i < count; ++i) {
       z[kept] = z[i];

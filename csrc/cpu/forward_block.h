@@ -1,10 +1,10 @@
 // The forward of one block of queries: one matrix product a block of keys, a scan that keeps candidates, the threshold
 // on the short list, and the output gathered from the support. Rows with too many candidates are finished by passes
-// over all their scores, at the cost of dense blockwise attention.
+// over all their keys, at the cost of dense blockwise attention.
 #pragma once
 
-#include "cpu/blocks.h"
 #include "cpu/candidates.h"
+#include "cpu/scores.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
@@ -12,8 +12,8 @@ inline namespace CPU_CAPABILITY {
 template <typename A>
 struct ForwardBuffers {
   struct DenseRow {
-    int64_t row;
-    A max, tau;
+    int64_t r;  // in the block
+    A max, gap;
     Sums sums;
     bool settled;
   };
@@ -32,7 +32,7 @@ struct ForwardBuffers {
   DenseRow* dense;            // the rows whose candidates did not fit
   A* z;                       // lists of the candidates
   int32_t* key;
-  A* block;            // scores, later weights, of the block of queries and one block of keys
+  A* block;            // z, later weights, of the block of queries and one block of keys
   A *query, *columns;  // converted copies, where the tensors have another type
   A* out;
 };
@@ -59,7 +59,7 @@ class ForwardBlock {
       } else if (!std::isfinite(row.max)) {
         finish_nan(r, visible);
       } else if (row.overflowed) {
-        buffers_.dense[dense_count_++] = {r, row.max, row.tau_bound(), {}, false};
+        buffers_.dense[dense_count_++] = {r, row.max, row.gap_bound(), {}, false};
       } else {
         finish_list(r);
       }
@@ -71,12 +71,14 @@ class ForwardBlock {
   }
 
  private:
-  void compute_scores(Interval keys) {
-    multiply_scores(
-        head_, query_, rows_, [&](int64_t r) { return first_ + r; }, keys, buffers_.columns, buffers_.block);
+  void compute_block(Interval keys) {
+    block_scores(head_, query_, rows_, [&](int64_t r) { return first_ + r; }, keys, buffers_.columns, buffers_.block);
   }
-  A* scores(int64_t r, Interval keys, Interval visible) {
-    return buffers_.block + r * kBlockStride<A> + (visible.begin - keys.begin);
+  // The z of a row with the keys that it sees of a block, padded with -inf.
+  A* padded_z(int64_t r, Interval keys, Interval visible, int64_t padding) {
+    A* z = buffers_.block + r * kBlockStride<A> + (visible.begin - keys.begin);
+    pad_z(z, visible.size(), padding);
+    return z;
   }
 
   void find_candidates() {
@@ -85,33 +87,32 @@ class ForwardBlock {
       buffers_.candidates[r] = Candidates<A>{buffers_.z + slot, buffers_.key + slot};
     }
     for_key_blocks(head_, first_, rows_, [&](Interval keys) {
-      compute_scores(keys);
+      compute_block(keys);
       for (int64_t r = 0; r < rows_; ++r) {
         const Interval visible = head_.visible(first_ + r).clip(keys.begin, keys.end);
         if (visible.empty()) continue;
-        A* z = scores(r, keys, visible);
-        pad_scores(z, visible.size(), Candidates<A>::kStep);
+        const A* z = padded_z(r, keys, visible, Candidates<A>::kStep);
         buffers_.candidates[r].scan(weights_, z, visible.size(), visible.begin);
       }
     });
   }
 
-  void save_state(int64_t r, A max, A tau, int32_t first_support) {
+  void save_state(int64_t r, A max, A gap, int32_t first_support) {
     if (head_.row_state == nullptr) return;
     head_.row_state[2 * (first_ + r)] = max;
-    head_.row_state[2 * (first_ + r) + 1] = tau;
+    head_.row_state[2 * (first_ + r) + 1] = gap;
     int32_t* support = head_.support + (first_ + r) * head_.capacity;
     std::fill_n(support, head_.capacity, kEndOfSupport);
     if (head_.capacity > 0) support[0] = first_support;
   }
 
-  // `total` is the sum of the weights, which is one but for the rounding of tau.
+  // `total` is the sum of the weights, which is one but for the rounding of the gap.
   void write_out(int64_t r, A* out, double total = 1) {
     for (int64_t d = 0; d < head_.value_dim; ++d) out[d] *= static_cast<A>(1 / total);
     convert_back(out, head_.value_dim, head_.out[first_ + r]);
   }
 
-  // No visible key: tau = inf leaves no key any weight.
+  // No visible key: a threshold at inf leaves no key any weight.
   void finish_empty(int64_t r) {
     std::fill_n(buffers_.out, head_.value_dim, A(0));
     write_out(r, buffers_.out);
@@ -128,21 +129,21 @@ class ForwardBlock {
 
   void finish_list(int64_t r) {
     const Candidates<A>& row = buffers_.candidates[r];
-    const A tau = solve(weights_, row.z, row.count, row.max, row.tau_bound());
-    // In place, candidates become the support and scores become weights.
+    const A gap = solve(weights_, row.z, row.count, row.max, row.gap_bound());
+    // In place, candidates become the support and z becomes weights.
     int64_t count = 0;
     for (int64_t i = 0; i < row.count; ++i) {
       row.z[count] = row.z[i];
       row.key[count] = row.key[i];
-      count += (row.z[i] - row.max) - tau > 0;
+      count += (row.z[i] - row.max) - gap > 0;
     }
-    pad_scores(row.z, count, kLanes<A>);
-    const double total = to_weights(weights_, row.z, count, row.max, tau);
+    pad_z(row.z, count, kLanes<A>);
+    const double total = to_weights(weights_, row.z, count, row.max, gap);
     weighted_sum(row.z, row.key, count, head_.value, head_.value_dim, buffers_.out);
     write_out(r, buffers_.out, total);
 
     const bool fits = count <= head_.capacity;
-    save_state(r, row.max, tau, kSupportOverflow);
+    save_state(r, row.max, gap, kSupportOverflow);
     if (fits) std::copy_n(row.key, count, head_.support + (first_ + r) * head_.capacity);
     for (int64_t i = 0; i < count; ++i) tiles_.set(row.key[i]);
   }
@@ -154,21 +155,20 @@ class ForwardBlock {
     for (int step = 0; step < kMaxSteps && !all_settled; ++step) {
       for (int64_t d = 0; d < dense_count_; ++d) buffers_.dense[d].sums = {};
       for_key_blocks(head_, first_, rows_, [&](Interval keys) {
-        compute_scores(keys);
+        compute_block(keys);
         for (int64_t d = 0; d < dense_count_; ++d) {
           auto& row = buffers_.dense[d];
-          const Interval visible = head_.visible(first_ + row.row).clip(keys.begin, keys.end);
+          const Interval visible = head_.visible(first_ + row.r).clip(keys.begin, keys.end);
           if (row.settled || visible.empty()) continue;
-          A* z = scores(row.row, keys, visible);
-          pad_scores(z, visible.size(), kLanes<A>);
-          add_sums(weights_, z, visible.size(), row.max, row.tau, row.sums);
+          const A* z = padded_z(row.r, keys, visible, kLanes<A>);
+          add_sums(weights_, z, visible.size(), row.max, row.gap, row.sums);
         }
       });
       all_settled = true;
       for (int64_t d = 0; d < dense_count_; ++d) {
         auto& row = buffers_.dense[d];
         if (row.settled) continue;
-        row.settled = !step_on(weights_, row.sums, row.tau);
+        row.settled = !step_on(weights_, row.sums, row.gap);
         all_settled &= row.settled;
       }
     }
@@ -178,24 +178,23 @@ class ForwardBlock {
     std::fill_n(buffers_.out, rows_ * head_.value_dim, A(0));
     for (int64_t d = 0; d < dense_count_; ++d) buffers_.dense[d].sums = {};
     for_key_blocks(head_, first_, rows_, [&](Interval keys) {
-      compute_scores(keys);
+      compute_block(keys);
       for (int64_t d = 0; d < dense_count_; ++d) {
         auto& row = buffers_.dense[d];
-        const Interval visible = head_.visible(first_ + row.row).clip(keys.begin, keys.end);
-        A* block = buffers_.block + row.row * kBlockStride<A>;
+        const Interval visible = head_.visible(first_ + row.r).clip(keys.begin, keys.end);
+        A* block = buffers_.block + row.r * kBlockStride<A>;
         if (visible.empty()) {
           std::fill_n(block, keys.size(), A(0));
           continue;
         }
-        A* z = scores(row.row, keys, visible);
-        pad_scores(z, visible.size(), kLanes<A>);
-        row.sums.p += to_weights(weights_, z, visible.size(), row.max, row.tau);
+        A* weights = padded_z(row.r, keys, visible, kLanes<A>);
+        row.sums.p += to_weights(weights_, weights, visible.size(), row.max, row.gap);
         for (int64_t i = 0; i < visible.size(); ++i) {
-          if (z[i] > 0) tiles_.set(visible.begin + i);
+          if (weights[i] > 0) tiles_.set(visible.begin + i);
         }
         // Keys that this row does not see have no weight in the product.
-        std::fill(block, z, A(0));
-        std::fill(z + visible.size(), block + keys.size(), A(0));
+        std::fill(block, weights, A(0));
+        std::fill(weights + visible.size(), block + keys.size(), A(0));
       }
       const Rows<const A> values = in_type<A>(head_.value, keys.begin, keys.size(), head_.value_dim, buffers_.columns);
       Gemm<A>::nn(rows_, head_.value_dim, keys.size(), A(1), buffers_.block, kBlockStride<A>, values.data,
@@ -203,8 +202,8 @@ class ForwardBlock {
     });
     for (int64_t d = 0; d < dense_count_; ++d) {
       const auto& row = buffers_.dense[d];
-      write_out(row.row, buffers_.out + row.row * head_.value_dim, row.sums.p);
-      save_state(row.row, row.max, row.tau, kSupportOverflow);
+      write_out(row.r, buffers_.out + row.r * head_.value_dim, row.sums.p);
+      save_state(row.r, row.max, row.gap, kSupportOverflow);
     }
   }
 

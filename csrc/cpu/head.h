@@ -36,10 +36,10 @@ struct Head {
   Rows<const T> query, key, value;
   int64_t queries, keys, head_dim, value_dim;
   int64_t left = kUnlimited, right = kUnlimited;  // how far a query sees from its own place, is_causal folded in
-  double alpha, scale, slope = 0;                 // slope: ALiBi's
+  double alpha, scale, slope = 0;                 // slope: ALiBi's, zero without it
 
   // Saved by the forward. No lists where capacity is 0; nothing at all where row_state is null (inference).
-  A* row_state = nullptr;      // (queries, 2)
+  A* row_state = nullptr;      // (queries, 2): max and gap
   int32_t* support = nullptr;  // (queries, capacity)
   int32_t* tiles = nullptr;    // (ceil(queries / 64), tile_words)
   int64_t capacity = 0, tile_words = 0;
@@ -60,7 +60,7 @@ struct Head {
     return Interval{of.begin - right - place(0), of.end + left - place(0)}.clip(0, queries);
   }
 
-  // z = z_scale * q.k - z_slope * |place - key|
+  // z = z_scale * q.k - z_slope * |place - key| (scores.h)
   ADASPLASH_INLINE A z_scale() const { return static_cast<A>((alpha - 1) * scale); }
   ADASPLASH_INLINE A z_slope() const { return static_cast<A>((alpha - 1) * slope); }
 };
@@ -75,9 +75,9 @@ template <typename A>
 struct RowTerms {
   static constexpr int32_t kDense = -1;  // as count: the row has no list
 
-  A max, tau;     // of the row's list, as the backward computes its scores
-  A normalizer;   // 1 / sum(p), one but for the rounding of tau
-  A delta;        // sum(u dP) / sum(u)
+  A max, gap;     // of the row's list, as the backward computes its scores
+  A normaliser;   // 1 / sum(p), one but for the rounding of the gap
+  A delta;        // sum(u dp) / sum(u)
   int32_t count;  // entries in the row's list
 };
 
@@ -86,7 +86,7 @@ struct BackwardHead : Head<T, A> {
   Rows<const T> grad_out;
   Rows<T> dq;                        // (queries, head_dim)
   RowTerms<A>* row_terms = nullptr;  // (queries,)
-  double* alpha_terms = nullptr;     // (queries,): each row's share of dalpha; null where nobody asks for it
+  double* alpha_terms = nullptr;     // (queries,): each row's part of dalpha; null where nobody asks for it
 };
 
 // Block shapes. They never depend on threads or on other heads and sequences, as BLAS bits depend on the block's shape;

@@ -16,10 +16,10 @@ std::vector<T> values_of(const at::Tensor& t) {
 }
 
 // The lengths of a right-padded batch: `longest` each where none are given.
-std::vector<int64_t> padded_lengths(const char* op, const char* name, const OptionalTensor& given, int64_t entries,
+std::vector<int64_t> padded_lengths(const char* op, const char* name, const OptionalTensor& seqlens, int64_t entries,
                                     const char* dimension, int64_t longest) {
-  if (!given) return std::vector<int64_t>(entries, longest);
-  const auto lengths = values_of<int64_t>(*given);
+  if (!seqlens) return std::vector<int64_t>(entries, longest);
+  const auto lengths = values_of<int64_t>(*seqlens);
   for (size_t b = 0; b < lengths.size(); ++b) {
     TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= longest, op, ": ", name, " must be from 0 to ", dimension, " ",
                 longest, ", got ", lengths[b], " at [", b, "]");
@@ -63,7 +63,7 @@ std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& ke
                            .queries = q[b + 1] - q[b],
                            .first_key = k[b],
                            .keys = k[b + 1] - k[b],
-                           .first_tile_row = packed_tile_row(b, q[b])});
+                           .first_tile_row = packed_tile_row<int64_t>(b, q[b])});
     }
   } else {
     const int64_t entries = query.size(0);

@@ -1,6 +1,6 @@
-// From scores to weights: p = t^(1/(alpha-1)) with t = [z - tau]+ = [(z - m) - (tau - m)]+, and the threshold tau at
-// which the weights of a row sum to one. All of it is written with u = t^(1/(alpha-1) - 1) = p^(2-alpha), which is also
-// what the backward needs: p = t u, and d(sum p)/d tau = -(sum u) / (alpha - 1).
+// From z to weights: p = excess^(1/(alpha-1)) with excess = [z - tau]+ = [(z - max) - gap]+, and the gap = tau - max at
+// which the weights of a row sum to one. All of it is written with u = excess^(1/(alpha-1) - 1) = p^(2-alpha), which is
+// also what the backward needs: p = excess u, and d(sum p)/d tau = -(sum u) / (alpha - 1).
 #pragma once
 
 #include "cpu/vector.h"
@@ -9,18 +9,18 @@ namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
 
 // alpha = 1.5, 2 and any other, as functors, so that the loops over scores are compiled for each. `smooth` says that p
-// has no kink at t = 0 (alpha <= 1.5), where Newton steps converge quadratically across the edge of the support.
+// has no kink at excess = 0 (alpha <= 1.5), where Newton steps converge quadratically across the edge of the support.
 template <typename A>
 struct Entmax15 {
   static constexpr bool smooth = true;
-  Vec<A> u(const Vec<A>& t) const { return t; }
-  double power_2_minus_alpha(double x) const { return std::sqrt(x); }
+  Vec<A> u(const Vec<A>& excess) const { return excess; }
+  double power_2_minus_alpha(double p) const { return std::sqrt(p); }
 };
 
 template <typename A>
 struct Sparsemax {
   static constexpr bool smooth = false;
-  Vec<A> u(const Vec<A>& t) const { return Vec<A>::blendv(Vec<A>(0), Vec<A>(1), t > Vec<A>(0)); }
+  Vec<A> u(const Vec<A>& excess) const { return Vec<A>::blendv(Vec<A>(0), Vec<A>(1), excess > Vec<A>(0)); }
   double power_2_minus_alpha(double) const { return 1; }
 };
 
@@ -28,10 +28,10 @@ template <typename A>
 struct EntmaxAny {
   explicit EntmaxAny(double alpha)
       : smooth(alpha <= 1.5), exponent(static_cast<A>(1 / (alpha - 1) - 1)), rest(2 - alpha) {}
-  Vec<A> u(const Vec<A>& t) const {
-    return Vec<A>::blendv(Vec<A>(0), (t.log() * Vec<A>(exponent)).exp(), t > Vec<A>(0));
+  Vec<A> u(const Vec<A>& excess) const {
+    return Vec<A>::blendv(Vec<A>(0), (excess.log() * Vec<A>(exponent)).exp(), excess > Vec<A>(0));
   }
-  double power_2_minus_alpha(double x) const { return std::pow(x, rest); }
+  double power_2_minus_alpha(double p) const { return std::pow(p, rest); }
 
   bool smooth;
   A exponent;
@@ -45,55 +45,57 @@ inline void with_weights(double alpha, const F& f) {
   return f(EntmaxAny<A>(alpha));
 }
 
-// What the gradient of alpha weights the support with. With t0 the largest t of the row, d = max - z and x = d / t0,
-//   (alpha - 1)^2 dalpha = sum u psi (dP - delta),   psi = d ln t0 - t0 (x + (1 - x) ln(1 - x)).
-// That is t - 1 - t ln t up to a constant of the row, which adds nothing; both terms are negative and as small as the
-// differences between scores, so nothing cancels, neither in flat rows nor for alpha near 1.
+// What the gradient of alpha weights the support with. With e the largest excess of the row, which is -gap, d = max - z
+// and x = d / e,
+//   (alpha - 1)^2 dalpha = sum u psi (dp - delta),   psi = d ln e - e (x + (1 - x) ln(1 - x)).
+// That is t - 1 - t ln t, t being the key's excess, up to a constant of the row, which adds nothing; both terms are
+// negative and as small as the differences between scores, so nothing cancels, neither in flat rows nor for alpha
+// near 1.
 template <typename A>
 struct AlphaFactor {
-  AlphaFactor(A max, A tau) : max(max), t0(-tau), log_t0(std::log(-tau)) {}
+  AlphaFactor(A max, A gap) : max(max), largest(-gap), log_largest(std::log(-gap)) {}
 
   Vec<A> operator()(const Vec<A>& z) const {
-    const Vec<A> zero(0), one(1), share = (Vec<A>(max) - z) / Vec<A>(t0);
-    const Vec<A> x = at::vec::minimum(at::vec::maximum(share, zero), one), rest = one - x;
+    const Vec<A> zero(0), one(1), ratio = (Vec<A>(max) - z) / Vec<A>(largest);
+    const Vec<A> x = at::vec::minimum(at::vec::maximum(ratio, zero), one), rest = one - x;
     const Vec<A> log = at::vec::maximum(rest, Vec<A>(std::numeric_limits<A>::min())).log();
     // x + (1 - x) ln(1 - x) = x^2 (1/2 + x/6 + ... + x^8/90 + ...) where it would cancel.
     Vec<A> series(A(1) / 90);
     for (int k = 8; k >= 1; --k) series = at::vec::fmadd(series, x, Vec<A>(A(1) / (k * (k + 1))));
     const Vec<A> few_terms(std::is_same_v<A, double> ? 0.02 : 0.25);
     const Vec<A> sum = Vec<A>::blendv(x + rest * log, x * x * series, x < few_terms);
-    return x * Vec<A>(t0 * log_t0) - Vec<A>(t0) * sum;
+    return x * Vec<A>(largest * log_largest) - Vec<A>(largest) * sum;
   }
 
-  A max, t0, log_t0;
+  A max, largest, log_largest;
 };
 
 template <typename A>
-inline Vec<A> excess(const Vec<A>& z, A max, A tau) {  // t; tau is relative to max
-  return at::vec::maximum((z - Vec<A>(max)) - Vec<A>(tau), Vec<A>(0));
+inline Vec<A> excess_of(const Vec<A>& z, A max, A gap) {
+  return at::vec::maximum((z - Vec<A>(max)) - Vec<A>(gap), Vec<A>(0));
 }
 
 struct Sums {
   double p = 0, u = 0;
 };
 
-// Adds the sums over n scores; z must hold -inf from n to the next multiple of the vector length.
+// Adds the sums over n keys; z must hold -inf from n to the next multiple of the vector length.
 template <typename A, typename Weights>
-inline void add_sums(const Weights& weights, const A* z, int64_t n, A max, A tau, Sums& sums) {
+inline void add_sums(const Weights& weights, const A* z, int64_t n, A max, A gap, Sums& sums) {
   Vec<A> p(0), u(0);
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Vec<A> t = excess(Vec<A>::loadu(z + i), max, tau);
-    const Vec<A> w = weights.u(t);
-    p = at::vec::fmadd(t, w, p);
-    u = u + w;
+    const Vec<A> excess = excess_of(Vec<A>::loadu(z + i), max, gap);
+    const Vec<A> own_u = weights.u(excess);
+    p = at::vec::fmadd(excess, own_u, p);
+    u = u + own_u;
   }
   sums.p += sum_lanes(p);
   sums.u += sum_lanes(u);
 }
 
-// One Newton step on ||t||_r - 1 with r = 1/(alpha-1), where ||t||_r^r = sum p. That norm is decreasing and convex in
-// tau like sum p itself, so steps from the left stay left of the root, but nearly linear, so few are needed: a row with
-// one key in the support takes one.
+// One Newton step on ||excess||_r - 1 with r = 1/(alpha-1), where ||excess||_r^r = sum p. That norm is decreasing and
+// convex in tau like sum p itself, so steps from the left stay left of the root, but nearly linear, so few are needed:
+// a row with one key in the support takes one.
 template <typename Weights>
 inline double newton_step(const Weights& weights, const Sums& sums) {
   return (sums.p - weights.power_2_minus_alpha(sums.p)) / sums.u;
@@ -108,22 +110,22 @@ inline bool settled(const Weights& weights, const Sums& sums) {
 }
 constexpr int kMaxSteps = 64;  // a guard, as the steps converge quadratically
 
-// Takes the step from tau; false once there is nothing to gain, or rounding leaves nothing more to be gained.
+// Takes the step from this gap; false once there is nothing to gain, or rounding leaves nothing more to be gained.
 template <typename A, typename Weights>
-inline bool step_on(const Weights& weights, const Sums& sums, A& tau) {
-  const A before = tau;
-  tau = std::max(tau + static_cast<A>(newton_step(weights, sums)), A(-1));
-  return !settled<A>(weights, sums) && std::abs(tau - before) > 2 * std::numeric_limits<A>::epsilon() * std::abs(tau);
+inline bool step_on(const Weights& weights, const Sums& sums, A& gap) {
+  const A before = gap;
+  gap = std::max(gap + static_cast<A>(newton_step(weights, sums)), A(-1));
+  return !settled<A>(weights, sums) && std::abs(gap - before) > 2 * std::numeric_limits<A>::epsilon() * std::abs(gap);
 }
 
-// Turns n padded scores into weights, in place, and returns their sum. Where many weights of a row are far below its
-// maximum, tau's last bit alone moves that sum by more than the contract allows, so results are divided by it.
+// Turns n padded z into weights, in place, and returns their sum. Where many weights of a row are far below its
+// maximum, the gap's last bit alone moves that sum by more than the contract allows, so results are divided by it.
 template <typename A, typename Weights>
-inline double to_weights(const Weights& weights, A* z, int64_t n, A max, A tau) {
+inline double to_weights(const Weights& weights, A* z, int64_t n, A max, A gap) {
   Vec<A> sum(0);
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Vec<A> t = excess(Vec<A>::loadu(z + i), max, tau);
-    const Vec<A> p = t * weights.u(t);
+    const Vec<A> excess = excess_of(Vec<A>::loadu(z + i), max, gap);
+    const Vec<A> p = excess * weights.u(excess);
     p.store(z + i);
     sum = sum + p;
   }
@@ -131,21 +133,21 @@ inline double to_weights(const Weights& weights, A* z, int64_t n, A max, A tau) 
 }
 
 template <typename A>
-inline void pad_scores(A* z, int64_t n, int64_t width) {
+inline void pad_z(A* z, int64_t n, int64_t width) {
   for (int64_t i = n; i < n + width; ++i) z[i] = -kInfinity<A>;
 }
 
-// tau - m of a list of scores, from any start in [-1, 0). Pads the list.
+// The gap of a list of z, from any start in [-1, 0). Pads the list.
 template <typename A, typename Weights>
-inline A solve(const Weights& weights, A* z, int64_t n, A max, A tau) {
+inline A solve(const Weights& weights, A* z, int64_t n, A max, A gap) {
   if (n == 1) return A(-1);
-  pad_scores(z, n, kLanes<A>);
+  pad_z(z, n, kLanes<A>);
   for (int step = 0; step < kMaxSteps; ++step) {
     Sums sums;
-    add_sums(weights, z, n, max, tau, sums);
-    if (!step_on(weights, sums, tau)) break;
+    add_sums(weights, z, n, max, gap, sums);
+    if (!step_on(weights, sums, gap)) break;
   }
-  return tau;
+  return gap;
 }
 
 }  // namespace CPU_CAPABILITY

@@ -5,6 +5,7 @@
 
 #include "cuda/launchers.h"
 #include "cuda/ops.h"
+#include "ops/activation_checks.h"
 
 namespace adasplash::cuda {
 namespace {
@@ -22,7 +23,7 @@ class ActivationCall {
         alpha(static_cast<float>(given.number)),
         row_alpha(given.per_row ? given.per_row->contiguous() : at::Tensor()),
         // Code of its own has alpha where it is a number only.
-        variant(find_variant(kernel, tensor.scalar_type(), length, given.per_row ? Alpha::kAny : alpha_kind(alpha),
+        variant(find_variant(kernel, tensor.scalar_type(), length, given.per_row ? AlphaCode::kAny : alpha_code(alpha),
                              place.device)) {}
 
   int64_t programs() const { return (rows + variant.block_m - 1) / variant.block_m; }

@@ -142,14 +142,14 @@ Place place_of(c10::Device device) {
 
 void replace_place_of(PlaceOf replacement) { replaceable_place_of = replacement; }
 
-const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, int device,
-                            bool marked) {
+const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, AlphaCode alpha, int device,
+                            bool gather) {
   const Code code = code_for(kKernelNames[static_cast<size_t>(kernel)], device);
   const Variant* best = nullptr;
-  const auto rank = [alpha](const Variant& v) { return std::tuple(v.pad, v.alpha != alpha); };
+  const auto rank = [alpha](const Variant& v) { return std::tuple(v.block_d, v.alpha != alpha); };
   for (const Variant& v : kVariants) {
-    const bool fits = v.kernel == kernel && v.dtype == dtype && v.arch == code.arch && v.pad >= head_size &&
-                      v.marked == marked && (v.alpha == alpha || v.alpha == Alpha::kAny);
+    const bool fits = v.kernel == kernel && v.dtype == dtype && v.arch == code.arch && v.block_d >= head_size &&
+                      v.gather == gather && (v.alpha == alpha || v.alpha == AlphaCode::kAny);
     if (fits && (!best || rank(v) < rank(*best))) best = &v;
   }
   TORCH_CHECK(best, "adasplash: no GPU kernel was built for ", dtype, " with head size ", head_size);

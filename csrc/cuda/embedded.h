@@ -13,23 +13,26 @@ namespace adasplash::cuda {
 // The names and their order are those of triton_src/variants.py, by way of the generated launchers.
 enum class Kernel { kAttend, kMark, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
 constexpr const char* kKernelNames[] = {"attend", "mark", "grad_query", "grad_key_value", "activate", "activate_grad"};
-enum class Alpha { kAny, k15, k2 };
 
-// How kernels take sequence lengths.
-enum class Lengths : int32_t { kNone = 0, kPadded = 1, kPacked = 2 };
+// The alphas that kernels have code of their own for; kAny is the code that takes alpha at run time.
+enum class AlphaCode { kAny, k15, k2 };
 
-// Where kernels find alpha.
-enum class AlphaFrom : int32_t { kNumber = 0, kShared = 1, kPerHead = 2 };
+// How kernels are given the lengths of sequences: not at all, one length a sequence, or the packed form's offsets.
+enum class LengthsKind : int32_t { kNone = 0, kPadded = 1, kPacked = 2 };
+
+// Where kernels find alpha: a number among their arguments, or in memory, one for all heads or one for each.
+enum class AlphaSource : int32_t { kNumber = 0, kShared = 1, kPerHead = 2 };
 
 constexpr int32_t kUnlimited = 1 << 30;  // a window bound that never binds
 
+// One kernel, compiled for one choice of types, sizes and architecture.
 struct Variant {
   const char *name, *symbol;
   Kernel kernel;
   at::ScalarType dtype;
-  int pad;  // largest head size, or longest row of an activation
-  Alpha alpha;
-  bool marked;  // gathers what `mark` marked
+  int block_d;  // largest head size that it serves, or longest row of an activation
+  AlphaCode alpha;
+  bool gather;  // visits the keys or rows that `mark` marked, instead of walking whole tiles
   int arch;
   int block_m, block_n;  // rows of query (or of an activation), and keys, that a program works on
   int warps, shared_bytes;
@@ -41,8 +44,8 @@ extern const std::span<const Variant> kVariants;
 extern const std::span<const int> kBuiltArchs;
 extern const int kPtxArch;  // 0 if there is no PTX
 
-// An argument of exactly this type: no default, no conversion. A launcher's argument that is left out, swapped with one
-// of another type or needs converting is a compile error.
+// An argument of exactly this type: no default, no conversion. So it is a compile error to leave out a kernel's
+// argument, to swap it with one of another type, or to give it a value that would have to be converted.
 template <typename T>
 struct Exactly {
   template <std::same_as<T> U>
@@ -61,13 +64,16 @@ using PlaceOf = void (*)(int device, Place* place);
 Place place_of(c10::Device device);
 void replace_place_of(PlaceOf replacement);
 
-// The best variant for a call on this device: the smallest head size that fits, then made for this alpha; of kernels
-// that gather, the one for what is marked or not. Throws if the device's architecture was not built for.
-const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, Alpha alpha, int device,
-                            bool marked = false);
+// The best variant for a call on this device: of those whose block_d the head size (or the activation's row) fits, the
+// smallest; of these the one made for this alpha, if there is one. Two kernels of the backward have code that gathers
+// and code that does not: `gather` says which. Throws if the device's architecture was not built for.
+const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, AlphaCode alpha, int device,
+                            bool gather = false);
 
 // The code that is best for alpha as a number.
-inline Alpha alpha_kind(double alpha) { return alpha == 1.5 ? Alpha::k15 : alpha == 2 ? Alpha::k2 : Alpha::kAny; }
+inline AlphaCode alpha_code(double alpha) {
+  return alpha == 1.5 ? AlphaCode::k15 : alpha == 2 ? AlphaCode::k2 : AlphaCode::kAny;
+}
 
 // Launches `programs` programs with packed arguments. Use the typed functions of launchers.h.
 void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t programs, const void* arguments,

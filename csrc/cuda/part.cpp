@@ -15,42 +15,55 @@ int64_t evenly(int64_t total, int64_t most) {
   return (total + parts - 1) / parts;
 }
 
+// What one key head with its query heads, of one entry of the batch (or of all packed sequences), takes of scratch, in
+// bytes: what grows with pairs of tiles and with tile rows. A few bytes for each row or head are not counted, as the
+// call's own tensors have more.
+int64_t bytes_of_key_head(const AttentionInputs& inputs, int64_t batch, int64_t group, const Scratch& scratch) {
+  const auto& [op, query, key, value, options] = inputs;
+  const bool packed = options.packed();
+  const int64_t rows_dimension = packed ? 0 : 2;
+  const int64_t keys = key.size(rows_dimension);
+  const int64_t longest = longest_sequence(options, options.max_seqlen_k, keys).expect_int();
+  const int64_t query_tile_rows = group * tile_row_count(query.size(rows_dimension), batch, packed).expect_int();
+  Extents extents;
+  extents.query_tile_pairs = extents.tile_pairs = query_tile_rows * count_tiles(longest);
+  extents.tile_rows = std::max(query_tile_rows, count_tiles(keys));
+  return scratch.words(extents) * int64_t{sizeof(int32_t)};
+}
+
 }  // namespace
 
-std::vector<Part> Part::all(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options,
-                            const Scratch& scratch) {
+std::vector<Part> Part::all(const AttentionInputs& inputs, const Scratch& scratch) {
+  const auto& [op, query, key, value, options] = inputs;
   Part part;
   const bool packed = part.packed_ = options.packed();
-  const int64_t batch = packed ? 1 : query.size(0), key_heads = key.size(1);
-  const int64_t group = part.group_ = key_heads ? query.size(1) / key_heads : 0;
-  const int64_t tile_rows = saved_sizes(query, key, options, 0).tiles.rbegin()[1].expect_int();
-  const int64_t keys = longest_sequence(options, options.max_seqlen_k, key.size(packed ? 0 : 2)).expect_int();
-  const int64_t pairs = group * tile_rows * count_tiles(keys);
-  const int64_t rows = std::max(group * tile_rows, count_tiles(key.size(packed ? 0 : 2)));
-  const int64_t of_head = (pairs * scratch.of_pair + rows * scratch.of_tile_row) * int64_t{sizeof(int32_t)};
+  const int64_t sequences = AttentionShape::of(query, key, value, options).batch.expect_int();
+  const int64_t batch = packed ? 1 : sequences, kv_heads = key.size(1);
+  const int64_t group = part.group_ = kv_heads ? query.size(1) / kv_heads : 0;
+  const int64_t of_head = bytes_of_key_head(inputs, sequences, group, scratch);
   const int64_t limit = scratch_limit;
-  if (of_head == 0 || of_head * key_heads * batch <= limit) return {part};
+  if (of_head == 0 || of_head * kv_heads * batch <= limit) return {part};
 
   part.whole_ = false;
-  part.entries_ = evenly(batch, limit / (of_head * key_heads));
-  part.key_heads_ = part.entries_ > 1 ? key_heads : evenly(key_heads, limit / of_head);
+  part.entries_ = evenly(batch, limit / (of_head * kv_heads));
+  part.kv_heads_ = part.entries_ > 1 ? kv_heads : evenly(kv_heads, limit / of_head);
   std::vector<Part> parts;
   for (int64_t entry = 0; entry < batch; entry += part.entries_) {
-    for (int64_t head = 0; head < key_heads; head += part.key_heads_) {
+    for (int64_t head = 0; head < kv_heads; head += part.kv_heads_) {
       Part& next = parts.emplace_back(part);
       next.first_entry_ = entry;
       next.entries_ = std::min(part.entries_, batch - entry);
-      next.first_key_head_ = head;
-      next.key_heads_ = std::min(part.key_heads_, key_heads - head);
+      next.first_kv_head_ = head;
+      next.kv_heads_ = std::min(part.kv_heads_, kv_heads - head);
     }
   }
   return parts;
 }
 
-at::Tensor Part::narrowed(const at::Tensor& t, int64_t head_dimension, int64_t heads_a_key_head) const {
+at::Tensor Part::narrowed(const at::Tensor& t, int64_t head_dimension, int64_t heads_a_kv_head) const {
   if (whole_) return t;
   const at::Tensor entries = packed_ ? t : t.narrow(0, first_entry_, entries_);
-  return entries.narrow(head_dimension, first_key_head_ * heads_a_key_head, key_heads_ * heads_a_key_head);
+  return entries.narrow(head_dimension, first_kv_head_ * heads_a_kv_head, kv_heads_ * heads_a_kv_head);
 }
 
 AttentionOptions Part::options(const AttentionOptions& whole) const {
@@ -59,7 +72,7 @@ AttentionOptions Part::options(const AttentionOptions& whole) const {
   const auto narrow = [](OptionalTensor& t, int64_t dimension, int64_t start, int64_t length) {
     if (t && t->dim() > 0) t = t->narrow(dimension, start, length);
   };
-  const int64_t first_head = first_key_head_ * group_, heads = key_heads_ * group_;
+  const int64_t first_head = first_kv_head_ * group_, heads = kv_heads_ * group_;
   narrow(o.head_alpha, 0, first_head, heads);
   narrow(o.alibi_slopes, -1, first_head, heads);
   if (!packed_) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/SymInt.h>
+#include <c10/util/DimVector.h>
 
 #include <optional>
 #include <tuple>
@@ -20,10 +20,8 @@ using ActivationGradients = std::tuple<at::Tensor, at::Tensor>;  // of the input
 // The type of thresholds, sums and alpha: float32, and float64 for float64.
 at::ScalarType sum_type(const at::Tensor& input);
 
-// Throw unless the arguments fit. `op` is the name that the message starts with.
-void check_activation_input(const char* op, const at::Tensor& input);
-void check_activation(const char* op, const at::Tensor& input, const ActivationAlpha& alpha);
-void check_activation_backward(const at::Tensor& grad_out, const at::Tensor& output, const ActivationAlpha& alpha);
+// The sizes of the input without the last: one entry for each row.
+c10::SymDimVector row_sizes(const at::Tensor& input);
 
 // What every backend returns: contiguous, of shapes that follow from the arguments' alone.
 at::Tensor allocate_activation(const at::Tensor& input);

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "ops/activation.h"
+#include "ops/activation_checks.h"
 #include "ops/attention_checks.h"
 
 namespace adasplash {
@@ -108,8 +109,9 @@ at::Tensor value_of(const at::Tensor& value, const at::Tensor& /*input*/, const 
   return value.clone();
 }
 
-// One alpha a row: given (sizes that broadcast to those of input, with 1 at dim) -> sizes of input without dim.
-at::Tensor alpha_of_rows(const at::Tensor& alpha, const at::Tensor& input, int64_t dim) {
+// One alpha for each row, of the sizes of input without dim, from a tensor whose sizes broadcast to those of input with
+// 1 at dim.
+at::Tensor expanded_to_rows(const at::Tensor& alpha, const at::Tensor& input, int64_t dim) {
   TORCH_CHECK(alpha.is_floating_point(), "entmax: alpha must be a number or a floating point tensor, got ",
               alpha.scalar_type());
   TORCH_CHECK(alpha.device() == input.device(), "entmax: alpha must be on input's device ", input.device(), ", got ",
@@ -134,17 +136,17 @@ at::Tensor entmax(const at::Tensor& input, Alpha alpha, int64_t dim) {
   const int64_t dims = std::max<int64_t>(input.dim(), 1);
   TORCH_CHECK_INDEX(dim >= -dims && dim < dims, "entmax: dim must be from ", -dims, " to ", dims - 1, ", got ", dim);
   if (dim < 0) dim += dims;
-  ActivationAlpha of_rows;
+  ActivationAlpha row_alpha;
   if constexpr (std::is_same_v<Alpha, double>) {
     check_alpha("entmax", alpha, /*softmax_elsewhere=*/true);
     if (alpha == 1) return at::softmax(input, dim).contiguous();
-    of_rows.number = alpha;
+    row_alpha.number = alpha;
   } else {
-    of_rows.per_row = alpha_of_rows(alpha, input, dim);
+    row_alpha.per_row = expanded_to_rows(alpha, input, dim);
   }
   // One number is a row of one.
   const at::Tensor rows = input.dim() == 0 ? input.unsqueeze(0) : input.movedim(dim, -1);
-  const at::Tensor weights = kernel(rows.contiguous(), of_rows);
+  const at::Tensor weights = kernel(rows.contiguous(), row_alpha);
   return input.dim() == 0 ? weights.squeeze(0) : weights.movedim(-1, dim).contiguous();
 }
 

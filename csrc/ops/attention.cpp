@@ -1,19 +1,27 @@
 #include "ops/attention.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+
+#include "ops/dispatcher.h"
 
 namespace adasplash {
 namespace {
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 c10::SymInt ceil_div(const c10::SymInt& n, int64_t d) { return (n + (d - 1)) / d; }
 
+// Calls an op with what several tuples hold, one behind the other.
+template <typename Op, typename... Tuples>
+auto call_with(const Op& op, const Tuples&... arguments) {
+  return std::apply([&](const auto&... argument) { return op.call(argument...); }, std::tuple_cat(arguments...));
+}
+
 }  // namespace
+
+// Tile rows and words come in pairs: torch.compile would guard on a size that can be 1, and compile again for sequences
+// of up to one tile.
+c10::SymInt tile_row_count(const c10::SymInt& rows, const c10::SymInt& batch, bool packed) {
+  return 2 * (packed ? ceil_div(packed_tile_row(batch, rows), 2) : ceil_div(rows, 2 * kTile));
+}
 
 c10::SymDimVector out_sizes(const at::Tensor& query, const at::Tensor& value) {
   c10::SymDimVector sizes(query.sym_sizes().begin(), query.sym_sizes().end());
@@ -23,16 +31,15 @@ c10::SymDimVector out_sizes(const at::Tensor& query, const at::Tensor& value) {
 
 SavedSizes saved_sizes(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options,
                        const c10::SymInt& support_capacity) {
-  // Tile rows and words come in pairs: torch.compile would guard on a size that can be 1, and compile again for
-  // sequences of up to one tile.
   const auto words = [](const c10::SymInt& keys) { return 2 * ceil_div(keys, 2 * 32 * kTile); };
   const auto shape = AttentionShape::of(query, key, key, options);
   const auto &b = shape.batch, &h = shape.heads, &m = shape.queries;
+  const c10::SymInt tile_rows = tile_row_count(m, b, options.packed());
   if (options.packed()) {
     const c10::SymInt longest = longest_sequence(options, options.max_seqlen_k, shape.keys);
-    return {{h, m, 2}, {h, m, support_capacity}, {h, 2 * ceil_div(m / kTile + b, 2), words(longest)}};
+    return {{h, m, 2}, {h, m, support_capacity}, {h, tile_rows, words(longest)}};
   }
-  return {{b, h, m, 2}, {b, h, m, support_capacity}, {b, h, 2 * ceil_div(m, 2 * kTile), words(shape.keys)}};
+  return {{b, h, m, 2}, {b, h, m, support_capacity}, {b, h, tile_rows, words(shape.keys)}};
 }
 
 at::ScalarType row_state_type(const at::Tensor& query) {
@@ -62,27 +69,20 @@ BackwardResult allocate_backward(const at::Tensor& query, const at::Tensor& key,
                              : at::empty({0}, query.options().dtype(row_state_type(query)))};
 }
 
-std::array<int64_t, 2> window_pair(c10::IntArrayRef window) {
-  TORCH_CHECK(window.size() == 2, "adasplash: window must be two numbers (left, right), got ", window);
-  return {window[0], window[1]};
-}
-
 ForwardResult call_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                           const AttentionOptions& o, c10::SymInt support_capacity) {
-  using Signature = decltype(forward_op<ForwardKernel{}>);
+                           const AttentionOptions& options, const c10::SymInt& support_capacity) {
+  using Signature = decltype(FlatKernels::forward<ForwardKernel{}>);
   static const auto op = find_op<Signature>("adasplash::_entmax_attn_forward");
-  return op.call(query, key, value, o.head_alpha, o.alpha, o.is_causal, o.scale, o.q_seqlens, o.kv_seqlens,
-                 o.cu_seqlens_q, o.cu_seqlens_k, o.max_seqlen_q, o.max_seqlen_k, o.window, o.alibi_slopes,
-                 std::move(support_capacity));
+  return call_with(op, std::tie(query, key, value), get_options(options, kFirstOptions), std::tie(support_capacity),
+                   get_options(options, kLaterOptions));
 }
 
 BackwardResult call_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
-                             const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& o) {
-  using Signature = decltype(backward_op<BackwardKernel{}>);
+                             const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
+  using Signature = decltype(FlatKernels::backward<BackwardKernel{}>);
   static const auto op = find_op<Signature>("adasplash::_entmax_attn_backward");
-  return op.call(grad_out, query, key, value, saved.row_state, saved.support, saved.tiles, o.head_alpha, o.alpha,
-                 o.is_causal, o.scale, o.q_seqlens, o.kv_seqlens, o.cu_seqlens_q, o.cu_seqlens_k, o.max_seqlen_q,
-                 o.max_seqlen_k, o.window, o.alibi_slopes, saved.out);
+  return call_with(op, std::tie(grad_out, query, key, value, saved.row_state, saved.support, saved.tiles),
+                   get_options(options, kFirstOptions), std::tie(saved.out), get_options(options, kLaterOptions));
 }
 
 }  // namespace adasplash

@@ -100,13 +100,24 @@ void check_alibi_slopes(const char* op, const AttentionShape& shape, const at::T
 
 void check_like(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
                 c10::SymIntArrayRef sizes, const at::Tensor& query) {
-  TORCH_CHECK(tensor.layout() == at::kStrided && tensor.device() == query.device() && tensor.scalar_type() == type, op,
-              ": ", name, " must be a dense ", type, " tensor on ", query.device(), ", got a ", tensor.layout(), " ",
-              tensor.scalar_type(), " tensor on ", tensor.device());
+  check_type_and_device(op, name, tensor, type, query.device());
   TORCH_CHECK(tensor.sym_sizes() == sizes, op, ": ", name, " must have sizes ", sizes, ", got ", tensor.sym_sizes());
 }
 
 }  // namespace
+
+void check_type(const char* op, const char* name, const at::Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble, op, ": ", name,
+              " must be float32, float16, bfloat16 or float64, got ", type);
+}
+
+void check_type_and_device(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
+                           at::Device device) {
+  TORCH_CHECK(tensor.layout() == at::kStrided && tensor.scalar_type() == type && tensor.device() == device, op, ": ",
+              name, " must be a dense ", type, " tensor on ", device, ", got a ", tensor.layout(), " ",
+              tensor.scalar_type(), " tensor on ", tensor.device());
+}
 
 void check_alpha(const char* op, double alpha, bool softmax_elsewhere) {
   TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= kMinAlpha && alpha <= 2), op, ": alpha must be ",
@@ -117,9 +128,7 @@ void check_alpha(const char* op, double alpha, bool softmax_elsewhere) {
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const AttentionOptions& options, bool softmax_elsewhere) {
   TORCH_CHECK(query.defined(), op, ": query must be a tensor, got none");
-  const auto type = query.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble, op,
-              ": query must be float32, float16, bfloat16 or float64, got ", type);
+  check_type(op, "query", query);
   check_tensor(op, "query", "(batch, heads, queries, head_dim)", "(tokens, heads, head_dim)", query, query, options);
   check_tensor(op, "key", "(batch, kv_heads, keys, head_dim)", "(tokens, kv_heads, head_dim)", key, query, options);
   check_tensor(op, "value", "(batch, kv_heads, keys, value_dim)", "(tokens, kv_heads, value_dim)", value, query,
@@ -142,7 +151,7 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
 
   check_attention_alpha(op, shape, query, options, softmax_elsewhere);
   if (options.scale) {
-    const double scale = type == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
+    const double scale = query.scalar_type() == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
     TORCH_CHECK(std::isfinite(scale), op, ": scale must be finite in ", row_state_type(query), ", got ",
                 *options.scale);
   }

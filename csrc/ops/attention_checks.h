@@ -1,4 +1,5 @@
 // Argument checks, shared by all backends: by sizes, types and devices only, so that they hold for fake tensors too.
+// `op` is the name that a message starts with, `name` the argument's.
 #pragma once
 
 #include "ops/attention.h"
@@ -6,10 +7,16 @@
 namespace adasplash {
 
 constexpr double kMinAlpha = 1.01;              // below, powers of 1 / (alpha - 1) leave nothing of float32
-constexpr double kMinAlphaRounded = 1.0078125;  // as bfloat16 holds it (LEAST_ALPHA in triton_src/common.py)
+constexpr double kMinAlphaRounded = 1.0078125;  // as bfloat16 holds it (LEAST_ALPHA in triton_src)
 
-// Throws unless alpha is in its range. `op` is the name that the message starts with. alpha = 1 passes only where
-// `softmax_elsewhere`: no kernel of ours computes it.
+// Throws unless the tensor is of one of the four types that the ops take.
+void check_type(const char* op, const char* name, const at::Tensor& tensor);
+
+// Throws unless the tensor is dense, of this type and on this device.
+void check_type_and_device(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
+                           at::Device device);
+
+// Throws unless alpha is in its range. alpha = 1 passes only where `softmax_elsewhere`: no kernel of ours computes it.
 void check_alpha(const char* op, double alpha, bool softmax_elsewhere = false);
 
 // Throws unless the arguments fit the contract. What lengths and an alpha tensor hold is not looked at.

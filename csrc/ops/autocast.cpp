@@ -6,49 +6,36 @@
 #include <utility>
 
 #include "adasplash.h"
+#include "ops/options.h"
 
 namespace adasplash {
 namespace {
 
-template <c10::DeviceType device>
-struct Autocast {
-  static constexpr auto key =
-      device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
-
-  static at::Tensor cast(const at::Tensor& t) {
-    return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
-  }
-
-  // Alpha is the same in both overloads: a number, or a tensor that stays as it is.
-  template <typename Alpha>
-  static at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key_, const at::Tensor& value, Alpha alpha,
-                                bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
-                                const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
-                                const std::optional<at::Tensor>& alibi_slopes) {
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-    return adasplash::entmax_attn(cast(query), cast(key_), cast(value), alpha, is_causal, scale, q_seqlens, kv_seqlens,
-                                  window, alibi_slopes);
-  }
-
-  template <typename Alpha>
-  static at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key_, const at::Tensor& value,
-                                       const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
-                                       c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, Alpha alpha, bool is_causal,
-                                       std::optional<double> scale, c10::IntArrayRef window,
-                                       const std::optional<at::Tensor>& alibi_slopes) {
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-    return adasplash::entmax_attn_varlen(cast(query), cast(key_), cast(value), cu_seqlens_q, cu_seqlens_k,
-                                         std::move(max_seqlen_q), std::move(max_seqlen_k), alpha, is_causal, scale,
-                                         window, alibi_slopes);
-  }
-
-  static void register_in(torch::Library& m) {
-    m.impl("entmax_attn", entmax_attn<double>);
-    m.impl("entmax_attn.per_head", entmax_attn<const at::Tensor&>);
-    m.impl("entmax_attn_varlen", entmax_attn_varlen<double>);
-    m.impl("entmax_attn_varlen.per_head", entmax_attn_varlen<const at::Tensor&>);
+// A function of adasplash.h with its first three tensors cast; the others, `rest`, are handed on.
+template <c10::DeviceType device, auto function>
+struct Autocast;
+template <c10::DeviceType device, typename... Rest,
+          at::Tensor (*function)(const at::Tensor&, const at::Tensor&, const at::Tensor&, Rest...)>
+struct Autocast<device, function> {
+  static at::Tensor call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Rest... rest) {
+    const auto cast = [](const at::Tensor& t) {
+      return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
+    };
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA
+                                                                                   : c10::DispatchKey::AutocastCPU);
+    return function(cast(query), cast(key), cast(value), std::forward<Rest>(rest)...);
   }
 };
+
+// The casts name overloads.
+template <c10::DeviceType device>
+void implement_attention(torch::Library& m) {
+  m.impl("entmax_attn", Autocast<device, static_cast<PaddedSignature<double>*>(entmax_attn)>::call);
+  m.impl("entmax_attn.per_head", Autocast<device, static_cast<PaddedSignature<PerHead>*>(entmax_attn)>::call);
+  m.impl("entmax_attn_varlen", Autocast<device, static_cast<PackedSignature<double>*>(entmax_attn_varlen)>::call);
+  m.impl("entmax_attn_varlen.per_head",
+         Autocast<device, static_cast<PackedSignature<PerHead>*>(entmax_attn_varlen)>::call);
+}
 
 template <typename Alpha>
 at::Tensor entmax_in_fp32(const at::Tensor& input, Alpha alpha, int64_t dim) {
@@ -59,10 +46,10 @@ at::Tensor entmax_in_fp32(const at::Tensor& input, Alpha alpha, int64_t dim) {
 }  // namespace
 }  // namespace adasplash
 
-TORCH_LIBRARY_IMPL(adasplash, AutocastCPU, m) { adasplash::Autocast<c10::DeviceType::CPU>::register_in(m); }
+TORCH_LIBRARY_IMPL(adasplash, AutocastCPU, m) { adasplash::implement_attention<c10::DeviceType::CPU>(m); }
 TORCH_LIBRARY_IMPL(adasplash, AutocastCUDA, m) {
   using namespace adasplash;
-  Autocast<c10::DeviceType::CUDA>::register_in(m);
+  implement_attention<c10::DeviceType::CUDA>(m);
   m.impl("entmax", entmax_in_fp32<double>);
   m.impl("entmax.tensor_alpha", entmax_in_fp32<const at::Tensor&>);
 }

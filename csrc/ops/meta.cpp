@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "ops/activation.h"
+#include "ops/activation_checks.h"
 #include "ops/attention.h"
 #include "ops/attention_checks.h"
 

@@ -3,46 +3,68 @@
 #include <torch/library.h>
 
 #include <string>
+#include <vector>
+
+#include "ops/options.h"
 
 namespace {
 
-// What entmax_attn takes after alpha, and what the packed form takes there.
-const std::string kAttnOptions =
-    "bool is_causal=False, *, float? scale=None, Tensor? q_seqlens=None, Tensor? kv_seqlens=None, "
-    "int[2] window=[-1, -1], Tensor? alibi_slopes=None) -> Tensor";
-const std::string kVarlenTensors =
-    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, ";
-const std::string kVarlenOptions =
-    "bool is_causal=False, *, float? scale=None, int[2] window=[-1, -1], Tensor? alibi_slopes=None) -> Tensor";
+using namespace adasplash;
 
-// The private pair serves the padded and the packed form, alpha as a number (head_alpha absent) and per head.
-const std::string kResolvedOptions =
-    "Tensor? head_alpha, float alpha, bool is_causal, float? scale, Tensor? q_seqlens, Tensor? kv_seqlens, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int[2] window, "
-    "Tensor? alibi_slopes";
+// Each option of a list as "type name" or "type name=default".
+template <typename... T>
+std::vector<std::string> declarations(const std::tuple<Option<T>...>& list, bool with_defaults) {
+  const auto declaration = [with_defaults]<typename U>(const Option<U>& option) {
+    const std::string declared = std::string(OptionType<U>::schema) + " " + option.name;
+    return with_defaults ? declared + "=" + option.default_value : declared;
+  };
+  return std::apply([&](const Option<T>&... option) { return std::vector<std::string>{declaration(option)...}; }, list);
+}
+
+std::string joined(const std::vector<std::string>& parts) {
+  std::string all;
+  for (const std::string& part : parts) all += (all.empty() ? "" : ", ") + part;
+  return all;
+}
+
+// What a public op takes after alpha.
+template <typename List>
+std::string public_options(const List& list) {
+  auto declared = declarations(list, /*with_defaults=*/true);
+  declared.insert(declared.begin() + 1, "*");  // what follows is taken by name only
+  return joined(declared);
+}
+
+std::string later_options() {
+  std::string all;
+  for (const std::string& option : declarations(kLaterOptions, /*with_defaults=*/true)) all += ", " + option;
+  return all;
+}
 
 }  // namespace
 
 TORCH_LIBRARY(adasplash, m) {
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  const std::string tensors = "Tensor query, Tensor key, Tensor value, ";
+  const std::string lengths = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, ";
+  const std::string padded = public_options(kPaddedOptions), packed = public_options(kPackedOptions);
   // Overloads with a tensor alpha come first: an eager call tries them in order, and the float overload would take a
   // one-element tensor as a number and lose its gradient.
-  define("entmax_attn.per_head(Tensor query, Tensor key, Tensor value, Tensor alpha, " + kAttnOptions);
-  define("entmax_attn(Tensor query, Tensor key, Tensor value, float alpha=1.5, " + kAttnOptions);
-  define("entmax_attn_varlen.per_head(" + kVarlenTensors + "Tensor alpha, " + kVarlenOptions);
-  define("entmax_attn_varlen(" + kVarlenTensors + "float alpha=1.5, " + kVarlenOptions);
+  define("entmax_attn.per_head(" + tensors + "Tensor alpha, " + padded + ") -> Tensor");
+  define("entmax_attn(" + tensors + "float alpha=1.5, " + padded + ") -> Tensor");
+  define("entmax_attn_varlen.per_head(" + tensors + lengths + "Tensor alpha, " + packed + ") -> Tensor");
+  define("entmax_attn_varlen(" + tensors + lengths + "float alpha=1.5, " + packed + ") -> Tensor");
   define("entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor");
   define("entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor");
 
   // The kernels take any strides: a compiler need not keep those that it saw while tracing.
   const auto define_private = [&m](const std::string& schema) { m.def(schema.c_str(), {at::Tag::flexible_layout}); };
-  define_private("_entmax_attn_forward(Tensor query, Tensor key, Tensor value, " + kResolvedOptions +
-                 ", SymInt support_capacity) -> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)");
-  define_private(
-      "_entmax_attn_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor row_state, "
-      "Tensor support, Tensor tiles, " +
-      kResolvedOptions + ", Tensor? out=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
+  const std::string first = joined(declarations(kFirstOptions, /*with_defaults=*/false)), later = later_options();
+  define_private("_entmax_attn_forward(" + tensors + first + ", SymInt support_capacity" + later +
+                 ") -> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)");
+  define_private("_entmax_attn_backward(Tensor grad_out, " + tensors +
+                 "Tensor row_state, Tensor support, Tensor tiles, " + first + ", Tensor? out=None" + later +
+                 ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
 
   // value, a number for each row of input, as a function whose derivative in input is `gradient`.
   define_private("_with_gradient(Tensor value, Tensor input, Tensor gradient) -> Tensor");

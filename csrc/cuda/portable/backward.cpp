@@ -1,17 +1,15 @@
-// _entmax_attn_backward on the GPU.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
+// The backward of the portable kernels: `grad_query`, then `grad_key_value`. Of long sequences `mark` comes first, and
+// then both have two launches: one with code that gathers the keys or rows that were marked, one with code that walks
+// whole tiles. Of each key head one of the two does the work; only the GPU knows which, and the other returns at once.
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <atomic>
 
-#include "cuda/ops.h"
-#include "cuda/part.h"
 #include "cuda/portable/call.h"
-#include "ops/attention_checks.h"
+#include "cuda/portable/portable.h"
 
-namespace adasplash::cuda {
+namespace adasplash::cuda::portable {
 namespace {
 
 // From how many queries and keys on it is probed whether to gather what weighs, and below which share of the probed
@@ -20,12 +18,10 @@ std::atomic<int32_t> probe_from{8192};
 std::atomic<int32_t> gather_below_small{30}, gather_below_large{50};
 constexpr int64_t kSmallHead = 64;
 
-// An entry of a list; and to gather, two words of marked keys, four numbers of 16 bits of marked rows, and chosen ones.
-constexpr Scratch kWalking{.of_pair = 1, .of_tile_row = 0}, kGathering{.of_pair = 1 + 2 + 2, .of_tile_row = kRoom};
-
-// The per cent that kernels take; 0 if there is nothing to probe.
-int32_t gather_below(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                     const AttentionOptions& options) {
+// The per cent that kernels take; 0 if there is nothing to probe. It follows from the largest lengths that there may
+// be; for each sequence the kernel that probes looks at its own.
+int32_t gather_below(const AttentionInputs& inputs) {
+  const auto& [op, query, key, value, options] = inputs;
   const int64_t rows = options.packed() ? 0 : 2;
   const auto shorter = std::min(longest_sequence(options, options.max_seqlen_q, query.size(rows)).expect_int(),
                                 longest_sequence(options, options.max_seqlen_k, key.size(rows)).expect_int());
@@ -33,153 +29,153 @@ int32_t gather_below(const at::Tensor& query, const at::Tensor& key, const at::T
   return std::max(query.sizes().back(), value.sizes().back()) <= kSmallHead ? gather_below_small : gather_below_large;
 }
 
-// The gradient of alpha from what each row adds to it.
-void sum_to_alpha(const at::Tensor& rows, const at::Tensor& dalpha) {  // (B, H, M), or packed (H, M)
-  if (rows.numel() == 0) {
-    dalpha.zero_();
-  } else if (dalpha.dim() == 0) {
-    dalpha.copy_(rows.sum());
-  } else if (rows.dim() == 2) {
-    dalpha.copy_(rows.sum(1));
-  } else {
-    dalpha.copy_(rows.sum(at::IntArrayRef({0, 2})));
-  }
-}
+// What grad_query leaves of each row for grad_key_value: the threshold as two numbers, delta, and the normaliser.
+constexpr Piece<float> kRowTerms{"row_terms", 4, &Extents::state_rows};
+constexpr Piece<int32_t> kTileLists{"tile_lists", 1, &Extents::tile_pairs};
+constexpr Scratch kWalkingScratch = {kRowTerms, kTileLists};
 
-// A row's share of what the kernels hand on to each other: (high, low, delta, share), and of the gradient of alpha.
-struct OfRows {
-  at::Tensor terms, alpha_terms;
-};
+// To gather: for each key head how many probed keys weigh and how many there were; one bit for each of the 64 keys of a
+// tile, and one for each of its 64 rows, which `mark` writes 16 at a time and grad_key_value reads as words, like those
+// of keys; and the keys or rows that are visited.
+constexpr Piece<int32_t> kGathered{"gathered", kGatherRoom, &Extents::tile_rows};
+constexpr Piece<int32_t> kProbeCounts{"probe_counts", 2, &Extents::kv_heads};
+constexpr Piece<int32_t> kKeyMarks{"key_marks", 2, &Extents::query_tile_pairs};
+constexpr Piece<int32_t> kRowMarks{"row_marks", 2, &Extents::query_tile_pairs};
+constexpr Scratch kGatheringScratch = {kRowTerms, kTileLists, kGathered, kProbeCounts, kKeyMarks, kRowMarks};
 
-// The gradients of one part's heads.
-void backward_part(const Call& call, int32_t gather_below, const at::Tensor& given_grad, const SavedForBackward& saved,
-                   const OfRows& of_rows, const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv) {
-  const Result of_query(dq), of_key(dk), of_value(dv);
-  const at::Tensor grad_out = with_aligned_rows(given_grad),
-                   out = with_aligned_rows(saved.out ? *saved.out : at::zeros_like(given_grad));
-  if (call.packed) {  // tokens that no sequence has, where lengths contradict the tensors
-    for (const at::Tensor& t : {of_query.rows, of_key.rows, of_value.rows}) t.zero_();
-  }
+const Scratch& scratch_for(int32_t gather_below) { return gather_below > 0 ? kGatheringScratch : kWalkingScratch; }
 
-  const bool probed = gather_below > 0;
-  const int64_t pairs = call.query_tile_pairs(), listed = std::max(pairs, call.key_tile_pairs());
-  const int64_t chosen = probed ? std::max(call.query_tile_rows(), call.key_tile_rows()) * kRoom : 0;
-  const int64_t counts = probed ? 2 * call.kv_heads : 0;  // of each key head: probed keys that weigh, all
-  const int64_t marked_words = probed ? 2 * pairs : 0;    // of keys, and as many of rows
-  const at::Tensor scratch = call.empty_ints(listed + chosen + counts + 2 * marked_words);
-  int32_t* const lists = scratch.mutable_data_ptr<int32_t>();
-  int32_t* const chosen_rows = lists + listed;
-  int32_t* const shares = chosen_rows + chosen;
-  int32_t* const key_marks = shares + counts;
-  int32_t* const row_marks = key_marks + marked_words;
-  const int32_t *const found_shares = shares, *const found_keys = key_marks, *const found_rows = row_marks;
+// The launches of one part, and what several of them are given.
+class Backward {
+ public:
+  Backward(const AttentionInputs& inputs, const BackwardInputs& saved, const BackwardOutputs& outputs)
+      : call_(inputs),
+        grad_query_(outputs.grad_query),
+        grad_key_(outputs.grad_key),
+        grad_value_(outputs.grad_value),
+        grad_out_(with_aligned_rows(saved.grad_out)),
+        out_(with_aligned_rows(saved.out ? *saved.out : at::zeros_like(saved.grad_out))),
+        row_state_(saved.row_state.const_data_ptr<float>()),
+        tiles_(saved.tiles.const_data_ptr<int32_t>()),
+        alpha_terms_(outputs.alpha_terms.mutable_data_ptr<float>()),
+        gather_below_(gather_below(inputs)),
+        workspace_(scratch_for(gather_below_), call_.extents(), call_.query) {}
 
-  if (probed) {
-    scratch.narrow(0, listed + chosen, counts).zero_();
-    const Variant& variant = call.variant(Kernel::kMark);
-    const int64_t blocks = call.query_programs(variant) / call.heads;
-    for (const bool probe : {true, false}) {
-      mark(variant, call.place, (probe ? (blocks + kProbed - 1) / kProbed : blocks) * call.heads,
-           {
-               .query = rows_of(call.query),
-               .key = rows_of(call.key),
-               .row_state = saved.row_state.const_data_ptr<float>(),
-               .tiles = saved.tiles.const_data_ptr<int32_t>(),
-               .lists = lists,
-               .key_marks = key_marks,
-               .row_marks = reinterpret_cast<int16_t*>(row_marks),
-               .shares = shares,
-               .gather_below = gather_below,
-               .probe_from = probe ? static_cast<int32_t>(probe_from) : 0,
-               .call = call.arguments,
-           });
+  void run() const {
+    // Nobody writes the terms of tokens that no sequence has.
+    if (call_.packed) workspace_.zero(kRowTerms);
+    const bool may_gather = gather_below_ > 0;
+    if (may_gather) mark_what_weighs();
+    if (call_.query.numel() > 0) {
+      compute_grad_query(false);
+      if (may_gather) compute_grad_query(true);
     }
+    if (call_.key.numel() > 0) {
+      compute_grad_key_value(false);
+      if (may_gather) compute_grad_key_value(true);
+    }
+    for (const AlignedResult* result : {&grad_query_, &grad_key_, &grad_value_}) result->finish();
   }
-  // Of each key head one of both does the work; the GPU knows which.
-  for (int marked = 0; marked <= int{probed} && dq.numel() > 0; ++marked) {
-    const Variant& variant = call.variant(Kernel::kGradQuery, marked);
-    grad_query(variant, call.place, call.query_programs(variant),
+
+ private:
+  // First as a probe, which counts for each key head what weighs in some of its tiles; then `mark` proper, of the key
+  // heads where gathering pays.
+  void mark_what_weighs() const {
+    workspace_.zero(kProbeCounts);
+    const Variant& variant = call_.variant(Kernel::kMark);
+    const int64_t blocks = call_.query_programs(variant) / call_.heads;
+    launch_mark(variant, (blocks + kProbeEvery - 1) / kProbeEvery * call_.heads, probe_from);
+    launch_mark(variant, blocks * call_.heads, 0);
+  }
+
+  // A probe of sequences of at least some length, or, with 0, no probe.
+  void launch_mark(const Variant& variant, int64_t programs, int32_t length_to_probe) const {
+    mark(variant, call_.place, programs,
+         {
+             .query = matrix_of(call_.query),
+             .key = matrix_of(call_.key),
+             .row_state = row_state_,
+             .tiles = tiles_,
+             .tile_lists = workspace_.write(kTileLists),
+             .key_marks = workspace_.write(kKeyMarks),
+             .row_marks = reinterpret_cast<int16_t*>(workspace_.write(kRowMarks)),
+             .probe_counts = workspace_.write(kProbeCounts),
+             .gather_below = gather_below_,
+             .probe_from = length_to_probe,
+             .call = call_.arguments,
+         });
+  }
+
+  void compute_grad_query(bool gather) const {
+    const Variant& variant = call_.variant(Kernel::kGradQuery, gather);
+    grad_query(variant, call_.place, call_.query_programs(variant),
                {
-                   .query = rows_of(call.query),
-                   .key = rows_of(call.key),
-                   .value = rows_of(call.value),
-                   .out = rows_of(out),
-                   .grad_out = rows_of(grad_out),
-                   .grad_query = mutable_rows_of(of_query.rows),
-                   .terms = of_rows.terms.mutable_data_ptr<float>(),
-                   .alpha_terms = of_rows.alpha_terms.mutable_data_ptr<float>(),
-                   .row_state = saved.row_state.const_data_ptr<float>(),
-                   .tiles = saved.tiles.const_data_ptr<int32_t>(),
-                   .lists = lists,
-                   .marks = found_keys,
-                   .chosen = chosen_rows,
-                   .shares = found_shares,
-                   .gather_below = gather_below,
-                   .call = call.arguments,
+                   .query = matrix_of(call_.query),
+                   .key = matrix_of(call_.key),
+                   .value = matrix_of(call_.value),
+                   .out = matrix_of(out_),
+                   .grad_out = matrix_of(grad_out_),
+                   .grad_query = mutable_matrix_of(grad_query_.rows),
+                   .row_terms = workspace_.write(kRowTerms),
+                   .alpha_terms = alpha_terms_,
+                   .row_state = row_state_,
+                   .tiles = tiles_,
+                   .tile_lists = workspace_.write(kTileLists),
+                   .marks = workspace_.read(kKeyMarks),
+                   .gathered = workspace_.write(kGathered),
+                   .probe_counts = workspace_.read(kProbeCounts),
+                   .gather_below = gather_below_,
+                   .call = call_.arguments,
                });
   }
-  if (call.heads == 0) {  // keys that no head asks for
-    of_key.rows.zero_();
-    of_value.rows.zero_();
-  }
-  for (int marked = 0; marked <= int{probed} && call.heads > 0 && dk.numel() > 0; ++marked) {
-    const Variant& variant = call.variant(Kernel::kGradKeyValue, marked);
-    grad_key_value(variant, call.place, call.key_programs(variant),
+
+  void compute_grad_key_value(bool gather) const {
+    const Variant& variant = call_.variant(Kernel::kGradKeyValue, gather);
+    grad_key_value(variant, call_.place, call_.key_programs(variant),
                    {
-                       .query = rows_of(call.query),
-                       .key = rows_of(call.key),
-                       .value = rows_of(call.value),
-                       .grad_out = rows_of(grad_out),
-                       .grad_key = mutable_rows_of(of_key.rows),
-                       .grad_value = mutable_rows_of(of_value.rows),
-                       .terms = of_rows.terms.const_data_ptr<float>(),
-                       .tiles = saved.tiles.const_data_ptr<int32_t>(),
-                       .lists = lists,
-                       .marks = found_rows,
-                       .chosen = chosen_rows,
-                       .shares = found_shares,
-                       .gather_below = gather_below,
-                       .call = call.arguments,
+                       .query = matrix_of(call_.query),
+                       .key = matrix_of(call_.key),
+                       .value = matrix_of(call_.value),
+                       .grad_out = matrix_of(grad_out_),
+                       .grad_key = mutable_matrix_of(grad_key_.rows),
+                       .grad_value = mutable_matrix_of(grad_value_.rows),
+                       .row_terms = workspace_.read(kRowTerms),
+                       .tiles = tiles_,
+                       .tile_lists = workspace_.write(kTileLists),
+                       .marks = workspace_.read(kRowMarks),
+                       .gathered = workspace_.write(kGathered),
+                       .probe_counts = workspace_.read(kProbeCounts),
+                       .gather_below = gather_below_,
+                       .call = call_.arguments,
                    });
   }
-  for (const Result* gradient : {&of_query, &of_key, &of_value}) gradient->finish();
-}
+
+  const PreparedCall call_;
+  const AlignedResult grad_query_, grad_key_, grad_value_;
+  const at::Tensor grad_out_, out_;
+  const float* const row_state_;
+  const int32_t* const tiles_;
+  float* const alpha_terms_;
+  const int32_t gather_below_;
+  const Workspace workspace_;
+};
 
 }  // namespace
 
-BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
-                        const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
-  constexpr const char* name = "_entmax_attn_backward";
-  check_backward(grad_out, query, key, value, saved, options);
-  auto result = allocate_backward(query, key, value, options);
-  auto& [dq, dk, dv, dalpha] = result;
-  const at::Tensor state = saved.row_state.contiguous(), tiles = saved.tiles.contiguous();
-  at::DimVector rows(state.sizes().begin(), state.sizes().end() - 1), four(rows);
-  four.push_back(4);
-  const at::Tensor terms = at::empty(four, state.options()), alpha_terms = options.head_alpha
-                                                                               ? at::empty(rows, state.options())
-                                                                               : at::empty({0}, state.options());
-  if (options.packed()) {
-    terms.zero_();
-    alpha_terms.zero_();
-  }
-  const int32_t below = gather_below(query, key, value, options);
-  for (const Part& part : Part::all(query, key, options, below > 0 ? kGathering : kWalking)) {
-    const Call call(name, part.queries(query), part.keys(key), part.keys(value), part.options(options));
-    const SavedForBackward of_part{
-        part.rows(state), {}, part.rows(tiles), saved.out ? OptionalTensor(part.queries(*saved.out)) : std::nullopt};
-    backward_part(call, below, part.queries(grad_out), of_part,
-                  {part.rows(terms), options.head_alpha ? part.rows(alpha_terms) : alpha_terms}, part.queries(dq),
-                  part.keys(dk), part.keys(dv));
-  }
-  if (options.head_alpha) sum_to_alpha(dq.numel() > 0 ? alpha_terms : alpha_terms.zero_(), dalpha);
-  return result;
+const Scratch& Portable::backward_scratch(const AttentionInputs& inputs) const {
+  return scratch_for(gather_below(inputs));
 }
 
-}  // namespace adasplash::cuda
+void Portable::backward(const AttentionInputs& inputs, const BackwardInputs& saved,
+                        const BackwardOutputs& outputs) const {
+  Backward(inputs, saved, outputs).run();
+}
+
+}  // namespace adasplash::cuda::portable
 
 // For tests: sets from which length on it is probed whether to gather, and below which per cent it is done.
 extern "C" __attribute__((visibility("default"))) void adasplash_gather(int32_t from, int32_t below) {
-  adasplash::cuda::probe_from = from;
-  adasplash::cuda::gather_below_small = adasplash::cuda::gather_below_large = below;
+  using namespace adasplash::cuda::portable;
+  probe_from = from;
+  gather_below_small = gather_below_large = below;
 }
