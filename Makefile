@@ -67,8 +67,8 @@ test-all: setup
 
 # Without torch's cache of memory, so that every tensor ends where its memory does.
 sanitize: setup
-	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	  compute-sanitizer --tool $$tool --launch-timeout 0 --error-exitcode 1 $(BIN)/python tests/sanitized.py || exit 1; done
+	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=tests/support \
+	  compute-sanitizer --tool $$tool --launch-timeout 0 --error-exitcode 1 $(BIN)/python tests/gpu/sanitized.py || exit 1; done
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

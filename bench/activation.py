@@ -13,8 +13,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from datetime import datetime
 from itertools import product
 from pathlib import Path
 
@@ -24,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import adasplash
-from bench import machine, results
-from bench.case import BOTH, DTYPES, FORWARD
-from bench.runner import LocalRunner, _CpuClock, _CudaClock
-from bench.timing import Effort, Spread, measure
+from bench.lib import machine, results
+from bench.lib.case import BOTH, DTYPES, FORWARD
+from bench.lib.runner import FunctionRunner
+from bench.lib.timing import Effort, measure
 
 OURS, SOFTMAX, PACKAGE = "adasplash", "torch softmax", "entmax"
 WHAT = (FORWARD, BOTH)
@@ -47,13 +45,6 @@ def peers(alpha: float) -> dict[str, Function]:
     return found
 
 
-class Runner(LocalRunner):
-    def __init__(self, function: Function, x: Tensor, grad: Tensor) -> None:
-        self._attention, self._within = function, nullcontext
-        self._inputs, self._leaves, self._grad = (x,), (x.detach().requires_grad_(),), grad
-        self._clock = _CudaClock() if x.is_cuda else _CpuClock()
-
-
 def bench(device: str, shape: tuple[int, int], dtype: str, alpha: float, sigma: float, effort: Effort) -> Iterator:
     """Yields result rows."""
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +52,7 @@ def bench(device: str, shape: tuple[int, int], dtype: str, alpha: float, sigma: 
     x *= sigma
     support = (adasplash.entmax(x, alpha) > 0).sum(-1).double().mean().item()
     contenders = peers(alpha)
-    runners = [Runner(function, x, grad) for function in contenders.values()]
+    runners = [FunctionRunner(function, (x,), grad) for function in contenders.values()]
     first_calls = []
     for runner in runners:
         start = time.perf_counter()
@@ -70,18 +61,12 @@ def bench(device: str, shape: tuple[int, int], dtype: str, alpha: float, sigma: 
     timings = dict(zip(contenders, measure(runners, effort, first_calls), strict=True))
     for (peer, timing), what in product(timings.items(), WHAT):
         ratio = None if peer == OURS else timings[OURS].ratio_to(timing, what)
-        milliseconds = Spread.of([1000 * seconds for seconds in timing.seconds[what]])
         yield {
             "rows": shape[0], "length": shape[1], "dtype": dtype, "alpha": alpha, "sigma": sigma,
             "threads": torch.get_num_threads(), "support": round(support, 2), "peer": peer, "what": what, "unit": "ms",
-            **fields(milliseconds, ("median", "low", "high")), "samples": len(timing.seconds[what]),
-            **fields(ratio, ("ratio", "ratio_low", "ratio_high")),
+            **timing.milliseconds(what).fields(), "samples": len(timing.seconds[what]),
+            **(ratio.fields("ratio") if ratio else results.NO_RATIO),
         }  # fmt: skip
-
-
-def fields(spread: Spread | None, names: tuple[str, str, str]) -> dict[str, float | None]:
-    values = (None,) * 3 if spread is None else (spread.median, spread.low, spread.high)
-    return {name: None if value is None else float(f"{value:.4g}") for name, value in zip(names, values, strict=True)}
 
 
 def line_of(row: results.Row) -> str:
@@ -111,8 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device here")
     facts = machine.facts(options.device)
-    date = datetime.fromisoformat(facts["date"]).strftime("%Y%m%d-%H%M")
-    file = options.out or results.FOLDER / f"{date}-{options.device}-activation.jsonl"
+    file = options.out or results.path_of(facts, "activation")
     effort = Effort(options.seconds, fewest=3)
     for shape, dtype, alpha in tqdm(list(product(options.shapes, options.dtypes, options.alphas)), disable=None):
         rows = list(bench(options.device, shape, dtype, alpha, options.sigma, effort))

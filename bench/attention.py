@@ -10,7 +10,6 @@ an fp64 reference. Rows go to a file of JSON lines in bench/results; `python -m 
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,16 +21,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import machine, results
-from bench.case import DTYPES, PASSES, Case, grid
-from bench.inputs import Inputs, captured_sizes, make_grad, make_inputs
+from bench.lib import machine, results
+from bench.lib.case import DTYPES, PASSES, Case, grid
+from bench.lib.inputs import Inputs, captured_sizes, make_grad, make_inputs
+from bench.lib.presets import PRESETS, Entry, entries_of, goals_of
+from bench.lib.reference import Check, empty_tiles, make_check
+from bench.lib.remote import RemoteRunner
+from bench.lib.results import NO_RATIO, PEAK_MEMORY, Row
+from bench.lib.runner import LocalRunner, Runner
+from bench.lib.timing import Effort, Spread, measure
 from bench.peers import OURS, PEERS
-from bench.presets import PRESETS, Entry, entries_of, goals_of
-from bench.reference import Check, empty_tiles, make_check
-from bench.remote import RemoteRunner
-from bench.results import PEAK_MEMORY, Row
-from bench.runner import LocalRunner, Runner
-from bench.timing import Effort, Spread, Timing, measure
 
 BAR = "{percentage:3.0f}%|{bar:14}| {n:.1f}/{total} cases, {elapsed}<{remaining} {postfix}"
 
@@ -120,12 +119,17 @@ class Bench:
         ours = timings[names.index(OURS)] if OURS in names else None
         for name, contender, timing in zip(names, contenders, timings, strict=True):
             for what in PASSES:
+                ratio = None if ours is None or name == OURS else ours.ratio_to(timing, what)
+                goal = _goal(entry, name, what)
                 yield {
                     "peer": name,
                     "what": what,
-                    **_time_fields(timing, what),
-                    **_ratio_fields(ours, timing, name, what),
-                    **_goal_fields(entry, name, what, ours, timing),
+                    "unit": "ms",
+                    **timing.milliseconds(what).fields(),
+                    "samples": len(timing.seconds[what]),
+                    **(ratio.fields("ratio") if ratio else NO_RATIO),
+                    "goal": goal,
+                    "reached": None if goal is None or ratio is None else ratio.median <= goal,
                     "errors": {key: float(f"{value:.1e}") for key, value in contender.errors.items()},
                     "first_call_ms": round(1000 * contender.first_call, 3),
                 }
@@ -145,40 +149,22 @@ class Bench:
                 self._problem(f"{name} at {entry.case.title}: {error}")
         for name, peak in peaks.items():
             ratio = None if name == OURS or OURS not in peaks else (peaks[OURS] + tensors) / (peak + tensors)
-            goal = next((g.at_most for g in entry.goals if (g.peer, g.what) == (name, PEAK_MEMORY)), None)
+            goal = _goal(entry, name, PEAK_MEMORY)
             value = peak if name == OURS else ratio
             yield {
                 "peer": name,
                 "what": PEAK_MEMORY,
                 "unit": "MiB",
-                **_rounded(Spread.of([peak])),
+                **Spread.of([peak]).fields(),
                 "samples": 1,
-                **_rounded(Spread.of([ratio]) if ratio is not None else None, "ratio"),
+                **(NO_RATIO if ratio is None else Spread.of([ratio]).fields("ratio")),
                 "goal": goal,
                 "reached": None if goal is None else value <= goal,
             }
 
 
-def _rounded(spread: Spread | None, name: str = "") -> dict[str, float | None]:
-    names = (name, f"{name}_low", f"{name}_high") if name else ("median", "low", "high")
-    values = (None,) * 3 if spread is None else (spread.median, spread.low, spread.high)
-    return {key: None if value is None else float(f"{value:.5g}") for key, value in zip(names, values, strict=True)}
-
-
-def _time_fields(timing: Timing, what: str) -> Row:
-    spread = timing.spread(what)
-    milliseconds = Spread(1000 * spread.median, 1000 * spread.low, 1000 * spread.high)
-    return {"unit": "ms", **_rounded(milliseconds), "samples": len(timing.seconds[what])}
-
-
-def _ratio_fields(ours: Timing | None, timing: Timing, name: str, what: str) -> Row:
-    return _rounded(None if ours is None or name == OURS else ours.ratio_to(timing, what), "ratio")
-
-
-def _goal_fields(entry: Entry, name: str, what: str, ours: Timing | None, timing: Timing) -> Row:
-    goal = next((g.at_most for g in entry.goals if (g.peer, g.what) == (name, what)), None)
-    reached = None if goal is None or ours is None else ours.ratio_to(timing, what).median <= goal
-    return {"goal": goal, "reached": reached}
+def _goal(entry: Entry, peer: str, what: str) -> float | None:
+    return next((goal.at_most for goal in entry.goals if (goal.peer, goal.what) == (peer, what)), None)
 
 
 @contextmanager
@@ -279,13 +265,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def _file_of(options: argparse.Namespace, facts: Row, preset: str) -> Path | None:
-    if options.out or options.quick:
-        return options.out
-    date = re.sub(r"[-:]", "", facts["date"][:16]).replace("T", "-")
-    return results.FOLDER / f"{date}-{facts['device']}-{preset}.jsonl"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 if anything failed or was wrong, else 0; a goal that was missed is no failure."""
     options = parse(arguments)
@@ -297,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("error: torch finds no CUDA device here")
     facts = machine.facts(devices.pop())
     preset = "+".join(options.preset or ["own"])
-    file = _file_of(options, facts, preset)
+    file = options.out or (None if options.quick else results.path_of(facts, preset))
     print(f"{facts['processor']}, {facts['cores']} cores, torch {facts['torch']}, commit {facts['commit']}")
     with tqdm(total=len(entries), bar_format=BAR, disable=None) as bar:
         bench = Bench(bar)

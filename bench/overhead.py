@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from bench.case import Case
-from bench.inputs import Inputs, make_grad, make_inputs
-from bench.memory import CudaMeter
+from bench.lib.case import Case
+from bench.lib.inputs import Inputs, make_grad, make_inputs
+from bench.lib.memory import CudaMeter
 from bench.peers import OURS, PEERS
 
 BESIDE = (OURS, "sdpa-flash", "sdpa-cudnn")

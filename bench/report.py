@@ -2,10 +2,11 @@
 
     python -m bench.report                  the newest results of the goals on this project's CPUs: all tables, printed
     python -m bench.report FILE …           those of the given files together (of one device)
-    python -m bench.report --readme         rewrites the README's block and its plot, and the page with every number
+    python -m bench.report --readme         rewrites the README's block, and the page with every number and its plot
 
-The block lies in README.md between the lines <!-- bench:cpu --> and <!-- /bench:cpu --> (or cuda); plot and page are
-bench/results/cpu.png and cpu.md, solver tables (`bench.solver`) are added to the page where there are any.
+The block lies in README.md between the lines <!-- bench:cpu --> and <!-- /bench:cpu --> (or cuda), and shows what
+bench/lib/readme.py picks. Page and plot are bench/results/cpu.md and cpu.png; solver tables (`bench.solver`) are added
+to the page where there are any.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import plots, results, solver, tables
-from bench.results import FOLDER, Row
+from bench import solver
+from bench.lib import plots, readme, results, tables
+from bench.lib.results import FOLDER, Row
 
 ROOT = FOLDER.parent.parent
 README = ROOT / "README.md"
@@ -22,14 +24,28 @@ README = ROOT / "README.md"
 
 def page(rows: Sequence[Row]) -> str:
     """Everything the rows say, as a Markdown page."""
-    sections = {"Goals": tables.goals(rows), "Growth": tables.growth(rows), "Times": tables.times(rows)}
+    device = rows[0]["device"]
+    softmax, name = ("sdpa", "") if device == "cpu" else ("sdpa-flash", ", its flash backend: FlashAttention-2")
+    beside = (
+        f"Time as a share of that of softmax (torch `scaled_dot_product_attention`{name}), forward / "
+        "forward + backward. Goals are those of the first column; bold: goal missed."
+    )
+    sections = {
+        "Beside softmax": f"{beside}\n\n{tables.summary(rows, softmax)}",
+        "Goals": tables.goals(rows),
+        "Growth": tables.growth(rows),
+        "Times": tables.times(rows),
+    }
     base = tables.base_case(rows).title.split(", ", 1)[1]
     notes = (
         f"{tables.heading(rows)} Unless a line says otherwise: {base}. Medians; ratios are ours / theirs, medians of "
         "pairs that ran one after the other, with quartiles. Peak memory is that of a training step beyond inputs, "
-        "output and gradients; ratios of it are with them."
+        "output and gradients; ratios of it are with them.\n\n"
+        "Inputs: σ = 1.5 stands for entries of query and key from N(0, 1.5²); structured 50% empty for keys in topics, "
+        "such that half of the visible 64×64 tiles have no weight ([how](../README.md#inputs)); captured for what a "
+        "trained model computes."
     )
-    body = "\n\n".join(f"## {name}\n\n{table}" for name, table in sections.items() if table)
+    body = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
     return f"# Measured\n\n{notes}\n\n{body}\n"
 
 
@@ -37,25 +53,6 @@ def solver_page() -> str:
     """The newest tables of `bench.solver`, empty if there are none."""
     file = results.latest("cpu", "solver")
     return f"\n## Threshold solvers\n\n{solver.page(results.read([file]))}\n" if file else ""
-
-
-def block(rows: Sequence[Row], plot: Path, full: Path) -> str:
-    """What the README says."""
-    device = rows[0]["device"]
-    peer = "sdpa" if device == "cpu" else "sdpa-flash"
-    base = tables.base_case(rows).title.split(", ", 1)[1]
-    goals = "on the right of the goals, 1.2 times them" if device == "cpu" else "goals are for the first column"
-    backend = "" if device == "cpu" else ", its flash backend: FlashAttention-2"
-    parts = [
-        f"![Time{' and memory' if device == 'cpu' else ''} beside the peers]({plot.relative_to(ROOT)})",
-        f"Time as a share of that of softmax attention (torch `scaled_dot_product_attention`{backend}), forward / "
-        f"forward + backward; {base} unless said otherwise; σ: entries of query and key are from N(0, σ²). Bold: goal "
-        f"missed ({goals}). [Every number]({full.relative_to(ROOT)}).",
-        tables.summary(rows, peer),
-        tables.other_goals(rows, peer),
-        tables.heading(rows),
-    ]
-    return "\n\n".join(part for part in parts if part)
 
 
 def replace_block(text: str, name: str, new: str) -> str:
@@ -86,9 +83,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.readme:
         plot = plots.save(plots.overview(rows), FOLDER / f"{device}.png")
         full = FOLDER / f"{device}.md"
-        full.write_text(page(rows) + (solver_page() if device == "cpu" else ""))
+        title, rest = page(rows).split("\n\n", 1)
+        picture = f"![Beside the peers]({plot.name})"
+        full.write_text(f"{title}\n\n{picture}\n\n{rest}" + (solver_page() if device == "cpu" else ""))
         try:
-            README.write_text(replace_block(README.read_text(), f"bench:{device}", block(rows, plot, full)))
+            block = readme.block(rows, str(full.relative_to(ROOT)))
+            README.write_text(replace_block(README.read_text(), f"bench:{device}", block))
         except (ValueError, OSError) as error:
             sys.exit(f"error: {README.name} was left as it is: {error}")
         print(f"Written: {plot}, {full}, the block of {README}")

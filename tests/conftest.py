@@ -4,6 +4,7 @@ import functools
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import common
+
+sys.path.append(str(common.ROOT))  # bench and triton_src; last, as the installed adasplash is the one under test
 
 DOUBLE, SINGLE, HALF = torch.float64, torch.float32, common.HALF
 
@@ -67,8 +70,27 @@ def pytest_unconfigure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """Beside a GPU nothing is interpreted: Triton decides at its import, and then torch.compile could not compile."""
-    interpreted = collection_path.parent.name == "tests" and collection_path.name in ("emulated", "triton")
+    interpreted = collection_path.parent.name == "tests" and collection_path.name in ("emulated", "kernels")
     return True if interpreted and config.getoption("--backend") == "cuda" else None
+
+
+def pytest_generate_tests(metafunc):
+    """Where the library has several implementations for the GPU, tests of what they compute run once for each."""
+    names = metafunc.fixturenames
+    if metafunc.config.getoption("--backend") != "cpu" and "backend" in names and "implementations" not in names:
+        built = common.cuda_implementations()
+        if len(built) > 1:
+            metafunc.parametrize("cuda_implementation", built, indirect=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if "does not serve this call" in str(error):  # a forced implementation, of one that another one computes
+            pytest.skip(str(error))
+        raise
 
 
 def pytest_collection_modifyitems(config, items):
@@ -115,6 +137,25 @@ def backend(request) -> Backend:
         pytest.exit("--backend cuda: torch sees no GPU here", returncode=4)
     common.CUDA_KERNELS = name != "cpu"
     return BACKENDS[name]
+
+
+@pytest.fixture(autouse=True)
+def cuda_implementation(request):
+    """The one under test: the preferred one with the others behind it, as users have it, or another one alone."""
+    name = getattr(request, "param", None)
+    if name is None or name == common.cuda_implementations()[0]:
+        yield
+        return
+    common.force_cuda_implementation(name)
+    yield
+    common.force_cuda_implementation(None)
+
+
+@pytest.fixture
+def implementations(backend):
+    """Their names, for a test that forces them itself."""
+    yield common.cuda_implementations()
+    common.force_cuda_implementation(None)
 
 
 @pytest.fixture(autouse=True)

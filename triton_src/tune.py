@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from bench.case import Case
-from bench.inputs import make_grad, make_inputs
+from bench.lib.case import Case
+from bench.lib.inputs import make_grad, make_inputs
 
 from . import variants
 from .compile import compile_variant
@@ -185,7 +185,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], choices=(64, 128, 256))
     parser.add_argument("--kernels", nargs="+", default=list(variants.ATTENTION), choices=list(variants.ATTENTION))
-    parser.add_argument("--inputs", nargs="+", default=INPUTS, help="as bench.inputs names them")
+    parser.add_argument("--inputs", nargs="+", default=INPUTS, help="as bench.lib.inputs names them")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=1.5)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bench.case import Case
+from bench.lib.case import Case
 from bench.peers.peer import Attention, Peer
 
 MAX_ENTRIES = 2**28  # of the matrix of weights; several such tensors live at once

@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.case import Case
+from bench.lib.case import Case
 from bench.peers.peer import Attention, Peer
 
 

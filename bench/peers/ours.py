@@ -1,6 +1,6 @@
 """This project."""
 
-from bench.case import Case
+from bench.lib.case import Case
 from bench.peers.peer import Attention, Peer
 
 

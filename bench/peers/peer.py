@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bench.case import Case
+from bench.lib.case import Case
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -6,7 +6,7 @@ $ ADASPLASH_PYPI=/some/folder python -m bench.attention --device cuda --peers ad
 
 import os
 
-from bench.case import Case
+from bench.lib.case import Case
 from bench.peers.peer import Attention, Peer
 
 FOLDER = "ADASPLASH_PYPI"

@@ -5,7 +5,7 @@ from functools import partial
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.case import Case
+from bench.lib.case import Case
 from bench.peers.peer import Attention, Peer
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a training run: loss curves, support over training, and where each head looks in a passage of text."""
+"""Pictures of a training run: losses, support over training, where each head looks in a passage, and what is zero."""
 
 import argparse
 from pathlib import Path
@@ -11,9 +11,10 @@ import matplotlib.pyplot as plt
 import numpy
 import torch
 from matplotlib.colors import LogNorm
+from matplotlib.image import AxesImage
 from matplotlib.ticker import NullFormatter
 
-from support import model_attention
+from support import attention_weights, model_attention
 from train import Checkpoint
 
 COLORS = {"entmax": "#0b6e4f", "softmax": "#c8553d"}
@@ -75,20 +76,13 @@ def draw_attention(checkpoint: Checkpoint, passage: bytes, path: Path) -> None:
     length = min(len(passage), config.context)
     passage = passage[:length]
     weights = model_attention(model, torch.tensor([list(passage)], device=next(model.parameters()).device))
-    letters = [_visible(byte) for byte in passage]
-    colors = plt.get_cmap("viridis_r").with_extremes(bad="white")
     size = (4 * config.heads + 1, 4 * config.layers + 1)
     figure, axes = plt.subplots(config.layers, config.heads, figsize=size, squeeze=False)
     for layer, row in enumerate(axes):
         for head, panel in enumerate(row):
-            seen = weights[layer][0, head].float().cpu().numpy()
-            image = panel.imshow(numpy.ma.masked_equal(seen, 0), cmap=colors, norm=LogNorm(1e-3, 1))
-            future = numpy.ma.masked_equal(numpy.triu(numpy.ones_like(seen), 1), 0)
-            panel.imshow(future, cmap="Greys", vmin=0, vmax=7)
-            panel.set_title(f"layer {layer + 1}, head {head + 1}: {(seen > 0).sum(-1).mean():.1f} keys a byte")
-            panel.set_xticks(range(length), letters, fontsize=4.5, family="monospace")
-            panel.set_yticks(range(length), letters, fontsize=4.5, family="monospace")
-            panel.tick_params(length=0, pad=1)
+            seen = weights[layer][0, head]
+            image = _weights(panel, seen, passage)
+            panel.set_title(f"layer {layer + 1}, head {head + 1}: {(seen > 0).sum(-1).float().mean():.1f} keys a byte")
     figure.supxlabel("bytes that are looked at")
     figure.supylabel("bytes that look")
     figure.suptitle(
@@ -99,18 +93,61 @@ def draw_attention(checkpoint: Checkpoint, passage: bytes, path: Path) -> None:
     _save(figure, path)
 
 
+@torch.no_grad()
+def draw_zeros(checkpoint: Checkpoint, passage: bytes, path: Path, layer: int = -1, head: int = -1) -> None:
+    """One head's scores of a passage through softmax and through α-entmax; the last layer's last head if not told."""
+    model, config = checkpoint.models["entmax"], checkpoint.config
+    passage = passage[: config.context]
+    projected: list[tuple[torch.Tensor, ...]] = []
+    hook = model.blocks[layer].attention.register_forward_pre_hook(
+        lambda module, inputs: projected.append(module.project(*inputs))
+    )
+    model(torch.tensor([list(passage)], device=next(model.parameters()).device))
+    hook.remove()
+    query, key, value = (x[:, [head]] for x in projected[0])
+    future = torch.ones(len(passage), len(passage), dtype=torch.bool, device=query.device).triu(1)
+    scores = (query @ key.transpose(2, 3) / query.size(3) ** 0.5).masked_fill(future, -torch.inf)
+    softmax, entmax = scores.softmax(-1), attention_weights(query, key, value, config.alpha)
+    mean = (entmax > 0).sum(-1).float().mean().item()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.7))
+    image = _weights(axes[0], softmax[0, 0], passage, letter_size=6)
+    axes[0].set_title("softmax: every byte so far has weight", fontsize=11)
+    axes[0].set_ylabel("bytes that look")
+    _weights(axes[1], entmax[0, 0], passage, letter_size=6)
+    axes[1].set_title(f"α-entmax, α = {config.alpha:g}: {mean:.1f} on average, the others exactly 0", fontsize=11)
+    figure.supxlabel("bytes that are looked at")
+    figure.suptitle("One trained head's scores, made weights in two ways (white: exactly zero, grey: the future)")
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8, extend="min")
+    _save(figure, path)
+
+
 def draw_all(checkpoint: Checkpoint, passage: bytes, folder: Path) -> list[Path]:
-    """All three pictures, as PNG files in the folder; returns their paths."""
+    """All four pictures, as PNG files in the folder; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("loss.png", "support.png", "attention.png")]
+    paths = [folder / name for name in ("loss.png", "support.png", "attention.png", "zeros.png")]
     draw_losses(checkpoint, paths[0])
     draw_support(checkpoint, paths[1])
     draw_attention(checkpoint, passage, paths[2])
+    draw_zeros(checkpoint, passage, paths[3])
     return paths
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+
+
+def _weights(panel: plt.Axes, weights: torch.Tensor, passage: bytes, letter_size: float = 4.5) -> AxesImage:
+    """Weights (N, N) of a passage, with its letters along both sides. Zeros are left white, the future is grey."""
+    seen = weights.float().cpu().numpy()
+    colors = plt.get_cmap("viridis_r").with_extremes(bad="white")
+    image = panel.imshow(numpy.ma.masked_equal(seen, 0), cmap=colors, norm=LogNorm(1e-3, 1))
+    future = numpy.ma.masked_equal(numpy.triu(numpy.ones_like(seen), 1), 0)
+    panel.imshow(future, cmap="Greys", vmin=0, vmax=7)
+    letters = [_visible(byte) for byte in passage]
+    panel.set_xticks(range(len(passage)), letters, fontsize=letter_size, family="monospace")
+    panel.set_yticks(range(len(passage)), letters, fontsize=letter_size, family="monospace")
+    panel.tick_params(length=0, pad=1)
+    return image
 
 
 def _visible(byte: int) -> str:

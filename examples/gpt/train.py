@@ -125,8 +125,9 @@ def train(
     learning_rate: float = 2e-3,
     seed: int = 0,
     measure_every: int = 20,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Checkpoint:
-    """Trains both kinds of model until `steps` or `minutes` are used up, or Ctrl-C; at least one step."""
+    """Trains both kinds of model until `steps` or `minutes` are used up, or a stop is requested; at least one step."""
     trainers = {kind: Trainer(replace(config, attention=kind), device, seed) for kind in KINDS}
     models = {kind: trainer.model for kind, trainer in trainers.items()}
     batches = corpus.batches(batch, config.context, seed)
@@ -143,8 +144,8 @@ def train(
 
     layout = "{desc} {percentage:3.0f}%|{bar:12}| {elapsed}{postfix}"
     pause = 0.2 if sys.stderr.isatty() else 10
-    with StopOnInterrupt() as stop, tqdm(total=1.0, bar_format=layout, mininterval=pause) as bar:
-        while progress < 1 and not stop.requested:
+    with tqdm(total=1.0, bar_format=layout, mininterval=pause) as bar:
+        while history.steps == 0 or (progress < 1 and not stop_requested()):
             if history.steps % measure_every == 0:
                 measure()
             inputs, targets = (b.to(device) for b in next(batches))
@@ -157,7 +158,7 @@ def train(
             bar.set_postfix_str(_status(history, inputs.numel(), config.context), refresh=False)
             bar.update(progress - bar.n)
         measure()
-    if stop.requested:
+    if stop_requested():
         print(f"Stopped by Ctrl-C after {history.steps} steps; going on with what there is.", flush=True)
     return Checkpoint(config, {kind: model.eval() for kind, model in models.items()}, history)
 
@@ -259,23 +260,25 @@ def train_from_options(options: argparse.Namespace) -> tuple[Checkpoint, Corpus]
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     parameters = sum(p.numel() for p in GPT(config).parameters())
-    print(
-        f"Text: {corpus.name}, {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out.\n"
-        f"Two models of {parameters:,} parameters, one with α-entmax (α = {config.alpha:g}) and one with softmax "
-        f"attention, see the same batches on {options.device}.\nCtrl-C ends training early.",
-        flush=True,
-    )
-    checkpoint = train(
-        corpus,
-        config,
-        device=options.device,
-        steps=options.steps,
-        minutes=options.minutes or (None if options.steps else options.default_minutes),
-        batch=options.batch,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-    )
-    print("\n" + report(checkpoint, corpus, options.device), flush=True)
+    with StopOnInterrupt() as stop:  # from before people are told of it until they see that training is over
+        print(
+            f"Text: {corpus.name}, {len(corpus.train):,} bytes to train on and {len(corpus.validation):,} held out.\n"
+            f"Two models of {parameters:,} parameters, one with α-entmax (α = {config.alpha:g}) and one with softmax "
+            f"attention, see the same batches on {options.device}.\nCtrl-C ends training early.",
+            flush=True,
+        )
+        checkpoint = train(
+            corpus,
+            config,
+            device=options.device,
+            steps=options.steps,
+            minutes=options.minutes or (None if options.steps else options.default_minutes),
+            batch=options.batch,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+            stop_requested=lambda: stop.requested,
+        )
+        print("\n" + report(checkpoint, corpus, options.device), flush=True)
     return checkpoint, corpus
 
 
@@ -290,4 +293,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted.")

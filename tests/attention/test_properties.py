@@ -1,0 +1,99 @@
+"""Any combination of options, types and shapes against the fp64 reference, forward and backward."""
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given, settings
+
+from adasplash import entmax_attn
+from common import check_gradients, make_inputs
+from packing import check_packed, packed
+
+lengths = st.one_of(st.integers(0, 5), st.integers(0, 80), st.sampled_from((63, 64, 65, 128, 129, 140)))
+window_sides = st.one_of(st.just(-1), st.integers(0, 10), st.integers(0, 150))
+
+
+@st.composite
+def cases(draw):
+    """A description in plain numbers, so that what fails can be read."""
+    case = dict(
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.sampled_from((1, 1, 2, 3))),
+        size=draw(st.one_of(st.integers(1, 40), st.sampled_from((1, 16, 64)))),
+        value_size=draw(st.one_of(st.integers(1, 40), st.sampled_from((1, 16, 64)))),
+        sigma=draw(st.sampled_from((0.05, 0.5, 1.5, 4.0))),
+        dtype=draw(st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))),
+        seed=draw(st.integers(0, 2**20)),
+        is_causal=draw(st.booleans()),
+        window=draw(st.one_of(st.just((-1, -1)), st.tuples(window_sides, window_sides))),
+        scale=draw(st.one_of(st.none(), st.sampled_from((0.1, 1.0, -0.3)))),
+        form=draw(st.sampled_from(("plain", "q_seqlens", "kv_seqlens", "both", "packed"))),
+        slopes=draw(st.sampled_from((None, None, "heads", "batch"))),
+        alpha=draw(st.one_of(st.sampled_from((1.05, 1.25, 1.5, 2.0, "heads", "scalar")), st.floats(1.05, 2.0))),
+    )
+    batch = draw(st.sampled_from((0, 1, 2, 2, 3)))
+    m, n = draw(lengths), draw(lengths)
+
+    def one_each(longest):
+        return [draw(st.integers(0, longest)) for _ in range(batch)]
+
+    of_query = case["form"] in ("q_seqlens", "both", "packed")
+    of_key = case["form"] in ("kv_seqlens", "both", "packed")
+    q_lengths, k_lengths = (one_each(longest) if given else None for longest, given in ((m, of_query), (n, of_key)))
+    return dict(case, batch=batch, m=m, n=n, q_lengths=q_lengths, k_lengths=k_lengths)
+
+
+# Of the dense composition's error. Among hundreds of drawn cases some are ill-conditioned: near alpha = 2 a key at the
+# threshold has little weight and all of its part in the gradient. CUDA kernels also round dS about dO.out, which for
+# alpha = 2 may be as far from delta as dS is large: where keys are nearly equal and their dS cancel, dq is off by half
+# roundings of dS times the keys (`room`), dk likewise.
+TIMES, TIMES_CUDA = 4, 10
+ROOM_CUDA = 40
+
+
+def test_every_combination(backend):
+    @settings(max_examples=backend.examples, deadline=None, derandomize=True)
+    @given(cases())
+    def holds(case):
+        check(backend, case)
+
+    holds()
+
+
+def check(backend, case):
+    times, room = (TIMES, 1) if backend.name == "cpu" else (TIMES_CUDA, ROOM_CUDA)
+    if case["dtype"] not in backend.dtypes:
+        case = {**case, "dtype": torch.float32}
+    heads, generator = case["kv_heads"] * case["group"], torch.Generator().manual_seed(case["seed"])
+    shape = {name: case[name] for name in ("kv_heads", "size", "value_size", "sigma", "dtype", "seed")}
+    shape.update(heads=heads, device=backend.device)
+    options = {name: case[name] for name in ("is_causal", "window", "scale", "alpha")}
+    if case["alpha"] in ("heads", "scalar"):
+        drawn = 1.05 + 0.95 * torch.rand(heads if case["alpha"] == "heads" else (), generator=generator)
+        options["alpha"] = drawn.to(backend.device)
+    if case["slopes"] is not None:
+        rows = (case["batch"],) if case["slopes"] == "batch" else ()
+        options["alibi_slopes"] = (torch.rand(*rows, heads, generator=generator) * 0.3).to(backend.device)
+    if case["form"] == "packed":
+        inputs, lengths = packed(case["q_lengths"], case["k_lengths"], **shape)
+        check_packed(inputs, lengths, times=times, room=room, **options)
+        return
+    for name, given_lengths in (("q_seqlens", case["q_lengths"]), ("kv_seqlens", case["k_lengths"])):
+        if given_lengths is not None:
+            options[name] = torch.tensor(given_lengths, dtype=torch.int32, device=backend.device)
+    inputs = make_inputs(case["batch"], m=case["m"], n=case["n"], **shape)
+    check_gradients(entmax_attn, inputs, times=times, room=room, **options)
+
+
+def test_the_checker_checks(backend):
+    """A wrong option is noticed: without this the test above could compare nothing with nothing."""
+    inputs = make_inputs(2, 2, 20, 30, device=backend.device)
+
+    def forgetful(*tensors, window, **options):
+        return entmax_attn(*tensors, **options)
+
+    for wrong in (forgetful, lambda *x, **options: entmax_attn(*x, **options) * 1.001):
+        try:
+            check_gradients(wrong, inputs, window=(3, 3), alpha=1.5)
+        except AssertionError:
+            continue
+        raise AssertionError("a wrong result passed")

@@ -1,0 +1,269 @@
+"""The benchmark measures what it says: inputs, checks, pairs, processes of their own, goals, tables, solvers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reference
+from bench import activation, attention, overhead, report, solver
+from bench.lib import readme, results, tables
+from bench.lib.case import BOTH, FORWARD, Case
+from bench.lib.inputs import Inputs, make_grad, make_inputs
+from bench.lib.presets import PRESETS, entries_of
+from bench.lib.reference import empty_tiles, make_check
+from bench.lib.remote import RemoteRunner
+from bench.lib.runner import LocalRunner, Seconds
+from bench.lib.timing import Effort, measure
+from bench.peers import OURS, PEERS
+
+pytestmark = pytest.mark.backends("cpu")
+SMALL = Case(length=128, heads=2, head_dim=16, input="gaussian:1.5")
+
+
+def dense_empty_tiles(case: Case, inputs: Inputs) -> float:
+    weights = reference.attention(*inputs, case.alpha, case.causal).weights
+    tiles = weights.unflatten(-1, (-1, 64)).unflatten(-3, (-1, 64)).amax((-3, -1))
+    side = tiles.shape[-1]
+    visible = side * (side + 1) / 2 if case.causal else side * side
+    return 1 - (tiles > 0).sum().item() / visible / case.batch / case.heads
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("empty", [0.0, 0.5, 0.8])
+def test_the_dial_of_empty_tiles(empty, causal):
+    case = Case(length=1024, heads=2, input=f"structured:{empty}", causal=causal)
+    inputs = make_inputs(case)
+    assert empty_tiles(case, inputs) == pytest.approx(empty, abs=0.05)
+    assert empty_tiles(case, inputs) == pytest.approx(dense_empty_tiles(case, inputs), abs=1e-9)
+
+
+def test_inputs_are_what_their_name_says():
+    query, key, value = make_inputs(replace(SMALL, length=2048, input="gaussian:3"))
+    assert query.std().item() == pytest.approx(3, rel=0.02)
+    assert key.std().item() == pytest.approx(3, rel=0.02)
+    assert value.std().item() == pytest.approx(1, rel=0.02)
+    for name in ("gaussian:1", "structured:0.5"):
+        case = replace(SMALL, input=name)
+        assert all(torch.equal(x, y) for x, y in zip(make_inputs(case), make_inputs(case), strict=True))
+    with pytest.raises(ValueError, match="gaussian:σ, structured:share or captured:file"):
+        make_inputs(replace(SMALL, input="round:1"))
+
+
+def test_captured_inputs(tmp_path):
+    file = tmp_path / "captured.pt"
+    tensors = [torch.randn(3, 2, 100, 16) for _ in range(3)]
+    torch.save({**dict(zip(("query", "key", "value"), tensors, strict=True)), "alpha": 1.25}, file)
+    options = attention.parse(["--inputs", f"captured:{file}"])
+    (entry,) = attention._entries(options)
+    case = entry.case
+    assert (case.batch, case.heads, case.length, case.head_dim, case.alpha) == (3, 2, 100, 16, 1.25)
+    assert all(torch.equal(x, y) for x, y in zip(make_inputs(case), tensors, strict=True))
+    with pytest.raises(ValueError, match="but the case asks for"):
+        make_inputs(replace(case, length=200))
+
+
+def local(name: str, case: Case) -> LocalRunner:
+    return LocalRunner(PEERS[name], case, make_inputs(case), make_grad(case))
+
+
+@pytest.mark.parametrize("name", [OURS, "sdpa", "sdpa-flash", "sdpa-math", "entmax-exact", "entmax-bisect"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_peers_pass_the_check(name, causal):
+    case = replace(SMALL, causal=causal)
+    check = make_check(case, make_inputs(case), make_grad(case), count=16)
+    errors = check.errors(PEERS[name].weights, local(name, case).results(check.grad))
+    assert max(errors.values()) < 1e-4
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+def test_the_check_knows_the_truth(alpha):
+    case = replace(SMALL, alpha=alpha, dtype="fp64")
+    inputs, grad = make_inputs(case), make_grad(case)
+    check = make_check(case, inputs, grad, count=16)
+    leaves = Inputs(*(x.requires_grad_() for x in inputs))
+    exact = reference.attention(*leaves, alpha, True)
+    results = [exact.out, *torch.autograd.grad(exact.out, leaves, check.grad)]
+    check.errors("entmax", tuple(x.detach() for x in results))
+    assert check.support == pytest.approx((exact.weights > 0)[:, :, check.rows].sum(-1).double().mean().item())
+    for i, what in enumerate(("out", "dq", "dk", "dv")):
+        wrong = [x.detach().clone() for x in results]
+        wrong[i] *= 1.01
+        with pytest.raises(AssertionError, match=what):
+            check.errors("entmax", tuple(wrong))
+
+
+def test_runners_take_turns_and_ratios_are_of_pairs():
+    log = []
+
+    class Fake:
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, seconds
+
+        def sample(self, calls):
+            log.append(self.name)
+            return Seconds(self.seconds * len(log), 1.0, 2.0)  # the machine gets slower and slower
+
+    timings = measure([Fake("a", 1.0), Fake("b", 2.0)], Effort(seconds=0, fewest=4, most=9), (0.1, 0.1))
+    assert log[2:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    ratio = timings[0].ratio_to(timings[1], FORWARD)
+    assert ratio.low < 0.5 < ratio.high
+    assert timings[0].ratio_to(timings[1], BOTH).median == 1
+
+
+def test_a_process_of_its_own_gives_the_same():
+    here, check = local(OURS, SMALL), make_grad(SMALL)
+    there = RemoteRunner(PEERS[OURS], replace(SMALL, threads=torch.get_num_threads()))
+    try:
+        assert all(torch.equal(x, y) for x, y in zip(here.results(check), there.results(check), strict=True))
+        assert there.sample(1).both > 0
+        with pytest.raises(RuntimeError, match="adasplash: "):
+            there.results(check[..., :3])
+    finally:
+        there.close()
+
+
+def test_a_package_of_the_same_name(tmp_path, monkeypatch):
+    package = tmp_path / "adasplash"
+    package.mkdir()
+    (package / "__init__.py").write_text("def adasplash_v2(q, k, v): return q + k + v\n")
+    monkeypatch.setenv(PEERS["pypi-v2"].package_path, str(tmp_path))
+    runner = RemoteRunner(PEERS["pypi-v2"], SMALL)
+    try:
+        out, *_ = runner.results(make_grad(SMALL))
+    finally:
+        runner.close()
+    query, key, value = make_inputs(SMALL)
+    assert torch.equal(out, query + key + value)
+
+
+def test_peak_memory_sees_the_matrix_of_weights():
+    case = replace(SMALL, length=1024, heads=1)
+    peaks = {}
+    for name in (OURS, "entmax-exact"):
+        runner = RemoteRunner(PEERS[name], case)
+        peaks[name] = runner.memory()
+        runner.close()
+    assert peaks[OURS] < 4 < 3 * 4 < peaks["entmax-exact"]  # 4 MiB: one matrix
+
+
+def test_the_goals_are_those_that_were_set():
+    found = {(entry.case, goal.peer, goal.what): goal.at_most for entry in PRESETS["targets"]() for goal in entry.goals}
+    base = Case(length=4096, heads=4, head_dim=64)
+    for sigma, forward, both in ((1, 1.0, 0.45), (1.5, 0.8, 0.3), (3, 0.75, 0.22), (0.05, 6, 6)):
+        case = replace(base, input=f"gaussian:{sigma}")
+        assert found[case, "sdpa", FORWARD] == forward
+        assert found[case, "sdpa", BOTH] == both
+        for changes in ({"head_dim": 128}, {"length": 512}, {"length": 16384}, {"causal": False}):
+            assert found[replace(case, **changes), "sdpa", BOTH] == pytest.approx(1.2 * both)
+    assert found[replace(base, dtype="bf16"), "sdpa", BOTH] == 1
+    assert found[base, "entmax-exact", BOTH] == 1 / 50
+    assert found[replace(base, length=65536, heads=1), OURS, results.PEAK_MEMORY] == 64
+
+
+def test_every_preset_can_be_read():
+    for name in PRESETS:
+        entries = entries_of([name])
+        assert len({(entry.case, entry.peers) for entry in entries}) == len(entries)
+        assert all(peer in PEERS for entry in entries for peer in entry.peers)
+
+
+def test_from_the_command_to_the_report(tmp_path, capsys):
+    file = tmp_path / "quick.jsonl"
+    assert attention.main(["--quick", "--out", str(file)]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        assert row["support"] > 0
+        assert 0 <= row["empty_tiles"] < 1
+        assert row["median"] > 0 or row["what"] == results.PEAK_MEMORY
+        assert (row["ratio"] is None) == (row["peer"] == OURS)
+        assert {"date", "processor", "torch", "commit", "threads_used"} <= set(row)
+    report.main([str(file)])
+    text = capsys.readouterr().out
+    assert "| reached |" in text
+    assert "entmax package, dense, exact" in text
+    report.main([str(file), "--plots", str(tmp_path / "plots")])
+    assert (tmp_path / "plots" / "cpu-overview.png").stat().st_size > 10_000
+
+
+def test_parts_that_began_in_the_same_second_stay_apart():
+    row = {**Case().to_dict(), "date": "2026-01-01T00:00:00+00:00", "preset": "own", "entry": 0, "peer": OURS}
+    rows = [{**row, "head_dim": size} for size in (64, 128, 64)]
+    assert [(case.head_dim, len(found)) for case, found in tables._by_entry(rows)] == [(64, 2), (128, 1)]
+
+
+def test_a_part_of_a_preset():
+    options = attention.parse(["--preset", "targets", "--head-dims", "128"])
+    assert {entry.case.head_dim for entry in attention._entries(options)} == {128}
+    with pytest.raises(SystemExit, match="no such case"):
+        attention.main(["--preset", "targets", "--head-dims", "32"])
+
+
+def test_the_readme_block_alone_is_replaced():
+    text = "before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nafter"
+    new = report.replace_block(text, "bench:cpu", "new")
+    assert new == "before\n<!-- bench:cpu -->\nnew\n<!-- /bench:cpu -->\nafter"
+    assert report.replace_block(new, "bench:cpu", "new") == new
+    with pytest.raises(ValueError, match="bench:cuda"):
+        report.replace_block(text, "bench:cuda", "new")
+
+
+def test_the_readme_shows_a_few_cases_of_what_was_measured():
+    facts = dict(device="cpu", processor="one", cores=2, instructions="AVX2", torch="2.13.0", commit="a")
+    facts |= dict(date="2026-01-02", preset="own", entry=0, support=6.73, median=12.34)
+    cases = (Case(), replace(Case(), head_dim=32))
+    rows = [
+        {**facts, **case.to_dict(), "what": what, "peer": peer, "ratio": None if peer == OURS else ratio}
+        for case in cases
+        for what, ratio in ((FORWARD, 0.614), (BOTH, 0.00872))
+        for peer in (OURS, "sdpa")
+    ]
+    table = [line for line in readme.block(rows, "every.md").splitlines() if line.startswith("|")]
+    assert table[2:] == ["| random vectors | 6.7 of 4,096 | 12.3 / 12.3 | 0.61 / 0.009 | – |"]
+    with pytest.raises(ValueError, match="no case that it shows"):
+        readme.block(rows[4:], "every.md")
+
+
+def test_exponents():
+    assert tables.exponent([(n, 3 * n**1.5) for n in (256, 1024, 8192)]) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0])
+@pytest.mark.parametrize("scores", solver.KINDS)
+def test_solvers_reach_the_threshold(scores, alpha):
+    rows = {row["method"]: row for row in solver.measure(scores, 700, alpha, rows=3)}
+    assert set(rows) == {name for name in solver.METHODS if solver.offered(name, alpha)}
+    for name, row in rows.items():
+        assert row["failed"] == 0, name
+        assert row["error"] < 1e-5, name
+    assert rows["candidates"]["steps"] < rows["bisection"]["steps"]
+
+
+def test_the_activation_is_timed_against_its_peers(tmp_path):
+    options = ["--shapes", "16x100", "8x300", "--alphas", "1.5", "1.25", "--seconds", "0.1"]
+    activation.main([*options, "--out", str(tmp_path / "rows.jsonl")])
+    rows = results.read([tmp_path / "rows.jsonl"])
+    cases = {(row["rows"], row["length"], row["alpha"]) for row in rows}
+    assert cases == {(16, 100, 1.5), (8, 300, 1.5), (16, 100, 1.25), (8, 300, 1.25)}
+    for case in cases:
+        of_case = [row for row in rows if (row["rows"], row["length"], row["alpha"]) == case]
+        assert {row["what"] for row in of_case} == {FORWARD, BOTH}
+        assert {"adasplash", "torch softmax", "entmax"} <= {row["peer"] for row in of_case}
+        assert all(row["median"] > 0 and (row["peer"] == "adasplash") == (row["ratio"] is None) for row in of_case)
+
+
+@pytest.mark.backends("cuda")
+def test_what_calls_take_beside_their_kernels(backend):
+    small = replace(overhead.SMALL, length=64)
+    assert all(x > 0 for pair in overhead.first_calls(small) for x in pair)
+    assert all(x > 0 for x in overhead.host_times(OURS, small, calls=20))
+    assert overhead.inference_memory(OURS, small) > 0
+
+
+def test_the_heading_names_every_machine():
+    row = dict(device="cpu", processor="one", cores=2, instructions="AVX2", torch="2.13.0", commit="a")
+    row["date"] = "2026-01-02"
+    rows = [{**row, "what": "forward"}, {**row, "what": "peak memory", "processor": "other"}]
+    assert tables.heading(rows[:1]) == "one, 2 cores, AVX2, torch 2.13.0, commit a, 2026-01-02."
+    assert "; some of it (peak memory): other, 2 cores" in tables.heading(rows)
