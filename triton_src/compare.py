@@ -76,10 +76,12 @@ def current_name(name, names):
     """What an argument is called today, of which `names` are all of a kernel's."""
     if "heads" not in names:  # of a checkout whose arguments are grouped already, or of an activation
         return name
+    if name in RENAMED:
+        return RENAMED[name]
     tensor, _, stride = name.rpartition("_")
     if stride in ("batch", "head", "row") and tensor in names:
         return f"{tensor}.{stride}_stride"
-    return f"{name}.data" if f"{name}_row" in names else RENAMED.get(name, name)
+    return f"{name}.data" if f"{name}_row" in names else name
 
 
 REGISTER = re.compile(r"%(?:p|rs|rd|r|fd|f)\d+\b")
@@ -93,7 +95,7 @@ def normalised(ptx, description):
     - comments, the kernel's name, the declarations of parameters and registers are gone;
     - a register that a parameter is loaded into is called by the parameter's name, and the load is gone: parameters do
       not change, so that where they are loaded says nothing;
-    - other registers are numbered in the order in which they are first written to;
+    - other registers are numbered in the order in which they appear, but for the operands of the next rule;
     - the two operands of an instruction that commutes are sorted: LLVM orders them by where parameters stand.
 
     The order of all other instructions, and everything in them, is compared."""
@@ -113,18 +115,16 @@ def normalised(ptx, description):
     def number(line):
         for register in REGISTER.findall(line):
             if register not in called:
-                called[register] = f"%{register.strip('%0123456789')}{len(called)}"
+                called[register] = f"{register.strip('%0123456789')}.{len(called)}"
 
-    parts = []
-    for line in lines:
-        commutes = COMMUTES.match(line)
+    commuting = [COMMUTES.match(line) for line in lines]
+    for line, commutes in zip(lines, commuting, strict=True):
         number(commutes[1] + commutes[2] if commutes else line)
-        parts.append((line, commutes))
     found = []
-    for line, commutes in parts:
+    for line, commutes in zip(lines, commuting, strict=True):
         if commutes:
-            first, second = sorted(called.get(operand, operand) for operand in commutes.groups()[2:])
-            line = f"{commutes[1]}{commutes[2]}, {first}, {second};"
+            operands = sorted(commutes.groups()[2:], key=lambda operand: called.get(operand, operand))
+            line = f"{commutes[1]}{commutes[2]}, {', '.join(operands)};"
         found.append(REGISTER.sub(lambda register: called.get(register[0], register[0]), line))
     return found
 
