@@ -3,7 +3,9 @@
 Each checkout compiles its variants by its own triton_src.compile, with the compiler of this Python, into a cache of its
 own, so that a second run takes seconds. Two variants of one name are the same if their PTX is, but for what
 `normalised` takes away, and if the assembler made as many registers, spills, stack and shared memory of it. Says which
-are not, with --show how the first of them differs; the exit status is 1 if there are any.
+are not, with --show how the PTX of the first of them differs; the exit status is 1 if there are any.
+
+The assembler sees the order of parameters, too: where only that changed a few bytes of spills may, with the same PTX.
 """
 
 import argparse
@@ -130,12 +132,10 @@ def normalised(ptx, description):
 
 
 def differences(old, new):
-    """Lines that say how two variants differ, resources first; none if they are the same."""
-    found = [f"{what}: {old[what]}, now {new[what]}" for what in RESOURCES if old[what] != new[what]]
+    """How two variants differ: (words about what the assembler made of them, lines about their PTX)."""
+    resources = [f"{what} {old[what]}, now {new[what]}" for what in RESOURCES if old[what] != new[what]]
     lines = [normalised(Path(one["stored"]).with_suffix(".ptx").read_text(), one) for one in (old, new)]
-    if lines[0] != lines[1]:
-        found += difflib.unified_diff(*lines, "old", "new", lineterm="", n=2)
-    return found
+    return resources, list(difflib.unified_diff(*lines, "old", "new", lineterm="", n=2)) if lines[0] != lines[1] else []
 
 
 def main():
@@ -157,13 +157,15 @@ def main():
     both = [key for key in old if key in new]
     with ProcessPoolExecutor(args.jobs) as pool:
         found = pool.map(differences, (old[key] for key in both), (new[key] for key in both), chunksize=8)
-        differ = {key: lines for key, lines in zip(both, found, strict=True) if lines}
-    for (name, arch), lines in differ.items():
-        print(f"{name} sm_{arch}: {len(lines)} lines of differences, the first: {lines[0]}")
-    for lines in list(differ.values())[:1]:
-        print("\n".join(lines[: args.show]))
-    print(f"{len(both)} variants in both, {len(both) - len(differ)} the same")
-    return 1 if differ or old.keys() != new.keys() else 0
+        found = list(found)
+    for (name, arch), (resources, lines) in zip(both, found, strict=True):
+        if resources or lines:
+            print(f"{name} sm_{arch}: {'other' if lines else 'the same'} PTX; {'; '.join(resources)}")
+    first = next((lines for _, lines in found if lines), [])
+    print("".join(f"{line}\n" for line in first[: args.show]), end="")
+    same_ptx, same = (sum(not lines for _, lines in found), sum(not any(one) for one in found))
+    print(f"{len(both)} variants in both: the PTX of {same_ptx} is the same, and of {same} all")
+    return 1 if same < len(both) or old.keys() != new.keys() else 0
 
 
 if __name__ == "__main__":
