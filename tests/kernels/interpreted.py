@@ -137,7 +137,7 @@ def attention(
     tile_lists = torch.full((*many, heads, tile_rows, key_tiles), 1 << 30, dtype=torch.int32)
     bits = torch.full((*many, heads, tile_rows, tile_words), -1, dtype=torch.int32)
     if offsets or tile_rows != math.ceil(longest_q / TILE):
-        bits.zero_()  # as forward (csrc/cuda/portable/forward.cpp) does: attend does not write all of it
+        bits.zero_()  # as forward (csrc/cuda/attention.cpp) does: attend does not write all of it
     inputs = dict(query=matrix(query), key=matrix(key), value=matrix(value))
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
     launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
