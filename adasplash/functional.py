@@ -14,10 +14,10 @@ def _call(op, *args, alpha, window, **options):
     say something: torch tries overloads that are not named in turn and reads all options, which on small tensors takes
     as long as the op does."""
     overload = op.per_head if isinstance(alpha, Tensor) else op.default
-    given = {name: option for name, option in options.items() if option is not None}
+    passed = {name: option for name, option in options.items() if option is not None}
     if window != (-1, -1):
-        given["window"] = window
-    return overload(*args, **given)
+        passed["window"] = window
+    return overload(*args, **passed)
 
 
 def entmax_attn(

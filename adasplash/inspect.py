@@ -229,9 +229,9 @@ class _Call:
             x[:, None].expand(of_all_heads).flatten() for x in (place, begin * sees, end * sees)
         )
 
-    def by_query(self, of_rows: Tensor) -> Tensor:
+    def by_query(self, numbers: Tensor) -> Tensor:
         """A number for each row, in the shape (B, H, M)."""
-        return of_rows.reshape(self.batch, self.heads, self.padded)[:, :, : self.queries]
+        return numbers.reshape(self.batch, self.heads, self.padded)[:, :, : self.queries]
 
     def empty_tiles(self) -> Tensor:
         """(B, H): the share of visible tiles that hold no weight."""
@@ -297,10 +297,10 @@ class _Call:
 
     def above(self, row: Tensor, key: Tensor, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row, key and weight of what is above its row's tau (T, I) and can be held in the result's type."""
-        t, i, j = (z > tau[..., None]).nonzero(as_tuple=True)
-        row, key = row[t, i], key[t, j]
+        piece, i, j = (z > tau[..., None]).nonzero(as_tuple=True)
+        row, key = row[piece, i], key[piece, j]
         head = row // self.padded % self.heads
-        weight = (z[t, i, j] - tau[t, i]).pow(1 / (self.alpha[head] - 1))
+        weight = (z[piece, i, j] - tau[piece, i]).pow(1 / (self.alpha[head] - 1))
         held = weight >= torch.finfo(self.row_state.dtype).tiny
         return row[held], key[held], weight[held]
 
