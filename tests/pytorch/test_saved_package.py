@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import adasplash  # noqa: F401  (registers the ops)
 from common import ROOT, build_once, run, run_python
 
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.builds, pytest.mark.slow]
