@@ -20,7 +20,7 @@ TENSOR = "a tensor"
 OPTIONAL_TENSOR = "a tensor or None"
 SCALE = "a number, a tensor of one element or None"
 WINDOW = "two integers (left, right), -1 for no limit"
-LENGTH = "an integer"  # a tensor with one is as good
+LENGTH = "an integer or a tensor of one"
 
 
 def describe(value: object) -> str:
