@@ -4,6 +4,7 @@ the docstring of ``entmax_attn``, and there alone.
 Annotations are real types, and options are not keyword-only, so that TorchScript compiles modules that call these.
 """
 
+import warnings
 from typing import Optional, Tuple, Union  # noqa: UP035  (TorchScript knows these names on every torch we support)
 
 import torch
@@ -79,7 +80,27 @@ def attend(
     """``entmax_attn`` in eager code, on behalf of a public function."""
     options = {"q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes}
     op = torch.ops.adasplash.entmax_attn
-    return _call(op, function, _PADDED, (query, key, value), alpha, is_causal, scale, window, options, names)
+    out = _call(op, function, _PADDED, (query, key, value), alpha, is_causal, scale, window, options, names)
+    if is_causal and (q_seqlens is None) != (kv_seqlens is None) and not torch.compiler.is_compiling():
+        _warn_of_one_sided_lengths(function, query, key, "q_seqlens" if kv_seqlens is None else "kv_seqlens")
+    return out
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_one_sided_lengths(function: str, query: Tensor, key: Tensor, given: str) -> None:
+    if function in _warned or torch.jit.is_tracing() or not isinstance(query, Tensor):
+        return
+    if query.shape[2] == key.shape[2] > 1:
+        _warned.add(function)
+        missing = "q_seqlens" if given == "kv_seqlens" else "kv_seqlens"
+        warnings.warn(
+            f"{function}: {given} without {missing} in a causal call with as many queries as keys: the mask is aligned "
+            f"with the last of {query.shape[2]} {'queries' if missing == 'q_seqlens' else 'keys'}, padding or not; "
+            "self-attention over a right-padded batch gives its lengths as q_seqlens and as kv_seqlens",
+            stacklevel=4,
+        )
 
 
 def entmax_attn(
@@ -99,6 +120,10 @@ def entmax_attn(
     For one query with scores s_j = scale · q·k_j over the keys it sees, the weights are
     p_j = [(α−1) s_j − τ]₊^(1/(α−1)), with τ such that they sum to one (Peters, Niculae and Martins, "Sparse
     Sequence-to-Sequence Models", 2019, equation 6), and the result is Σ p_j v_j. No M×N tensor is ever built.
+
+    Self-attention over a batch that is padded on the right gives its lengths twice::
+
+        out = adasplash.entmax_attn(q, k, v, is_causal=True, q_seqlens=lengths, kv_seqlens=lengths)
 
     Annealing: ``torch.compile`` takes numbers for constants. An α or a scale that changes from step to step as a Python
     float is compiled anew for each value, and from the ninth on not at all: the call then runs eagerly. A tensor on
@@ -129,7 +154,9 @@ def entmax_attn(
             in what is said here is the batch entry's own length. Padded queries give zeros. Padding may hold anything:
             it reaches no result and no gradient, and its own gradients are zeros. Lengths out of range are an error on
             the CPU and wrong rows on the GPU.
-        kv_seqlens: (B,), the same for key and value, each from 0 to N.
+        kv_seqlens: (B,), the same for key and value, each from 0 to N. One of the two alone shifts the mask of
+            is_causal and window, as N − M is then a length less a padded length; where M = N, an eager causal call
+            warns of that, once.
         window: (left, right), inclusive, −1 for no limit: query i sees the keys from i + N − M − left to
             i + N − M + right. Time grows with the window, not with N.
         alibi_slopes: (H,) or (B, H), float32, on query's device: takes slope · |i + N − M − j| off the scaled score of
