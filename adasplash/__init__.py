@@ -35,12 +35,14 @@ from adasplash.losses import (  # noqa: E402
     sparsemax_loss,
 )
 from adasplash.modules import EntmaxAttention  # noqa: E402
+from adasplash.multihead import EntmaxMultiheadAttention  # noqa: E402
 
 __all__ = [
     "AttentionStats",
     "Entmax15Loss",
     "EntmaxAttention",
     "EntmaxLoss",
+    "EntmaxMultiheadAttention",
     "SparsemaxLoss",
     "__version__",
     "adasplash",
