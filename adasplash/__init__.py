@@ -35,6 +35,9 @@ from adasplash.losses import (  # noqa: E402
     sparsemax_loss,
 )
 from adasplash.modules import EntmaxAttention  # noqa: E402
+from adasplash.sharding import register as _register_sharding  # noqa: E402
+
+_register_sharding()
 
 __all__ = [
     "AttentionStats",
