@@ -24,6 +24,7 @@ from adasplash.compat import (  # noqa: E402
     triton_entmax_v2,
     triton_sparsemax,
 )
+from adasplash.flops import register as _register_flops  # noqa: E402
 from adasplash.functional import entmax_attn, entmax_attn_varlen  # noqa: E402
 from adasplash.inspect import AttentionStats, attention_stats, attention_weights  # noqa: E402
 from adasplash.losses import (  # noqa: E402
@@ -37,6 +38,7 @@ from adasplash.losses import (  # noqa: E402
 from adasplash.modules import EntmaxAttention  # noqa: E402
 from adasplash.sharding import register as _register_sharding  # noqa: E402
 
+_register_flops()
 _register_sharding()
 
 __all__ = [
