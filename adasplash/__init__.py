@@ -36,9 +36,11 @@ from adasplash.losses import (  # noqa: E402
     sparsemax_loss,
 )
 from adasplash.modules import EntmaxAttention  # noqa: E402
+from adasplash.onnx import register as _register_onnx  # noqa: E402
 from adasplash.sharding import register as _register_sharding  # noqa: E402
 
 _register_flops()
+_register_onnx()
 _register_sharding()
 
 __all__ = [
