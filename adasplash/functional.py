@@ -8,6 +8,8 @@ from typing import Optional, Tuple, Union  # noqa: UP035  (TorchScript knows the
 import torch
 from torch import Tensor
 
+from adasplash.nested import entmax_attn_jagged
+
 
 def _call(op, *args, alpha, window, **options):
     """An eager call of an op (``OpOverloadPacket``), by the overload that takes this alpha and with the options that
@@ -39,7 +41,8 @@ def entmax_attn(
     Sequence-to-Sequence Models", 2019, equation 6), and the result is Σ p_j v_j. No M×N tensor is ever built.
 
     Args:
-        query: (B, H, M, D), float32, float16, bfloat16, or float64 on the CPU.
+        query: (B, H, M, D), float32, float16, bfloat16, or float64 on the CPU. Query, key and value may also be jagged
+            nested tensors, ragged in M and N; they go to ``entmax_attn_varlen``, and the result is ragged as query is.
         key: (B, H_kv, N, D), of query's type and device; H is a multiple of H_kv, and H / H_kv neighbouring query
             heads share one head of key and value.
         value: (B, H_kv, N, D_v). D and D_v are from 1 to 256.
@@ -70,6 +73,19 @@ def entmax_attn(
             a backend does not have yet, for double backward and for forward-mode AD.
     """
     if not torch.jit.is_scripting():
+        if isinstance(query, Tensor) and query.is_nested:
+            return entmax_attn_jagged(
+                query,
+                key,
+                value,
+                alpha=alpha,
+                is_causal=is_causal,
+                scale=scale,
+                q_seqlens=q_seqlens,
+                kv_seqlens=kv_seqlens,
+                window=window,
+                alibi_slopes=alibi_slopes,
+            )
         return _call(
             torch.ops.adasplash.entmax_attn,
             query,
