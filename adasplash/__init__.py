@@ -12,6 +12,7 @@ load_library()
 
 # The ops must be registered first.
 from adasplash.activation import entmax, entmax15, sparsemax  # noqa: E402
+from adasplash.checkpoint import ops_to_save  # noqa: E402
 from adasplash.compat import (  # noqa: E402
     adasplash,
     adasplash2,
@@ -64,6 +65,7 @@ __all__ = [
     "entmax_attn",
     "entmax_attn_varlen",
     "entmax_loss",
+    "ops_to_save",
     "sparsemax",
     "sparsemax_loss",
     "triton_entmax",
