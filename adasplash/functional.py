@@ -22,6 +22,11 @@ def _call(op, *args, alpha, window, **options):
     return overload(*args, **given)
 
 
+def _number(length):
+    """A length that may be a tensor of one number, read here: an op reads it itself, but not while it is compiled."""
+    return length.item() if isinstance(length, Tensor) else length
+
+
 def entmax_attn(
     query: Tensor,
     key: Tensor,
@@ -156,8 +161,10 @@ def entmax_attn_varlen(
             cu_seqlens_q[b + 1] − 1. Starts at 0, never decreases, ends at T_q. What contradicts that is an error on
             the CPU and gives wrong rows on the GPU.
         cu_seqlens_k: (B + 1,), the same for key and value, up to T_k.
-        max_seqlen_q: the number of queries of the longest sequence, or more.
-        max_seqlen_k: the number of keys of the longest sequence, or more.
+        max_seqlen_q: the number of queries of the longest sequence, or more. An int, or (not in TorchScript) a tensor
+            of one integer, which is then read on the host; torch.compile breaks the graph there unless
+            ``torch._dynamo.config.capture_scalar_outputs`` is set.
+        max_seqlen_k: the number of keys of the longest sequence, or more; likewise.
         alpha: as in ``entmax_attn``, but not 1.
         is_causal: as in ``entmax_attn``, where M and N are the lengths of the sequence; so for the options below.
         scale: factor of the scores, 1/√D unless given.
@@ -180,8 +187,8 @@ def entmax_attn_varlen(
             value,
             cu_seqlens_q,
             cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
+            _number(max_seqlen_q),
+            _number(max_seqlen_k),
             alpha,
             is_causal,
             alpha=alpha,
