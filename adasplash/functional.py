@@ -21,6 +21,7 @@ from adasplash._arguments import (
     check,
     explain,
 )
+from adasplash.nested import entmax_attn_jagged
 
 _PADDED = {"query": TENSOR, "key": TENSOR, "value": TENSOR}
 _PACKED = {
@@ -103,6 +104,11 @@ def _warn_of_one_sided_lengths(function: str, query: Tensor, key: Tensor, given:
         )
 
 
+def _number(length):
+    """A length that may be a tensor of one number, read here: an op reads it itself, but not while it is compiled."""
+    return length.item() if isinstance(length, Tensor) and length.numel() == 1 else length
+
+
 def entmax_attn(
     query: Tensor,
     key: Tensor,
@@ -136,7 +142,8 @@ def entmax_attn(
             out = attend(q, k, v)
 
     Args:
-        query: (B, H, M, D), float32, float16, bfloat16, or float64 on the CPU.
+        query: (B, H, M, D), float32, float16, bfloat16, or float64 on the CPU. Query, key and value may also be jagged
+            nested tensors, ragged in M and N; they go to ``entmax_attn_varlen``, and the result is ragged as query is.
         key: (B, H_kv, N, D), of query's type and device; H is a multiple of H_kv, and H / H_kv neighbouring query
             heads share one head of key and value.
         value: (B, H_kv, N, D_v). D and D_v are from 1 to 256.
@@ -168,10 +175,23 @@ def entmax_attn(
 
     Raises:
         TypeError: an argument is of another kind than said here, None for False for instance. RuntimeError: an argument
-            does not fit. The message names it. NotImplementedError, a RuntimeError too, for options that a backend does
-            not have yet, for double backward and for forward-mode AD.
+            does not fit. The message names it. NotImplementedError, a RuntimeError too, for double backward and for
+            forward-mode AD.
     """
     if not torch.jit.is_scripting():
+        if isinstance(query, Tensor) and query.is_nested:
+            return entmax_attn_jagged(
+                query,
+                key,
+                value,
+                alpha=alpha,
+                is_causal=is_causal,
+                scale=scale,
+                q_seqlens=q_seqlens,
+                kv_seqlens=kv_seqlens,
+                window=window,
+                alibi_slopes=alibi_slopes,
+            )
         return attend(
             "entmax_attn",
             query,
@@ -246,8 +266,10 @@ def entmax_attn_varlen(
             cu_seqlens_q[b + 1] − 1. Starts at 0, never decreases, ends at T_q. What contradicts that is an error on
             the CPU and gives wrong rows on the GPU.
         cu_seqlens_k: (B + 1,), the same for key and value, up to T_k.
-        max_seqlen_q: the number of queries of the longest sequence, or more.
-        max_seqlen_k: the number of keys of the longest sequence, or more.
+        max_seqlen_q: the number of queries of the longest sequence, or more. An int, or (not in TorchScript) a tensor
+            of one integer, which is then read on the host; torch.compile breaks the graph there unless
+            ``torch._dynamo.config.capture_scalar_outputs`` is set.
+        max_seqlen_k: the number of keys of the longest sequence, or more; likewise.
         alpha: as in ``entmax_attn``, but not 1.
         is_causal: as in ``entmax_attn``, where M and N are the lengths of the sequence; so for the options below.
         scale: as in ``entmax_attn``.
@@ -269,7 +291,7 @@ def entmax_attn_varlen(
             torch.ops.adasplash.entmax_attn_varlen,
             "entmax_attn_varlen",
             _PACKED,
-            (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+            (query, key, value, cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k)),
             alpha,
             is_causal,
             scale,
