@@ -42,7 +42,7 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	ADASPLASH_ARCHS=none $(INSTALL)
 	touch $@
 
-$(VENV)/.installed-kernels: $(VENV)/.requirements $(SOURCES) $(wildcard triton_src/*)
+$(VENV)/.installed-kernels: $(VENV)/.requirements $(SOURCES) $(wildcard triton_src/*.* triton_src/*/*.py)
 	$(BIN)/python -m pip install --quiet "triton>=3.6"
 	ADASPLASH_ARCHS="$(ADASPLASH_ARCHS)" $(INSTALL)
 	touch $(VENV)/.installed $@

@@ -12,6 +12,7 @@ load_library()
 
 # The ops must be registered first.
 from adasplash.activation import entmax, entmax15, sparsemax  # noqa: E402
+from adasplash.checkpoint import ops_to_save  # noqa: E402
 from adasplash.compat import (  # noqa: E402
     adasplash,
     adasplash2,
@@ -24,6 +25,7 @@ from adasplash.compat import (  # noqa: E402
     triton_entmax_v2,
     triton_sparsemax,
 )
+from adasplash.flops import register as _register_flops  # noqa: E402
 from adasplash.functional import entmax_attn, entmax_attn_varlen  # noqa: E402
 from adasplash.inspect import AttentionStats, attention_stats, attention_weights  # noqa: E402
 from adasplash.losses import (  # noqa: E402
@@ -35,12 +37,20 @@ from adasplash.losses import (  # noqa: E402
     sparsemax_loss,
 )
 from adasplash.modules import EntmaxAttention  # noqa: E402
+from adasplash.multihead import EntmaxMultiheadAttention  # noqa: E402
+from adasplash.onnx import register as _register_onnx  # noqa: E402
+from adasplash.sharding import register as _register_sharding  # noqa: E402
+
+_register_flops()
+_register_onnx()
+_register_sharding()
 
 __all__ = [
     "AttentionStats",
     "Entmax15Loss",
     "EntmaxAttention",
     "EntmaxLoss",
+    "EntmaxMultiheadAttention",
     "SparsemaxLoss",
     "__version__",
     "adasplash",
@@ -57,6 +67,7 @@ __all__ = [
     "entmax_attn",
     "entmax_attn_varlen",
     "entmax_loss",
+    "ops_to_save",
     "sparsemax",
     "sparsemax_loss",
     "triton_entmax",

@@ -8,6 +8,28 @@ from typing import Union  # TorchScript knows this name on every torch we suppor
 import torch
 from torch import Tensor
 
+from adasplash._arguments import INTEGER, NUMBER_OR_TENSOR, TENSOR, check, explain
+
+
+def activate(function, input, alpha, dim, names=None):
+    """``entmax`` in eager code, on behalf of a public function: errors name it, and its arguments by `names` where they
+    are not those of ``entmax``. A call that names no overload takes longer than the op: torch tries them."""
+    op = torch.ops.adasplash.entmax
+    if type(dim) is not int:
+        check(function, "dim", INTEGER, dim)
+    if isinstance(alpha, Tensor):
+        overload = op.tensor_alpha
+    else:
+        if type(alpha) is not float:
+            check(function, "alpha", NUMBER_OR_TENSOR, alpha)
+        overload = op.default
+    if torch.compiler.is_compiling():
+        return overload(input, alpha, dim)
+    try:
+        return overload(input, alpha, dim)
+    except (RuntimeError, TypeError, IndexError) as error:
+        explain(function, error, {"input": (TENSOR, input)}, "entmax", names)
+
 
 def entmax(input: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> Tensor:  # noqa: UP007
     """α-entmax of the scores along a dimension: p_j = [(α−1) x_j − τ]₊^(1/(α−1)), τ such that Σ p_j = 1.
@@ -30,12 +52,11 @@ def entmax(input: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> T
         if it is NaN.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names it. IndexError for dim. NotImplementedError for double
-            backward and forward-mode AD.
+        TypeError: an argument is of another kind than said here. RuntimeError: an argument does not fit. The message
+            names it. IndexError for dim. NotImplementedError for double backward and forward-mode AD.
     """
-    if not torch.jit.is_scripting():  # an eager call that names no overload takes longer than the op: torch tries them
-        op = torch.ops.adasplash.entmax
-        return op.tensor_alpha(input, alpha, dim) if isinstance(alpha, Tensor) else op.default(input, alpha, dim)
+    if not torch.jit.is_scripting():
+        return activate("entmax", input, alpha, dim)
     if isinstance(alpha, Tensor):
         return torch.ops.adasplash.entmax(input, alpha, dim)
     return torch.ops.adasplash.entmax(input, alpha, dim)
@@ -43,9 +64,13 @@ def entmax(input: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> T
 
 def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
     """`entmax` with α = 2: the Euclidean projection of the scores onto the simplex (Martins and Astudillo, 2016)."""
+    if not torch.jit.is_scripting():
+        return activate("sparsemax", input, 2.0, dim)
     return entmax(input, 2.0, dim)
 
 
 def entmax15(input: Tensor, dim: int = -1) -> Tensor:
     """`entmax` with α = 1.5."""
+    if not torch.jit.is_scripting():
+        return activate("entmax15", input, 1.5, dim)
     return entmax(input, 1.5, dim)

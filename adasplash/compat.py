@@ -8,10 +8,18 @@ docs/compat.md has the table.
 
 from typing import Optional, Union  # TorchScript knows these names on every torch we support
 
+import torch
 from torch import Tensor
 
-from adasplash.activation import entmax
-from adasplash.functional import entmax_attn
+from adasplash.activation import activate, entmax
+from adasplash.functional import attend, entmax_attn
+
+_NAMES = {"query": "q", "key": "k", "value": "v", "q_seqlens": "varlen", "kv_seqlens": "varlen"}
+
+
+def _attend(function, q, k, v, alpha, is_causal, varlen):
+    """In eager code, so that errors name the function and its arguments."""
+    return attend(function, q, k, v, alpha, is_causal, None, varlen, varlen, (-1, -1), None, _NAMES)
 
 
 def adasplash(
@@ -39,8 +47,11 @@ def adasplash(
         (B, H, N, D_v), contiguous, in q's type.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names it.
+        TypeError: an argument is of another kind than said here. RuntimeError: an argument does not fit. The message
+            names it.
     """
+    if not torch.jit.is_scripting():
+        return _attend("adasplash", q, k, v, alpha, is_causal, varlen)
     return entmax_attn(q, k, v, alpha, is_causal, None, varlen, varlen)
 
 
@@ -54,6 +65,8 @@ def adasplash_v1(
     niter: int = 10,
 ) -> Tensor:
     """:func:`adasplash.adasplash`, but not causal unless told so."""
+    if not torch.jit.is_scripting():
+        return _attend("adasplash_v1", q, k, v, alpha, is_causal, varlen)
     return entmax_attn(q, k, v, alpha, is_causal, None, varlen, varlen)
 
 
@@ -67,6 +80,8 @@ def adasplash_no_block_mask(
     niter: int = 10,
 ) -> Tensor:
     """The same as :func:`adasplash.adasplash_v1`. Tiles without weight are skipped here too: it is no slower."""
+    if not torch.jit.is_scripting():
+        return _attend("adasplash_no_block_mask", q, k, v, alpha, is_causal, varlen)
     return entmax_attn(q, k, v, alpha, is_causal, None, varlen, varlen)
 
 
@@ -78,6 +93,8 @@ def adasplash_v2(
     varlen: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """:func:`adasplash.adasplash` with α = 1.5, causal. Mind the order: ``niter`` (ignored) comes before ``varlen``."""
+    if not torch.jit.is_scripting():
+        return _attend("adasplash_v2", q, k, v, 1.5, True, varlen)
     return entmax_attn(q, k, v, 1.5, True, None, varlen, varlen)
 
 
@@ -101,6 +118,8 @@ def triton_entmax(
     Returns:
         Weights of x's shape and type; rows sum to one.
     """
+    if not torch.jit.is_scripting():
+        return activate("triton_entmax", x, alpha, -1, {"input": "x"})
     return entmax(x, alpha, -1)
 
 
@@ -111,6 +130,8 @@ def triton_entmax_v1(
     fast_math: bool = True,
 ) -> Tensor:
     """The same as :func:`adasplash.triton_entmax`, with that function's older defaults, which change nothing here."""
+    if not torch.jit.is_scripting():
+        return activate("triton_entmax_v1", x, alpha, -1, {"input": "x"})
     return entmax(x, alpha, -1)
 
 

@@ -1,23 +1,112 @@
-"""The ops as Python functions, with the same arguments as in ``torch.ops.adasplash``.
+"""The ops as Python functions, with the same arguments as in ``torch.ops.adasplash``. What an option means stands in
+the docstring of ``entmax_attn``, and there alone.
 
 Annotations are real types, and options are not keyword-only, so that TorchScript compiles modules that call these.
 """
 
+import warnings
 from typing import Optional, Tuple, Union  # noqa: UP035  (TorchScript knows these names on every torch we support)
 
 import torch
 from torch import Tensor
 
+from adasplash._arguments import (
+    BOOL,
+    LENGTH,
+    NUMBER_OR_TENSOR,
+    OPTIONAL_TENSOR,
+    SCALE,
+    TENSOR,
+    WINDOW,
+    check,
+    explain,
+)
+from adasplash.nested import entmax_attn_jagged
 
-def _call(op, *args, alpha, window, **options):
+_PADDED = {"query": TENSOR, "key": TENSOR, "value": TENSOR}
+_PACKED = {
+    **_PADDED,
+    "cu_seqlens_q": TENSOR,
+    "cu_seqlens_k": TENSOR,
+    "max_seqlen_q": LENGTH,
+    "max_seqlen_k": LENGTH,
+}
+
+
+def _call(op, function, kinds, tensors, alpha, is_causal, scale, window, options, names=None):
     """An eager call of an op (``OpOverloadPacket``), by the overload that takes this alpha and with the options that
     say something: torch tries overloads that are not named in turn and reads all options, which on small tensors takes
-    as long as the op does."""
-    overload = op.per_head if isinstance(alpha, Tensor) else op.default
+    as long as the op does.
+
+    Errors name `function`; `names` are its names for arguments, where they are not the op's. What the op takes in
+    silence for something else is refused before, all the rest only where the op has failed."""
     given = {name: option for name, option in options.items() if option is not None}
-    if window != (-1, -1):
+    if type(is_causal) is not bool:
+        check(function, "is_causal", BOOL, is_causal)
+    if type(window) is not tuple or len(window) != 2 or type(window[0]) is not int or type(window[1]) is not int:
+        check(function, "window", WINDOW, window)
         given["window"] = window
-    return overload(*args, **given)
+    elif window != (-1, -1):
+        given["window"] = window
+    if scale is not None:
+        if type(scale) is not float:
+            check(function, "scale", SCALE, scale)
+            if isinstance(scale, Tensor):
+                tensors, scale = (_scaled(tensors[0], scale), *tensors[1:]), 1.0
+        given["scale"] = scale
+    if isinstance(alpha, Tensor):
+        overload = op.per_head
+    else:
+        if type(alpha) is not float:
+            check(function, "alpha", NUMBER_OR_TENSOR, alpha)
+        overload = op.default
+    if torch.compiler.is_compiling():
+        return overload(*tensors, alpha, is_causal, **given)
+    try:
+        return overload(*tensors, alpha, is_causal, **given)
+    except (RuntimeError, TypeError) as error:
+        values = {name: (kind, value) for (name, kind), value in zip(kinds.items(), tensors, strict=True)}
+        values |= {name: (OPTIONAL_TENSOR, value) for name, value in options.items()}
+        explain(function, error, values, op.__name__, names)
+
+
+def _scaled(query: Tensor, scale: Tensor) -> Tensor:
+    """Query times a scale, which gives the scale its gradient. As a number, no type of its own."""
+    return query * scale.reshape(()) if isinstance(query, Tensor) else query
+
+
+def attend(
+    function, query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, names=None
+):
+    """``entmax_attn`` in eager code, on behalf of a public function."""
+    options = {"q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes}
+    op = torch.ops.adasplash.entmax_attn
+    out = _call(op, function, _PADDED, (query, key, value), alpha, is_causal, scale, window, options, names)
+    if is_causal and (q_seqlens is None) != (kv_seqlens is None) and not torch.compiler.is_compiling():
+        _warn_of_one_sided_lengths(function, query, key, "q_seqlens" if kv_seqlens is None else "kv_seqlens")
+    return out
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_one_sided_lengths(function: str, query: Tensor, key: Tensor, given: str) -> None:
+    if function in _warned or torch.jit.is_tracing() or not isinstance(query, Tensor):
+        return
+    if query.shape[2] == key.shape[2] > 1:
+        _warned.add(function)
+        missing = "q_seqlens" if given == "kv_seqlens" else "kv_seqlens"
+        warnings.warn(
+            f"{function}: {given} without {missing} in a causal call with as many queries as keys: the mask is aligned "
+            f"with the last of {query.shape[2]} {'queries' if missing == 'q_seqlens' else 'keys'}, padding or not; "
+            "self-attention over a right-padded batch gives its lengths as q_seqlens and as kv_seqlens",
+            stacklevel=4,
+        )
+
+
+def _number(length):
+    """A length that may be a tensor of one number, read here: an op reads it itself, but not while it is compiled."""
+    return length.item() if isinstance(length, Tensor) and length.numel() == 1 else length
 
 
 def entmax_attn(
@@ -26,7 +115,7 @@ def entmax_attn(
     value: Tensor,
     alpha: Union[float, Tensor] = 1.5,  # noqa: UP007
     is_causal: bool = False,
-    scale: Optional[float] = None,  # noqa: UP045
+    scale: Union[float, Tensor, None] = None,  # noqa: UP007
     q_seqlens: Optional[Tensor] = None,  # noqa: UP045
     kv_seqlens: Optional[Tensor] = None,  # noqa: UP045
     window: Tuple[int, int] = (-1, -1),  # noqa: UP006
@@ -38,8 +127,23 @@ def entmax_attn(
     p_j = [(α−1) s_j − τ]₊^(1/(α−1)), with τ such that they sum to one (Peters, Niculae and Martins, "Sparse
     Sequence-to-Sequence Models", 2019, equation 6), and the result is Σ p_j v_j. No M×N tensor is ever built.
 
+    Self-attention over a batch that is padded on the right gives its lengths twice::
+
+        out = adasplash.entmax_attn(q, k, v, is_causal=True, q_seqlens=lengths, kv_seqlens=lengths)
+
+    Annealing: ``torch.compile`` takes numbers for constants. An α or a scale that changes from step to step as a Python
+    float is compiled anew for each value, and from the ninth on not at all: the call then runs eagerly. A tensor on
+    query's device is an input like others, in one compilation for all values::
+
+        alpha = torch.tensor(1.1)  # () or (H,); a buffer of the model, for instance
+        attend = torch.compile(lambda q, k, v: adasplash.entmax_attn(q, k, v, alpha))
+        for step in range(steps):
+            alpha.fill_(1.1 + 0.4 * step / steps)
+            out = attend(q, k, v)
+
     Args:
-        query: (B, H, M, D), float32, float16, bfloat16, or float64 on the CPU.
+        query: (B, H, M, D), float32, float16, bfloat16, or float64 on the CPU. Query, key and value may also be jagged
+            nested tensors, ragged in M and N; they go to ``entmax_attn_varlen``, and the result is ragged as query is.
         key: (B, H_kv, N, D), of query's type and device; H is a multiple of H_kv, and H / H_kv neighbouring query
             heads share one head of key and value.
         value: (B, H_kv, N, D_v). D and D_v are from 1 to 256.
@@ -50,12 +154,16 @@ def entmax_attn(
             others are an error on the CPU and NaN on the GPU.
         is_causal: query i sees the keys up to i + N − M: the mask is aligned bottom right, as in flash-attn, so that
             the last query sees every key.
-        scale: factor of the scores, 1/√D unless given.
+        scale: factor of the scores, 1/√D unless given: a number, or a tensor of one element, () or (1,), through which
+            gradients flow too. A tensor is multiplied into query before the op (``torch.ops`` takes numbers only), and
+            the product is rounded to query's type.
         q_seqlens: (B,) int32 or int64, on query's device: the lengths of a right-padded batch, each from 0 to M. Then M
             in what is said here is the batch entry's own length. Padded queries give zeros. Padding may hold anything:
             it reaches no result and no gradient, and its own gradients are zeros. Lengths out of range are an error on
             the CPU and wrong rows on the GPU.
-        kv_seqlens: (B,), the same for key and value, each from 0 to N.
+        kv_seqlens: (B,), the same for key and value, each from 0 to N. One of the two alone shifts the mask of
+            is_causal and window, as N − M is then a length less a padded length; where M = N, an eager causal call
+            warns of that, once.
         window: (left, right), inclusive, −1 for no limit: query i sees the keys from i + N − M − left to
             i + N − M + right. Time grows with the window, not with N.
         alibi_slopes: (H,) or (B, H), float32, on query's device: takes slope · |i + N − M − j| off the scaled score of
@@ -63,27 +171,45 @@ def entmax_attn(
 
     Returns:
         (B, H, M, D_v), contiguous, in query's type. A query that sees no key gives zeros. Differentiable once in
-        query, key, value and, where it is a tensor, alpha.
+        query, key, value and, where they are tensors, alpha and scale.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names it. NotImplementedError, a subclass, for options that
-            a backend does not have yet, for double backward and for forward-mode AD.
+        TypeError: an argument is of another kind than said here, None for False for instance. RuntimeError: an argument
+            does not fit. The message names it. NotImplementedError, a RuntimeError too, for double backward and for
+            forward-mode AD.
     """
     if not torch.jit.is_scripting():
-        return _call(
-            torch.ops.adasplash.entmax_attn,
+        if isinstance(query, Tensor) and query.is_nested:
+            return entmax_attn_jagged(
+                query,
+                key,
+                value,
+                alpha=alpha,
+                is_causal=is_causal,
+                scale=scale,
+                q_seqlens=q_seqlens,
+                kv_seqlens=kv_seqlens,
+                window=window,
+                alibi_slopes=alibi_slopes,
+            )
+        return attend(
+            "entmax_attn",
             query,
             key,
             value,
             alpha,
             is_causal,
-            alpha=alpha,
-            window=window,
-            scale=scale,
-            q_seqlens=q_seqlens,
-            kv_seqlens=kv_seqlens,
-            alibi_slopes=alibi_slopes,
+            scale,
+            q_seqlens,
+            kv_seqlens,
+            window,
+            alibi_slopes,
         )
+    factor: Optional[float] = None  # noqa: UP045
+    if isinstance(scale, Tensor):
+        query, factor = query * scale.reshape([]), 1.0
+    elif scale is not None:
+        factor = scale
     # TorchScript knows no overload by name; it chooses one for each branch by the type that alpha has there.
     if isinstance(alpha, Tensor):
         return torch.ops.adasplash.entmax_attn(
@@ -92,7 +218,7 @@ def entmax_attn(
             value,
             alpha,
             is_causal,
-            scale=scale,
+            scale=factor,
             q_seqlens=q_seqlens,
             kv_seqlens=kv_seqlens,
             window=list(window),
@@ -105,7 +231,7 @@ def entmax_attn(
             value,
             alpha,
             is_causal,
-            scale=scale,
+            scale=factor,
             q_seqlens=q_seqlens,
             kv_seqlens=kv_seqlens,
             window=list(window),
@@ -123,7 +249,7 @@ def entmax_attn_varlen(
     max_seqlen_k: int,
     alpha: Union[float, Tensor] = 1.5,  # noqa: UP007
     is_causal: bool = False,
-    scale: Optional[float] = None,  # noqa: UP045
+    scale: Union[float, Tensor, None] = None,  # noqa: UP007
     window: Tuple[int, int] = (-1, -1),  # noqa: UP006
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
@@ -140,39 +266,43 @@ def entmax_attn_varlen(
             cu_seqlens_q[b + 1] − 1. Starts at 0, never decreases, ends at T_q. What contradicts that is an error on
             the CPU and gives wrong rows on the GPU.
         cu_seqlens_k: (B + 1,), the same for key and value, up to T_k.
-        max_seqlen_q: the number of queries of the longest sequence, or more.
-        max_seqlen_k: the number of keys of the longest sequence, or more.
+        max_seqlen_q: the number of queries of the longest sequence, or more. An int, or (not in TorchScript) a tensor
+            of one integer, which is then read on the host; torch.compile breaks the graph there unless
+            ``torch._dynamo.config.capture_scalar_outputs`` is set.
+        max_seqlen_k: the number of keys of the longest sequence, or more; likewise.
         alpha: as in ``entmax_attn``, but not 1.
         is_causal: as in ``entmax_attn``, where M and N are the lengths of the sequence; so for the options below.
-        scale: factor of the scores, 1/√D unless given.
+        scale: as in ``entmax_attn``.
         window: (left, right), inclusive, −1 for no limit.
         alibi_slopes: (H,) or (B, H), float32, on query's device.
 
     Returns:
-        (T_q, H, D_v), contiguous, in query's type. Differentiable once in query, key, value and, where it is a tensor,
-        alpha.
+        (T_q, H, D_v), contiguous, in query's type. Differentiable once in query, key, value and, where they are
+        tensors, alpha and scale.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names it. NotImplementedError, a subclass, for options that
-            a backend does not have yet, for double backward and for forward-mode AD.
+        TypeError, RuntimeError, NotImplementedError: as in ``entmax_attn``.
     """
     if not torch.jit.is_scripting():
+        if type(max_seqlen_q) is bool or type(max_seqlen_k) is bool:  # the op takes True for 1
+            check("entmax_attn_varlen", "max_seqlen_q", LENGTH, max_seqlen_q)
+            check("entmax_attn_varlen", "max_seqlen_k", LENGTH, max_seqlen_k)
         return _call(
             torch.ops.adasplash.entmax_attn_varlen,
-            query,
-            key,
-            value,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
+            "entmax_attn_varlen",
+            _PACKED,
+            (query, key, value, cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k)),
             alpha,
             is_causal,
-            alpha=alpha,
-            window=window,
-            scale=scale,
-            alibi_slopes=alibi_slopes,
+            scale,
+            window,
+            {"alibi_slopes": alibi_slopes},
         )
+    factor: Optional[float] = None  # noqa: UP045
+    if isinstance(scale, Tensor):
+        query, factor = query * scale.reshape([]), 1.0
+    elif scale is not None:
+        factor = scale
     if isinstance(alpha, Tensor):  # as above
         return torch.ops.adasplash.entmax_attn_varlen(
             query,
@@ -184,7 +314,7 @@ def entmax_attn_varlen(
             max_seqlen_k,
             alpha,
             is_causal,
-            scale=scale,
+            scale=factor,
             window=list(window),
             alibi_slopes=alibi_slopes,
         )
@@ -199,7 +329,7 @@ def entmax_attn_varlen(
             max_seqlen_k,
             alpha,
             is_causal,
-            scale=scale,
+            scale=factor,
             window=list(window),
             alibi_slopes=alibi_slopes,
         )

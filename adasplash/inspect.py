@@ -12,6 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adasplash._arguments import (
+    BOOL,
+    NUMBER_OR_TENSOR,
+    OPTIONAL_TENSOR,
+    SCALE,
+    TENSOR,
+    WINDOW,
+    check,
+    explain,
+)
+
 _TILE = 64  # kTile of csrc/ops/attention.h
 _LIST_LENGTH = 64  # support_capacity on the CPU; the CUDA kernels make no lists
 
@@ -50,7 +61,7 @@ def attention_stats(
     value: Tensor,
     alpha: float | Tensor = 1.5,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     q_seqlens: Tensor | None = None,
     kv_seqlens: Tensor | None = None,
     window: tuple[int, int] = (-1, -1),
@@ -63,17 +74,17 @@ def attention_stats(
 
     Args:
         query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes: as in ``entmax_attn``,
-            except that alpha = 1 is refused: softmax gives weight to every key.
+            under autocast too, except that alpha = 1 is refused: softmax gives weight to every key.
 
     Returns:
         :class:`AttentionStats`.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names it.
+        TypeError, RuntimeError: an argument does not fit; the message names it.
     """
     call = _Call(
-        query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
-        window=window, alibi_slopes=alibi_slopes,
+        "attention_stats", query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens,
+        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes,
     )  # fmt: skip
     count = torch.zeros(call.rows, dtype=torch.int64, device=query.device)
     total = torch.zeros(call.rows, dtype=torch.float64, device=query.device)
@@ -101,7 +112,7 @@ def attention_weights(
     value: Tensor,
     alpha: float | Tensor = 1.5,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     q_seqlens: Tensor | None = None,
     kv_seqlens: Tensor | None = None,
     window: tuple[int, int] = (-1, -1),
@@ -117,7 +128,7 @@ def attention_weights(
 
     Args:
         query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes: as in ``entmax_attn``,
-            except that alpha = 1 is refused: softmax gives weight to every key.
+            under autocast too, except that alpha = 1 is refused: softmax gives weight to every key.
 
     Returns:
         Sparse CSR tensor (B·H·M, N) with int64 indices and ascending columns. Row (b·H + h)·M + i belongs to query i of
@@ -126,11 +137,11 @@ def attention_weights(
         it sees, so that it stays NaN in sums and products.
 
     Raises:
-        RuntimeError: an argument does not fit; the message names it.
+        TypeError, RuntimeError: an argument does not fit; the message names it.
     """
     call = _Call(
-        query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
-        window=window, alibi_slopes=alibi_slopes,
+        "attention_weights", query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens,
+        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes,
     )  # fmt: skip
     nan_row = call.gap.isnan().nonzero().squeeze(1)
     nan_entries = nan_row, call.begin[nan_row], torch.full_like(nan_row, torch.nan, dtype=torch.float64)
@@ -155,37 +166,50 @@ class _Call:
 
     def __init__(
         self,
+        function: str,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         alpha: float | Tensor,
         *,
         is_causal: bool,
-        scale: float | None,
+        scale: float | Tensor | None,
         q_seqlens: Tensor | None,
         kv_seqlens: Tensor | None,
         window: tuple[int, int],
         alibi_slopes: Tensor | None,
     ):
-        # The one place in Python that names all options of this op; those of the packed form are absent here.
-        _, self.row_state, self.support, tiles = torch.ops.adasplash._entmax_attn_forward(
-            query,
-            key,
-            value,
-            head_alpha=alpha if isinstance(alpha, Tensor) else None,
-            alpha=1.5 if isinstance(alpha, Tensor) else alpha,
-            is_causal=is_causal,
-            scale=scale,
-            q_seqlens=q_seqlens,
-            kv_seqlens=kv_seqlens,
-            cu_seqlens_q=None,
-            cu_seqlens_k=None,
-            max_seqlen_q=0,
-            max_seqlen_k=0,
-            window=window,
-            alibi_slopes=alibi_slopes,
-            support_capacity=_LIST_LENGTH if query.device.type == "cpu" else 0,
-        )
+        tensors = {"query": query, "key": key, "value": value}
+        options = {"q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes}
+        for name, kind, given in (
+            ("alpha", NUMBER_OR_TENSOR, alpha), ("is_causal", BOOL, is_causal), ("scale", SCALE, scale),
+            ("window", WINDOW, window), *((name, TENSOR, given) for name, given in tensors.items()),
+            *((name, OPTIONAL_TENSOR, given) for name, given in options.items()),
+        ):  # fmt: skip
+            check(function, name, kind, given)
+        if isinstance(scale, Tensor):  # as entmax_attn does
+            query, scale = query * scale.reshape(()), 1.0
+        query, key, value = _autocast(query, key, value)
+        try:
+            # The one place in Python that names all options of this op; those of the packed form are absent here.
+            _, self.row_state, self.support, tiles = torch.ops.adasplash._entmax_attn_forward(
+                query,
+                key,
+                value,
+                head_alpha=alpha if isinstance(alpha, Tensor) else None,
+                alpha=1.5 if isinstance(alpha, Tensor) else alpha,
+                is_causal=is_causal,
+                scale=scale,
+                **options,
+                cu_seqlens_q=None,
+                cu_seqlens_k=None,
+                max_seqlen_q=0,
+                max_seqlen_k=0,
+                window=window,
+                support_capacity=_LIST_LENGTH if query.device.type == "cpu" else 0,
+            )
+        except RuntimeError as error:
+            explain(function, error, {}, "entmax_attn")
         device = query.device
         self.query, self.key = query, key
         self.batch, self.heads, self.queries, head_dim = query.shape
@@ -229,9 +253,9 @@ class _Call:
             x[:, None].expand(of_all_heads).flatten() for x in (place, begin * sees, end * sees)
         )
 
-    def by_query(self, of_rows: Tensor) -> Tensor:
+    def by_query(self, numbers: Tensor) -> Tensor:
         """A number for each row, in the shape (B, H, M)."""
-        return of_rows.reshape(self.batch, self.heads, self.padded)[:, :, : self.queries]
+        return numbers.reshape(self.batch, self.heads, self.padded)[:, :, : self.queries]
 
     def empty_tiles(self) -> Tensor:
         """(B, H): the share of visible tiles that hold no weight."""
@@ -297,12 +321,26 @@ class _Call:
 
     def above(self, row: Tensor, key: Tensor, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row, key and weight of what is above its row's tau (T, I) and can be held in the result's type."""
-        t, i, j = (z > tau[..., None]).nonzero(as_tuple=True)
-        row, key = row[t, i], key[t, j]
+        piece, i, j = (z > tau[..., None]).nonzero(as_tuple=True)
+        row, key = row[piece, i], key[piece, j]
         head = row // self.padded % self.heads
-        weight = (z[t, i, j] - tau[t, i]).pow(1 / (self.alpha[head] - 1))
+        weight = (z[piece, i, j] - tau[piece, i]).pow(1 / (self.alpha[head] - 1))
         held = weight >= torch.finfo(self.row_state.dtype).tiny
         return row[held], key[held], weight[held]
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """In the types that entmax_attn gives them under autocast (csrc: autocast.cpp)."""
+    device = query.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:  # torch leaves float64 and what is elsewhere as it is
+        eligible = x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device
+        return x.to(dtype) if eligible else x
+
+    return cast(query), cast(key), cast(value)
 
 
 def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -6,15 +6,21 @@ from typing import Final, Optional, Tuple  # noqa: UP035  (TorchScript knows the
 import torch
 from torch import Tensor, nn
 
+from adasplash._arguments import BOOL, INTEGER, NUMBER, OPTIONAL_TENSOR, TENSOR, WINDOW, check
 from adasplash.functional import entmax_attn
 
 
 class EntmaxAttention(nn.Module):
-    """Multi-head α-entmax attention with its projections, in the place of ``torch.nn.MultiheadAttention``.
+    """Multi-head α-entmax attention with its projections, for models that are written with it.
 
     Names and initialisation are those of ``nn.MultiheadAttention`` with ``batch_first=True``: Xavier-uniform
-    projections of the inputs, biases of zero. It has no dropout and returns no weights;
-    :func:`adasplash.attention_weights` gives those.
+    projections of the inputs, biases of zero. It takes lengths, not masks, and returns no weights;
+    :func:`adasplash.attention_weights` gives those. :class:`adasplash.EntmaxMultiheadAttention` takes the place of an
+    ``nn.MultiheadAttention`` in a model that has one.
+
+    Tensor parallelism: a plan splits q_proj, k_proj and v_proj column-wise, in whole heads and alike (with one head of
+    key and value, k_proj and v_proj may stay whole), and out_proj row-wise. ``alpha_logit`` may stay whole: each rank
+    takes the part of its heads and gets the gradient of all.
 
     Args:
         embed_dim: size E of query and of the result.
@@ -25,9 +31,9 @@ class EntmaxAttention(nn.Module):
         bias: whether the four projections have biases.
         kdim: size of key; embed_dim unless given.
         vdim: size of value; embed_dim unless given.
-        is_causal: query i sees the keys up to i + N − M (aligned bottom right).
-        window: (left, right), inclusive, −1 unlimited: query i sees keys from i + N − M − left to i + N − M + right.
-        alpha: 1 or from 1.01 to 2; larger is sparser. With learn_alpha it is where learning starts, inside (1.05, 2).
+        is_causal, window: as in :func:`adasplash.entmax_attn`.
+        alpha: a number, 1 or from 1.01 to 2; larger is sparser. With learn_alpha it is where learning starts, inside
+            (1.05, 2).
         learn_alpha: whether every head learns its own α = 1.05 + 0.95 · sigmoid(``alpha_logit``).
         device, dtype: of the parameters.
 
@@ -35,7 +41,8 @@ class EntmaxAttention(nn.Module):
         query (B, M, E), key (B, N, kdim), value (B, N, vdim) → (B, M, E).
 
     Raises:
-        ValueError: sizes do not fit each other, or α cannot be learned from where it starts.
+        TypeError: an argument is of another kind than said here. ValueError: sizes do not fit each other, or α is out
+            of range or cannot be learned from where it starts.
     """
 
     lowest_alpha: Final[float] = 1.05  # what learned α stay above and below; full accuracy ends there
@@ -58,6 +65,14 @@ class EntmaxAttention(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        for name, kind, given in (
+            ("embed_dim", INTEGER, embed_dim), ("num_heads", INTEGER, num_heads), ("bias", BOOL, bias),
+            ("num_kv_heads", INTEGER, num_kv_heads), ("head_dim", INTEGER, head_dim), ("kdim", INTEGER, kdim),
+            ("vdim", INTEGER, vdim), ("is_causal", BOOL, is_causal), ("window", WINDOW, window),
+            ("alpha", NUMBER, alpha), ("learn_alpha", BOOL, learn_alpha),
+        ):  # fmt: skip
+            if given is not None or name not in ("num_kv_heads", "head_dim", "kdim", "vdim"):
+                check("EntmaxAttention", name, kind, given)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads != 0:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
@@ -68,6 +83,8 @@ class EntmaxAttention(nn.Module):
                     f"{num_heads}"
                 )
             head_dim = embed_dim // num_heads
+        if alpha != 1 and not 1.01 <= alpha <= 2:
+            raise ValueError(f"EntmaxAttention: alpha must be 1 or from 1.01 to 2, got {alpha}")
         if learn_alpha and not self.lowest_alpha < alpha < self.highest_alpha:
             raise ValueError(
                 f"alpha must be above {self.lowest_alpha} and below {self.highest_alpha} to be learned, got {alpha}"
@@ -128,9 +145,18 @@ class EntmaxAttention(nn.Module):
             (B, M, E). For padding it is out_proj's bias.
 
         Raises:
-            ValueError: value is given and key is not.
-            RuntimeError: an argument does not fit; the message names it.
+            TypeError: an argument is no tensor. ValueError: value is given and key is not, or a tensor-parallel plan
+                splits heads of key and value otherwise than those of query. RuntimeError: an argument does not fit; the
+                message names it.
         """
+        if not torch.jit.is_scripting():
+            if not isinstance(query, Tensor):
+                check("EntmaxAttention", "query", TENSOR, query)
+            for name, given in (("key", key), ("value", value), ("q_seqlens", q_seqlens), ("kv_seqlens", kv_seqlens)):
+                if given is not None and not isinstance(given, Tensor):
+                    check("EntmaxAttention", name, OPTIONAL_TENSOR, given)
+        if query.dim() != 3:
+            raise ValueError("EntmaxAttention: query must have 3 dimensions (B, M, E), got " + str(query.dim()))
         if key is None:
             if value is not None:
                 raise ValueError("EntmaxAttention: value goes with key, got value alone")
@@ -139,14 +165,60 @@ class EntmaxAttention(nn.Module):
             kv_seqlens = q_seqlens if kv_seqlens is None else kv_seqlens
         if value is None:
             value = key
-        q = self.q_proj(query).unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
-        k = self.k_proj(key).unflatten(-1, [self.num_kv_heads, self.head_dim]).transpose(1, 2)
-        v = self.v_proj(value).unflatten(-1, [self.num_kv_heads, self.head_dim]).transpose(1, 2)
+        # As many heads as the projections give: of a tensor-parallel one, those of this rank.
+        q = self.q_proj(query).unflatten(-1, [-1, self.head_dim]).transpose(1, 2)
+        k = self.k_proj(key).unflatten(-1, [-1, self.head_dim]).transpose(1, 2)
+        v = self.v_proj(value).unflatten(-1, [-1, self.head_dim]).transpose(1, 2)
+        if q.size(1) * self.num_kv_heads != k.size(1) * self.num_heads and self.num_kv_heads != 1:
+            raise ValueError(
+                "EntmaxAttention: k_proj and v_proj must be split into heads as q_proj is, got " + str(q.size(1))
+                + " of " + str(self.num_heads) + " query heads and " + str(k.size(1)) + " of " + str(self.num_kv_heads)
+                + " heads of key and value"
+            )  # fmt: skip
+        if not torch.jit.is_scripting() and q.size(1) != self.num_heads and self.num_kv_heads == 1:
+            k, v = self._shared_by_ranks(k), self._shared_by_ranks(v)
         if self.alpha_logit is None:
             out = entmax_attn(q, k, v, self.alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window)
         else:
-            out = entmax_attn(q, k, v, self.head_alpha(), self.is_causal, None, q_seqlens, kv_seqlens, self.window)
+            alpha = self.head_alpha()
+            if not torch.jit.is_scripting():
+                alpha = self._of_these_heads(alpha, q)
+            out = entmax_attn(q, k, v, alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _of_these_heads(self, alpha: Tensor, q: Tensor) -> Tensor:
+        """The part of `alpha` that belongs to the heads of q, where a tensor-parallel plan has split q_proj."""
+        split = hasattr(alpha, "to_local")
+        if not split and alpha.size(0) == q.size(1):
+            return alpha
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        if isinstance(q, DTensor):
+            return alpha
+        weight = self.q_proj.weight
+        if not isinstance(weight, DTensor):
+            raise ValueError(
+                f"EntmaxAttention: q_proj gives {q.size(1)} heads and alpha_logit has {alpha.size(0)}; only a plan "
+                "that makes q_proj's weight a DTensor says which of them these are"
+            )
+        mesh = weight.device_mesh
+        if not split:
+            alpha = DTensor.from_local(alpha, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        # Backward, this gathers the gradients of all heads, so that a whole alpha_logit stays the same everywhere.
+        heads = [Shard(0) if placement.is_shard(0) else Replicate() for placement in weight.placements]
+        return alpha.redistribute(mesh, heads).to_local()
+
+    def _shared_by_ranks(self, x: Tensor) -> Tensor:
+        """A key or value that all ranks computed, each for a part of the query heads: gradients are those of all."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        weight = self.q_proj.weight
+        if not isinstance(weight, DTensor) or isinstance(x, DTensor):
+            return x
+        split = [placement.is_shard(0) for placement in weight.placements]
+        mesh, everywhere = weight.device_mesh, [Replicate()] * len(split)
+        x = DTensor.from_local(x, mesh, everywhere, run_check=False)
+        return x.to_local(grad_placements=[Partial() if here else Replicate() for here in split])
 
     def extra_repr(self) -> str:
         alpha = "learned" if self.alpha_logit is not None else str(self.alpha)

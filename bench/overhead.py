@@ -2,7 +2,8 @@
 
     python -m bench.overhead
 
-Printed; docs/cuda.md says what was seen. First calls are those of a process that has used the GPU before.
+Printed; docs/notes/2026-11-27-h100-times.md says what was seen. First calls are those of a process that has used the
+GPU before.
 """
 
 import sys

@@ -50,7 +50,7 @@ endif()
 message(STATUS "AdaSplash GPU kernels for ${_wanted}, compiled by Triton ${_triton}")
 
 set(_out "${CMAKE_CURRENT_BINARY_DIR}/cubins")
-file(GLOB _kernels CONFIGURE_DEPENDS triton_src/*.py)
+file(GLOB_RECURSE _kernels CONFIGURE_DEPENDS triton_src/*.py triton_src/*.json)
 # What was asked for, as a file: when it changes the kernels are looked at again, and the cache has those that stay.
 file(CONFIGURE OUTPUT "${_out}/archs.txt" CONTENT "${_wanted} ${_triton}\n")
 add_custom_command(
@@ -58,7 +58,7 @@ add_custom_command(
   BYPRODUCTS "${_out}/cubins.bin" "${_out}/manifest.json" "${_out}/resources.txt" "${_out}/variants.cpp"
   COMMAND "${Python_EXECUTABLE}" -m triton_src.compile --arch ${_wanted} --out "${_out}"
   COMMAND "${CMAKE_COMMAND}" -E touch "${_out}/done"
-  DEPENDS ${_kernels} triton_src/limits.json "${_out}/archs.txt"
+  DEPENDS ${_kernels} "${_out}/archs.txt"
   WORKING_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}"
   COMMENT "Compiling the GPU kernels"
   USES_TERMINAL VERBATIM)

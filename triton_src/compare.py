@@ -3,7 +3,9 @@
 Each checkout compiles its variants by its own triton_src.compile, with the compiler of this Python, into a cache of its
 own, so that a second run takes seconds. Two variants of one name are the same if their PTX is, but for what
 `normalised` takes away, and if the assembler made as many registers, spills, stack and shared memory of it. Says which
-are not, with --show how the first of them differs; the exit status is 1 if there are any.
+are not, with --show how the PTX of the first of them differs; the exit status is 1 if there are any.
+
+The assembler sees the order of parameters, too: where only that changed a few bytes of spills may, with the same PTX.
 """
 
 import argparse
@@ -76,10 +78,12 @@ def current_name(name, names):
     """What an argument is called today, of which `names` are all of a kernel's."""
     if "heads" not in names:  # of a checkout whose arguments are grouped already, or of an activation
         return name
+    if name in RENAMED:
+        return RENAMED[name]
     tensor, _, stride = name.rpartition("_")
     if stride in ("batch", "head", "row") and tensor in names:
         return f"{tensor}.{stride}_stride"
-    return f"{name}.data" if f"{name}_row" in names else RENAMED.get(name, name)
+    return f"{name}.data" if f"{name}_row" in names else name
 
 
 REGISTER = re.compile(r"%(?:p|rs|rd|r|fd|f)\d+\b")
@@ -93,7 +97,7 @@ def normalised(ptx, description):
     - comments, the kernel's name, the declarations of parameters and registers are gone;
     - a register that a parameter is loaded into is called by the parameter's name, and the load is gone: parameters do
       not change, so that where they are loaded says nothing;
-    - other registers are numbered in the order in which they are first written to;
+    - other registers are numbered in the order in which they appear, but for the operands of the next rule;
     - the two operands of an instruction that commutes are sorted: LLVM orders them by where parameters stand.
 
     The order of all other instructions, and everything in them, is compared."""
@@ -113,29 +117,25 @@ def normalised(ptx, description):
     def number(line):
         for register in REGISTER.findall(line):
             if register not in called:
-                called[register] = f"%{register.strip('%0123456789')}{len(called)}"
+                called[register] = f"{register.strip('%0123456789')}.{len(called)}"
 
-    parts = []
-    for line in lines:
-        commutes = COMMUTES.match(line)
+    commuting = [COMMUTES.match(line) for line in lines]
+    for line, commutes in zip(lines, commuting, strict=True):
         number(commutes[1] + commutes[2] if commutes else line)
-        parts.append((line, commutes))
     found = []
-    for line, commutes in parts:
+    for line, commutes in zip(lines, commuting, strict=True):
         if commutes:
-            first, second = sorted(called.get(operand, operand) for operand in commutes.groups()[2:])
-            line = f"{commutes[1]}{commutes[2]}, {first}, {second};"
+            operands = sorted(commutes.groups()[2:], key=lambda operand: called.get(operand, operand))
+            line = f"{commutes[1]}{commutes[2]}, {', '.join(operands)};"
         found.append(REGISTER.sub(lambda register: called.get(register[0], register[0]), line))
     return found
 
 
 def differences(old, new):
-    """Lines that say how two variants differ, resources first; none if they are the same."""
-    found = [f"{what}: {old[what]}, now {new[what]}" for what in RESOURCES if old[what] != new[what]]
+    """How two variants differ: (words about what the assembler made of them, lines about their PTX)."""
+    resources = [f"{what} {old[what]}, now {new[what]}" for what in RESOURCES if old[what] != new[what]]
     lines = [normalised(Path(one["stored"]).with_suffix(".ptx").read_text(), one) for one in (old, new)]
-    if lines[0] != lines[1]:
-        found += difflib.unified_diff(*lines, "old", "new", lineterm="", n=2)
-    return found
+    return resources, list(difflib.unified_diff(*lines, "old", "new", lineterm="", n=2)) if lines[0] != lines[1] else []
 
 
 def main():
@@ -157,13 +157,15 @@ def main():
     both = [key for key in old if key in new]
     with ProcessPoolExecutor(args.jobs) as pool:
         found = pool.map(differences, (old[key] for key in both), (new[key] for key in both), chunksize=8)
-        differ = {key: lines for key, lines in zip(both, found, strict=True) if lines}
-    for (name, arch), lines in differ.items():
-        print(f"{name} sm_{arch}: {len(lines)} lines of differences, the first: {lines[0]}")
-    for lines in list(differ.values())[:1]:
-        print("\n".join(lines[: args.show]))
-    print(f"{len(both)} variants in both, {len(both) - len(differ)} the same")
-    return 1 if differ or old.keys() != new.keys() else 0
+        found = list(found)
+    for (name, arch), (resources, lines) in zip(both, found, strict=True):
+        if resources or lines:
+            print(f"{name} sm_{arch}: {'other' if lines else 'the same'} PTX; {'; '.join(resources)}")
+    first = next((lines for _, lines in found if lines), [])
+    print("".join(f"{line}\n" for line in first[: args.show]), end="")
+    same_ptx, same = (sum(not lines for _, lines in found), sum(not any(one) for one in found))
+    print(f"{len(both)} variants in both: the PTX of {same_ptx} is the same, and of {same} all")
+    return 1 if same < len(both) or old.keys() != new.keys() else 0
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Finds tile shapes, warps and stages on the GPU of this machine: python -m triton_src.tune
 
 Compiles every candidate of every kernel exactly as it would be shipped, runs it on sparse and dense inputs, compares
-what it writes with what the present table's kernel writes, and prints the times. With --write the fastest of each goes
-into the table of variants.py.
+what it writes with what the present shape's kernel writes, and prints the times. With --write the fastest of each goes
+into tiles.json.
 """
 
 import argparse
 import ctypes
 import itertools
-import re
+import json
 import statistics
 import struct
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
@@ -22,26 +22,21 @@ from bench.lib.case import Case
 from bench.lib.inputs import make_grad, make_inputs
 
 from . import variants
-from .common import ROOM, TILE, UNLIMITED
-from .compile import SOURCE, compile_variant
+from .compile import compile_variant
 from .launchers import packing
+from .lib.entmax import ALPHA_NUMBER
+from .lib.marks import GATHER_ROOM
+from .lib.tile_lists import count_tile_rows, count_tile_words
+from .lib.visibility import LENGTHS_NONE, TILE, UNLIMITED
+from .spec import APPENDED, MATRIX
+from .variants import Shape
 
-TABLES = {
-    80: "HALF_80",
-    86: "HALF_SMALL",
-    89: "HALF_SMALL",
-    90: "HALF_90",
-    100: "HALF_90",
-    103: "HALF_90",
-    120: "HALF_SMALL",
-}
 INPUTS = ("structured:0.5", "structured:0.85", "gaussian:1.5")
-SHAPE = ("block_m", "block_n", "step", "warps", "stages", "registers", "scan_n")  # the last is attend's alone
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-WRITTEN = {
+COMPARED = {  # of what each kernel writes
     "attend": ("out", "row_state", "tiles"),
     "mark": ("key_marks", "row_marks"),
-    "grad_query": ("grad_query", "terms"),
+    "grad_query": ("grad_query", "row_terms"),
     "grad_key_value": ("grad_key", "grad_value"),
 }
 
@@ -73,14 +68,14 @@ class Kernel:
             raise RuntimeError(f"{self.variant}: CUDA error {result}")
 
     def launch(self, programs, values):
-        arguments = [*self.variant.arguments(), *variants.APPENDED]
+        arguments = [*self.variant.arguments(), *APPENDED]
         data = struct.pack(packing(arguments), *(values.get(name, 0) for name, _ in arguments))
         size = ctypes.c_size_t(len(data))
         buffer = ctypes.create_string_buffer(data, len(data))
         # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE and CU_LAUNCH_PARAM_END
         extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        block = self.variant.warps * 32
+        block = self.variant.shape.warps * 32
         self._check(
             self.cuda.cuLaunchKernel(self._function, programs, 1, 1, block, 1, 1, self._shared, stream, None, extra)
         )
@@ -93,44 +88,48 @@ class Problem:
         self.case = case
         query, key, value = make_inputs(case)
         batch, heads, length, head_dim = query.shape
-        tiles = -(-length // TILE.value)
-        tile_rows = 2 * -(-tiles // 2)  # as saved_sizes (csrc/attention.cpp) has them
+        tiles, tile_rows = -(-length // TILE.value), count_tile_rows(length)
         like = dict(device="cuda")
         self.tensors = {
             "query": query, "key": key, "value": value, "grad_out": make_grad(case), "out": torch.empty_like(query),
             "grad_query": torch.empty_like(query), "grad_key": torch.empty_like(key),
             "grad_value": torch.empty_like(value),
             "row_state": torch.empty(batch, heads, length, 2, **like),
-            "terms": torch.empty(batch, heads, length, 4, **like),
-            "numbers": torch.empty(batch, heads, 4 * tile_rows, tiles, dtype=torch.int16, **like),
-            "lists": torch.empty(batch, heads, tile_rows, tiles, dtype=torch.int32, **like),
+            "row_terms": torch.empty(batch, heads, length, 4, **like),
+            "tile_margins": torch.empty(batch, heads, 4 * tile_rows, tiles, dtype=torch.int16, **like),
+            "tile_lists": torch.empty(batch, heads, tile_rows, tiles, dtype=torch.int32, **like),
             "key_marks": torch.zeros(batch, heads, tile_rows, tiles, 2, dtype=torch.int32, **like),
             "row_marks": torch.zeros(batch, heads, tile_rows, tiles, 4, dtype=torch.int16, **like),
-            "shares": torch.tensor([0, 1], dtype=torch.int32, **like).repeat(batch * heads),  # none of one probed key
-            "chosen": torch.empty(batch, heads, tile_rows, ROOM.value, dtype=torch.int32, **like),
-            "tiles": torch.zeros(
-                batch, heads, tile_rows, 2 * -(-length // 4096), dtype=torch.int32, **like
-            ),
+            "probe_counts": torch.tensor([0, 1], dtype=torch.int32, **like).repeat(batch * heads),  # none of one probed
+            "gathered": torch.empty(batch, heads, tile_rows, GATHER_ROOM.value, dtype=torch.int32, **like),
+            "tiles": torch.zeros(batch, heads, tile_rows, count_tile_words(length), dtype=torch.int32, **like),
         }  # fmt: skip
-        self.values = {name: x.data_ptr() for name, x in self.tensors.items()}
-        for name in ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value"):
-            strides = self.tensors[name].stride()
-            self.values |= {f"{name}_batch": strides[0], f"{name}_head": strides[1], f"{name}_row": strides[2]}
+        self.values = {}
+        for name, x in self.tensors.items():
+            if any(spec.arguments.get(name) is MATRIX for spec in variants.ATTENTION.values()):
+                places = (x.data_ptr(), *x.stride()[:3])
+                self.values |= {f"{name}.{part}": v for part, v in zip(MATRIX._fields, places, strict=True)}
+            else:
+                self.values[name] = x.data_ptr()
+        for side in ("call.queries", "call.keys"):
+            self.values |= {
+                f"{side}.lengths_kind": LENGTHS_NONE.value, f"{side}.rows": length, f"{side}.max_seqlen": length,
+                f"{side}.tile_rows": tile_rows,
+            }  # fmt: skip
         self.values |= {
-            "state_batch": heads * length, "heads": heads, "group": 1,
-            "rows_q": length, "rows_k": length, "key_tile_rows": tile_rows,
-            "limit_q": length, "limit_k": length, "tile_rows": tile_rows,
-            "tile_words": self.tensors["tiles"].shape[3], "width": head_dim, "width_v": head_dim,
-            "window_left": UNLIMITED.value, "window_right": 0 if case.causal else UNLIMITED.value,
-            "scale": head_dim**-0.5, "alpha": case.alpha,
+            "call.alpha.source": ALPHA_NUMBER.value, "call.alpha.number": case.alpha,
+            "call.scores.scale": head_dim**-0.5, "call.scores.window_left": UNLIMITED.value,
+            "call.scores.window_right": 0 if case.causal else UNLIMITED.value,
+            "call.state_batch_stride": heads * length, "call.heads": heads, "call.group": 1,
+            "call.tile_words": self.tensors["tiles"].shape[3], "call.head_dim": head_dim, "call.value_dim": head_dim,
         }  # fmt: skip
 
     def run(self, kernel):
         v = kernel.variant
-        side = v.block_n if v.kernel == "grad_key_value" else v.block_m
+        side = v.shape.block_n if v.kernel == "grad_key_value" else v.shape.block_m
         values = self.values | {
             "marks": self.values["key_marks" if v.kernel == "grad_query" else "row_marks"],
-            "gather_below": 1 if v.kernel == "mark" or v.marked else 0,
+            "gather_below": 1 if v.kernel == "mark" or v.gather else 0,
         }
         kernel.launch(-(-self.case.length // side) * self.case.batch * self.case.heads, values)
 
@@ -164,26 +163,22 @@ def difference(problem, kernel, exact):
     return worst
 
 
-def candidates(kernel, pad):
-    """The shapes to try, as the tables have them."""
+def candidates(kernel, block_d):
+    """The shapes to try."""
     sides = [(64, 64), (32, 64) if kernel == "grad_key_value" else (64, 32)]
-    scanned = [(64,), (128,), (256,)] if kernel == "attend" else [()]
-    for (m, n), warps, stages, registers, last in itertools.product(
+    scanned = (64, 128, 256) if kernel == "attend" else (None,)
+    for (m, n), warps, stages, registers, scan_n in itertools.product(
         sides, (4, 8), (1, 2, 3), (None, 128, 168), scanned
     ):
         if warps == 4 or registers is None:  # which eight warps have enough of
-            yield m, n, pad, warps, stages, registers, *last
+            yield Shape(m, n, warps, stages, registers, block_d, scan_n)
 
 
-def write(arch, kernel, pad, found):
-    """Puts a shape into the architecture's table."""
-    path = SOURCE / "variants.py"
-    text = path.read_text()
-    head, table, rest = re.split(rf"^({TABLES[arch]} = \{{.*)$", text, maxsplit=1, flags=re.M)
-    body, end, tail = rest.partition("\n}\n")
-    line = f'    ("{kernel}", {pad}): {found},'
-    body, count = re.subn(rf'^    \("{kernel}", {pad}\): .*$', line, body, flags=re.M)
-    path.write_text(head + table + (body if count else body + "\n" + line) + end + tail)
+def write(arch, variant):
+    """Puts a variant's shape into tiles.json, for all that share its table."""
+    data = json.loads(variants.TILES.read_text())
+    variants.put_shape(data, arch, variant)
+    variants.TILES.write_text(variants.format_shapes(data))
 
 
 def main():
@@ -194,24 +189,22 @@ def main():
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=1.5)
-    parser.add_argument("--marked", action="store_true", help="of the backward, the code that gathers")
+    parser.add_argument("--gather", action="store_true", help="of the backward, the code that gathers")
     parser.add_argument("--show", type=int, default=6, help="candidates to print for each kernel")
-    parser.add_argument("--write", action="store_true", help="put the fastest into variants.py")
+    parser.add_argument("--write", action="store_true", help="put the fastest into tiles.json")
     args = parser.parse_args()
-    if args.write and args.alpha not in (1.5, 2.0):
-        parser.error("--write knows the tables that alpha = 1.5 and 2 use; those of any alpha are written by hand")
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     alpha = {1.5: "1_5", 2.0: "2"}.get(args.alpha, "any")
     base = {
-        (v.kernel, v.pad): replace(v, hot=False)  # so that it equals the candidate of its shape
+        (v.kernel, v.block_d): replace(v, hot=False)  # so that it equals the candidate of its shape
         for v in variants.variants(arch)
         if v.kernel in variants.ATTENTION and v.dtype == "bf16" and v.alpha in ("any", alpha)  # its own come last
-        if v.marked == (args.marked and v.kernel in variants.MARKED)
+        if v.gather == (args.gather and v.spec.gathers)
     }
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor() as pool:
         tried = {
             place: list(dict.fromkeys([v, *(
-                replace(v, **dict(zip(SHAPE, shape, strict=False)))
+                replace(v, shape=shape)
                 for shape in (candidates(*place) if place[0] in args.kernels else ())
             )]))
             for place, v in base.items()
@@ -224,19 +217,13 @@ def main():
             try:
                 about, _ = future.result()
             except Exception as error:  # a shape that Triton refuses
-                print(f"{variant.name} {shape_of(variant)}: {str(error).splitlines()[0][:100]}")
+                print(f"{variant.name} {astuple(variant.shape)}: {str(error).splitlines()[0][:100]}")
                 continue
             if about["shared"] <= variants.SHARED_KIB[arch] * 1024:
                 cubin = Path(about["stored"]).with_suffix(".cubin").read_bytes()
                 compiled[variant] = (Kernel(variant, cubin).prepare(about["shared"]), about)
         for head_dim in args.head_dims:
             tune_head_dim(args, arch, head_dim, tried, compiled)
-
-
-def shape_of(v):
-    """As the tables have it."""
-    shape = tuple(getattr(v, name) for name in SHAPE)
-    return shape if v.kernel == "attend" else shape[:-1]
 
 
 def tune_head_dim(args, arch, head_dim, tried, compiled):
@@ -255,7 +242,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
         for kernel in variants.ATTENTION:
             group = tried[kernel, head_dim]
             problem.run(compiled[group[0]][0])
-            exact = {name: problem.tensors[name].clone() for name in WRITTEN[kernel]}
+            exact = {name: problem.tensors[name].clone() for name in COMPARED[kernel]}
             for variant in group:
                 if variant in compiled:
                     this = compiled[variant][0]
@@ -264,7 +251,7 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
                         milliseconds(problem, this) if error < 2e-2 else float("inf")
                     )
                     if error >= 2e-2:
-                        print(f"{variant.name} {shape_of(variant)} {name}: off by {error:.1e}")
+                        print(f"{variant.name} {astuple(variant.shape)} {name}: off by {error:.1e}")
             problem.run(compiled[group[0]][0])  # for the kernels after it
     for kernel in args.kernels:
         mine = {v: times for (k, v), times in results.items() if k == kernel}
@@ -274,12 +261,11 @@ def tune_head_dim(args, arch, head_dim, tried, compiled):
         for variant in [*shown, *(v for v in tried[kernel, head_dim][:1] if v not in shown)]:
             about = compiled[variant][1]
             times = "  ".join(f"{mine[variant][name]:7.3f}" for name in args.inputs)
-            mark = " (table)" if variant is tried[kernel, head_dim][0] else ""
-            print(
-                f"  {shape_of(variant)!s:30} {times}   {about['registers']} registers, {about['spilled']} spilled{mark}"
-            )
+            mark = " (present)" if variant is tried[kernel, head_dim][0] else ""
+            used = f"{about['registers']} registers, {about['spilled']} spilled"
+            print(f"  {astuple(variant.shape)!s:36} {times}   {used}{mark}")
         if args.write:
-            write(arch, variants.entry(kernel, ranked[0].marked), head_dim, shape_of(ranked[0]))
+            write(arch, ranked[0])
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ class ForwardBlock {
   }
 
  private:
+  using DenseRow = typename ForwardBuffers<A>::DenseRow;
+
   void compute_block(Interval keys) {
     block_scores(head_, query_, rows_, [&](int64_t r) { return first_ + r; }, keys, buffers_.columns, buffers_.block);
   }
@@ -148,25 +150,35 @@ class ForwardBlock {
     for (int64_t i = 0; i < count; ++i) tiles_.set(row.key[i]);
   }
 
-  // The products of the dense rows are of whole blocks, so that their bits, and with them every row's, do not depend on
-  // which rows these are.
+  // Starts the sums of the dense rows anew and goes through the blocks of keys: calls add(row, keys, the keys of these
+  // that it sees) for each of these rows once the block's z are there, then end_block(keys). The products are of whole
+  // blocks, so that their bits, and with them every row's, do not depend on which rows are dense.
+  template <typename Add, typename EndBlock>
+  void for_dense_rows(const Add& add, const EndBlock& end_block) {
+    for (int64_t d = 0; d < dense_count_; ++d) buffers_.dense[d].sums = {};
+    for_key_blocks(head_, first_, rows_, [&](Interval keys) {
+      compute_block(keys);
+      for (int64_t d = 0; d < dense_count_; ++d) {
+        DenseRow& row = buffers_.dense[d];
+        add(row, keys, head_.visible(first_ + row.r).clip(keys.begin, keys.end));
+      }
+      end_block(keys);
+    });
+  }
+
   void find_dense_thresholds() {
     bool all_settled = false;
     for (int step = 0; step < kMaxSteps && !all_settled; ++step) {
-      for (int64_t d = 0; d < dense_count_; ++d) buffers_.dense[d].sums = {};
-      for_key_blocks(head_, first_, rows_, [&](Interval keys) {
-        compute_block(keys);
-        for (int64_t d = 0; d < dense_count_; ++d) {
-          auto& row = buffers_.dense[d];
-          const Interval visible = head_.visible(first_ + row.r).clip(keys.begin, keys.end);
-          if (row.settled || visible.empty()) continue;
-          const A* z = padded_z(row.r, keys, visible, kLanes<A>);
-          add_sums(weights_, z, visible.size(), row.max, row.gap, row.sums);
-        }
-      });
+      for_dense_rows(
+          [&](DenseRow& row, Interval keys, Interval visible) {
+            if (row.settled || visible.empty()) return;
+            const A* z = padded_z(row.r, keys, visible, kLanes<A>);
+            add_sums(weights_, z, visible.size(), row.max, row.gap, row.sums);
+          },
+          [](Interval) {});
       all_settled = true;
       for (int64_t d = 0; d < dense_count_; ++d) {
-        auto& row = buffers_.dense[d];
+        DenseRow& row = buffers_.dense[d];
         if (row.settled) continue;
         row.settled = !step_on(weights_, row.sums, row.gap);
         all_settled &= row.settled;
@@ -176,32 +188,30 @@ class ForwardBlock {
 
   void finish_dense() {
     std::fill_n(buffers_.out, rows_ * head_.value_dim, A(0));
-    for (int64_t d = 0; d < dense_count_; ++d) buffers_.dense[d].sums = {};
-    for_key_blocks(head_, first_, rows_, [&](Interval keys) {
-      compute_block(keys);
-      for (int64_t d = 0; d < dense_count_; ++d) {
-        auto& row = buffers_.dense[d];
-        const Interval visible = head_.visible(first_ + row.r).clip(keys.begin, keys.end);
-        A* block = buffers_.block + row.r * kBlockStride<A>;
-        if (visible.empty()) {
-          std::fill_n(block, keys.size(), A(0));
-          continue;
-        }
-        A* weights = padded_z(row.r, keys, visible, kLanes<A>);
-        row.sums.p += to_weights(weights_, weights, visible.size(), row.max, row.gap);
-        for (int64_t i = 0; i < visible.size(); ++i) {
-          if (weights[i] > 0) tiles_.set(visible.begin + i);
-        }
-        // Keys that this row does not see have no weight in the product.
-        std::fill(block, weights, A(0));
-        std::fill(weights + visible.size(), block + keys.size(), A(0));
-      }
-      const Rows<const A> values = in_type<A>(head_.value, keys.begin, keys.size(), head_.value_dim, buffers_.columns);
-      Gemm<A>::nn(rows_, head_.value_dim, keys.size(), A(1), buffers_.block, kBlockStride<A>, values.data,
-                  values.stride, A(1), buffers_.out, head_.value_dim);
-    });
+    for_dense_rows(
+        [&](DenseRow& row, Interval keys, Interval visible) {
+          A* block = buffers_.block + row.r * kBlockStride<A>;
+          if (visible.empty()) {
+            std::fill_n(block, keys.size(), A(0));
+            return;
+          }
+          A* weights = padded_z(row.r, keys, visible, kLanes<A>);
+          row.sums.p += to_weights(weights_, weights, visible.size(), row.max, row.gap);
+          for (int64_t i = 0; i < visible.size(); ++i) {
+            if (weights[i] > 0) tiles_.set(visible.begin + i);
+          }
+          // Keys that this row does not see have no weight in the product.
+          std::fill(block, weights, A(0));
+          std::fill(weights + visible.size(), block + keys.size(), A(0));
+        },
+        [&](Interval keys) {
+          const Rows<const A> values =
+              in_type<A>(head_.value, keys.begin, keys.size(), head_.value_dim, buffers_.columns);
+          Gemm<A>::nn(rows_, head_.value_dim, keys.size(), A(1), buffers_.block, kBlockStride<A>, values.data,
+                      values.stride, A(1), buffers_.out, head_.value_dim);
+        });
     for (int64_t d = 0; d < dense_count_; ++d) {
-      const auto& row = buffers_.dense[d];
+      const DenseRow& row = buffers_.dense[d];
       write_out(row.r, buffers_.out + row.r * head_.value_dim, row.sums.p);
       save_state(row.r, row.max, row.gap, kSupportOverflow);
     }

@@ -4,8 +4,9 @@
 // To add an option:
 //   1. a member of AttentionOptions, and an Option below that names it;
 //   2. that Option at the end of kLaterOptions, and of the lists of the public ops that take it;
-//   3. a parameter at the end of those ops in adasplash.h and api.cpp, which do not compile before.
-// Then what it means: attention_checks.cpp, the kernels, and adasplash/functional.py for Python.
+//   3. a parameter at the end of those ops in adasplash.h and api.cpp.
+// A place that is forgotten does not compile. Then what it means: attention_checks.cpp, the kernels, and
+// adasplash/functional.py for Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -109,8 +110,8 @@ inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlo
 
 // The private pair, which serves the padded and the packed form, alpha as a number (head_alpha absent) and per head.
 // Files saved by users look options up by place and by name, so the first list never changes; it has no defaults here.
-// Options that came later stand in the second one, behind all other arguments of both ops, and there have defaults:
-// files from before them leave them out.
+// Options that came later stand in the second one, as kLaterOptions(kOne, kAnother), and in both ops behind all other
+// arguments, with their defaults: files from before them leave them out.
 inline constexpr std::tuple kFirstOptions(kHeadAlpha, kAlpha, kIsCausal, kScale, kQSeqlens, kKvSeqlens, kCuSeqlensQ,
                                           kCuSeqlensK, kMaxSeqlenQ, kMaxSeqlenK, kWindow, kAlibiSlopes);
 inline constexpr std::tuple kLaterOptions(kKvStarts);
@@ -124,9 +125,11 @@ constexpr bool handed_on(const List& list) {
   };
   return std::apply([&](const auto&... option) { return (is_handed_on(option.name) && ...); }, list);
 }
-static_assert(handed_on(kPaddedOptions) && handed_on(kPackedOptions));
+static_assert(handed_on(kPaddedOptions) && handed_on(kPackedOptions),
+              "an option of a public op is missing in kLaterOptions");
 static_assert(std::apply([](const auto&... option) { return ((option.default_value != nullptr) && ...); },
-                         kLaterOptions));
+                         kLaterOptions),
+              "an option in kLaterOptions needs a default");
 
 // From an argument to the member that holds it. A schema's int[2] is a list of any length to those who call through
 // torch.ops.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import reference
 from adasplash import attention_stats, attention_weights, entmax_attn
-from common import Inputs
+from common import HALF, Inputs, assert_same_bits
 from work import peak_mebibytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
@@ -264,3 +264,73 @@ def test_memory_does_not_grow_with_queries_times_keys(function):
     length = 24576
     extra = peak_mebibytes(PROGRAM, length, function)
     assert extra < length**2 / 2**23, f"{extra:.1f} MiB: a bit for every entry of the matrix"
+
+
+FUNCTIONS = pytest.mark.parametrize("function", (attention_stats, attention_weights))
+
+
+def parts(result) -> list[Tensor]:
+    """Of both results, to compare their bits."""
+    if isinstance(result, Tensor):
+        return [result.crow_indices(), result.col_indices(), result.values()]
+    return list(result)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("lower", HALF, ids=("bfloat16", "float16"))
+def test_autocast_is_what_it_is_for_entmax_attn(make_inputs, backend, function, lower):
+    """A description of another call than the one made there would be of no use; nor would one that refuses it."""
+    inputs = make_inputs(**SHAPE)
+    options = on(backend.device, **OPTIONS["all"], alpha=ALPHAS["of each head"])
+    lowered = Inputs(*(x.to(lower) for x in inputs))
+    with torch.autocast(backend.device, dtype=lower):
+        single = function(*inputs, **options)
+        mixed = function(lowered.query, inputs.key, lowered.value, **options)
+        assert entmax_attn(lowered.query, inputs.key, lowered.value, **options).dtype == lower
+    for result in (single, mixed):
+        assert_same_bits(parts(result), parts(function(*lowered, **options)))
+    assert not torch.equal(parts(single)[-1], parts(function(*inputs, **options))[-1]) or function is attention_stats
+
+
+@pytest.mark.backends("cpu")
+@FUNCTIONS
+def test_autocast_leaves_doubles_alone(make_inputs, function):
+    inputs = make_inputs(**SHAPE, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = function(*inputs)
+    assert_same_bits(parts(result), parts(function(*inputs)))
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("shape", ((), (1,)), ids=str)
+def test_a_scale_as_a_tensor(make_inputs, backend, function, shape):
+    inputs = make_inputs(**SHAPE)
+    result = function(*inputs, scale=torch.full(shape, 0.6, device=backend.device, requires_grad=True))
+    scaled = Inputs(inputs.query * 0.6, inputs.key, inputs.value)
+    assert_same_bits(parts(result), parts(function(*scaled, scale=1.0)))
+
+
+@FUNCTIONS
+@pytest.mark.parametrize(
+    "options, name",
+    (
+        (dict(alpha=3.0), "alpha"),
+        (dict(alpha=1.0), "alpha"),
+        (dict(alpha=None), "alpha"),
+        (dict(is_causal=None), "is_causal"),
+        (dict(window=5), "window"),
+        (dict(window=None), "window"),
+        (dict(scale=True), "scale"),
+        (dict(q_seqlens=70), "q_seqlens"),
+        (dict(key=None), "key"),
+        (dict(key=torch.zeros(2, 2, 130, 15)), "key"),
+        (dict(kv_seqlens=torch.tensor([1])), "kv_seqlens"),
+    ),
+    ids=str,
+)
+def test_errors_name_the_function(make_inputs, backend, function, options, name):
+    inputs = make_inputs(**SHAPE)._asdict()
+    with pytest.raises((TypeError, RuntimeError)) as error:
+        function(**inputs | on(backend.device, **options))
+    message = str(error.value)
+    assert message.startswith(f"{function.__name__}: {name} must ") and "\n" not in message

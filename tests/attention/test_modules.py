@@ -298,3 +298,71 @@ def test_says_what_it_is():
     for part in ("num_heads=4", "num_kv_heads=2", "head_dim=4", "window=(5, 0)", "alpha=learned", "q_proj", "out_proj"):
         assert part in text
     assert "alpha=1.25" in repr(adasplash.EntmaxAttention(16, 4, alpha=1.25))
+
+
+WRONG = {
+    "integer": (None, True, 2.5, "text", torch.tensor(4)),
+    "integer or none": (True, 2.5, "text", torch.tensor(4)),
+    "bool": (None, 1, "text", torch.tensor(True)),
+    "window": (None, True, 5, (5,), (1.0, 2), (None, 0), torch.tensor([1, 2])),
+    "number": (None, True, "text", torch.tensor(1.5, requires_grad=True)),
+}
+KINDS = {
+    "embed_dim": "integer",
+    "num_heads": "integer",
+    **dict.fromkeys(("num_kv_heads", "head_dim", "kdim", "vdim"), "integer or none"),
+    **dict.fromkeys(("bias", "is_causal", "learn_alpha"), "bool"),
+    "window": "window",
+    "alpha": "number",
+}
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("name", KINDS)
+def test_wrong_kinds(name):
+    """None is not False, 5 not (5, 5), and an alpha with a gradient no number."""
+    for value in WRONG[KINDS[name]]:
+        with pytest.raises(TypeError, match=rf"^EntmaxAttention: {name} must be [^\n]*$"):
+            EntmaxAttention(**dict(embed_dim=16, num_heads=4) | {name: value})
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("value", (True, 3, "text", [1]), ids=str)
+@pytest.mark.parametrize("name", ("query", "key", "value", "q_seqlens", "kv_seqlens"))
+def test_wrong_kinds_of_a_call(name, value):
+    x = torch.randn(2, 5, 16)
+    with pytest.raises(TypeError, match=rf"^EntmaxAttention: {name} must be a tensor[^\n]*$"):
+        EntmaxAttention(16, 4)(**dict(query=x, key=x) | {name: value})
+    with pytest.raises(TypeError, match=r"^EntmaxAttention: query must be a tensor, got None"):
+        EntmaxAttention(16, 4)(None)
+
+
+@pytest.mark.backends("cpu")
+def test_no_batch_and_no_such_alpha():
+    with pytest.raises(ValueError, match=r"^EntmaxAttention: query must have 3 dimensions \(B, M, E\), got 2"):
+        EntmaxAttention(16, 4)(torch.randn(5, 16))
+    with pytest.raises(ValueError, match=r"^EntmaxAttention: alpha must be 1 or from 1.01 to 2, got 3"):
+        EntmaxAttention(16, 4, alpha=3)
+
+
+@pytest.mark.backends("cpu")
+def test_as_many_heads_as_the_projections_give():
+    """Half of them, as on a rank of a tensor-parallel plan, but by hand."""
+    whole = EntmaxAttention(16, 4, num_kv_heads=2, is_causal=True)
+    half = EntmaxAttention(16, 4, num_kv_heads=2, is_causal=True)
+    x, parts = torch.randn(2, 5, 16), []
+    for rank in range(2):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear, given = getattr(half, name), getattr(whole, name)
+            dim = 1 if name == "out_proj" else 0
+            linear.weight = nn.Parameter(given.weight.chunk(2, dim)[rank])
+            if dim == 0:
+                linear.bias = nn.Parameter(given.bias.chunk(2)[rank])
+        parts.append(half(x))
+    torch.testing.assert_close(sum(parts), whole(x))
+    learned = EntmaxAttention(16, 4, learn_alpha=True)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(learned, name).weight = nn.Parameter(getattr(learned, name).weight[:8])
+        getattr(learned, name).bias = nn.Parameter(getattr(learned, name).bias[:8])
+    with pytest.raises(ValueError, match="only a plan that makes q_proj's weight a DTensor says which"):
+        learned(x)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 from adasplash import entmax_attn
 from common import check_gradients, make_inputs
+from drawn import UNTIMED
 from packing import check_packed, packed
 
 lengths = st.one_of(st.integers(0, 5), st.integers(0, 80), st.sampled_from((63, 64, 65, 128, 129, 140)))
@@ -51,7 +52,7 @@ ROOM_CUDA = 40
 
 
 def test_every_combination(backend):
-    @settings(max_examples=backend.examples, deadline=None, derandomize=True)
+    @settings(UNTIMED, max_examples=backend.examples)
     @given(cases())
     def holds(case):
         check(backend, case)

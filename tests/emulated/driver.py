@@ -174,7 +174,8 @@ class EmulatedDriver:
 
 
 def unpack(variant: dict, buffer: int, size: int) -> dict[str, tuple[str, int | float]]:
-    """{name: (type, value)} of packed arguments, by the types that the manifest declares."""
+    """{name: (type, value)} of packed arguments, by the types that the manifest declares; a part of a named tuple is
+    called by its path, as call.queries.rows."""
     arguments = variant["arguments"]
     layout = "@" + "".join("P" if kind.startswith("*") else SCALARS[kind] for _, kind in arguments)
     if struct.calcsize(layout) != size:
@@ -191,18 +192,19 @@ def unpack(variant: dict, buffer: int, size: int) -> dict[str, tuple[str, int | 
 
 def interpret(variant: dict, arguments: dict[str, tuple[str, int | float]], programs: int) -> None:
     """Runs the kernel's Triton function on these arguments, all of exactly the declared type."""
-    from triton_src.variants import APPENDED, KERNELS
+    from triton_src.spec import APPENDED
+    from triton_src.variants import KERNELS
 
-    kernel = KERNELS[variant["kernel"]]
+    spec = KERNELS[variant["kernel"]]
     for name, _ in APPENDED:
         if arguments[name][1]:
             raise ValueError(f"{name} must be null")
     given = {name: value for name, value in arguments.items() if name not in dict(APPENDED)}
-    expected = [name for name in kernel.arg_names if name not in variant["constants"]]
-    if list(given) != expected:
+    if list(given) != [leaf.name for leaf in spec.leaves()] or list(variant["constants"]) != list(spec.constants):
         raise ValueError(f"the manifest's arguments are not those of {variant['kernel']}: is it stale?")
     with patched_once():
-        kernel[(programs,)](**{name: typed(*value) for name, value in given.items()}, **variant["constants"])
+        groups = spec.build({name: typed(*value) for name, value in given.items()})
+        spec.kernel[(programs,)](**groups, **variant["constants"])
 
 
 def typed(kind: str, value: int | float):
@@ -233,9 +235,9 @@ def install() -> EmulatedDriver:
     import os
 
     sys.path.append(str(ROOT))  # triton_src
-    from triton_src import common
+    from triton_src.lib.matrices import INTERPRETED
 
-    if not common.INTERPRETED.value:
+    if not INTERPRETED.value:
         raise RuntimeError("Triton was imported before TRITON_INTERPRET=1 was set")
     emulated = EmulatedDriver()
     os.environ["ADASPLASH_LIBCUDA"] = str(emulated.path)

@@ -78,16 +78,16 @@ def test_untampered_it_is_right(driver):
 @pytest.mark.parametrize(
     "kernel, one, other",
     (
-        ("attend", "query_head", "key_head"),
-        ("attend", "key_batch", "key_head"),
-        ("attend", "key", "value"),
-        ("attend", "scale", "alpha"),
-        ("attend", "window_left", "window_right"),
-        ("attend", "value_batch", "value_head"),
-        ("grad_query", "width", "width_v"),
-        ("grad_query", "key", "value"),
-        ("grad_key_value", "grad_out_batch", "grad_out_head"),
-        ("grad_key_value", "query_head", "key_head"),
+        ("attend", "query.head_stride", "key.head_stride"),
+        ("attend", "key.batch_stride", "key.head_stride"),
+        ("attend", "key.data", "value.data"),
+        ("attend", "call.scores.scale", "call.alpha.number"),
+        ("attend", "call.scores.window_left", "call.scores.window_right"),
+        ("attend", "value.batch_stride", "value.head_stride"),
+        ("grad_query", "call.head_dim", "call.value_dim"),
+        ("grad_query", "key.data", "value.data"),
+        ("grad_key_value", "grad_out.batch_stride", "grad_out.head_stride"),
+        ("grad_key_value", "query.head_stride", "key.head_stride"),
     ),
 )
 def test_swapped_arguments(tamper, kernel, one, other):
@@ -132,7 +132,7 @@ def test_a_dropped_argument(driver, monkeypatch):
 def test_a_mistyped_argument(driver, monkeypatch):
     def widen(variant):
         for argument in variant["arguments"]:
-            if argument[0] in ("heads", "group"):
+            if argument[0] in ("call.heads", "call.group"):
                 argument[1] = "i64"
 
     with_manifest(driver, monkeypatch, widen)
@@ -145,9 +145,9 @@ def test_a_stale_manifest(driver, monkeypatch):
 
     def reorder(variant):
         names = [name for name, _ in variant["arguments"]]
-        if "rows_q" not in names:  # an activation
+        if "call.heads" not in names:  # an activation
             return
-        i, j = names.index("rows_q"), names.index("limit_k")
+        i, j = names.index("call.queries.rows"), names.index("call.keys.max_seqlen")
         variant["arguments"][i], variant["arguments"][j] = variant["arguments"][j], variant["arguments"][i]
 
     with_manifest(driver, monkeypatch, reorder)
@@ -206,11 +206,17 @@ def test_what_the_stand_in_refuses(driver, change, error):
 LAUNCH = """
 #include "cuda/launchers.h"
 using namespace adasplash::cuda;
-void test(const Variant& variant, const Rows& rows, const MutableRows& out, float* floats, int32_t* words,
-          int16_t* numbers, const CallArguments& call) {
+void test(const Variant& variant, const Matrix& rows, const MutableMatrix& out, float* floats, int32_t* words,
+          int16_t* margins, const Scores& scores) {
+  const Sequences sequences{.lengths = static_cast<const int32_t*>(words), .lengths_kind = int32_t{0},
+      .rows = int32_t{1}, .max_seqlen = int32_t{1}, .tile_rows = int32_t{2}};
+  const Call call{.queries = sequences, .keys = sequences,
+      .alpha = {.per_head = static_cast<const float*>(floats), .source = int32_t{0}, .number = 1.5f},
+      .scores = scores, .state_batch_stride = int64_t{1}, .heads = int32_t{1}, .group = int32_t{1},
+      .tile_words = int32_t{2}, .head_dim = int32_t{8}, .value_dim = int32_t{8}};
   attend(variant, Place{0, nullptr}, 1, {
-      .query = rows, .key = rows, .value = rows, .out = out, .row_state = floats, .tiles = words, .numbers = numbers,
-      .lists = words, .call = call});
+      .query = rows, .key = rows, .value = rows, .out = out, .row_state = floats, .tiles = words,
+      .tile_margins = margins, .tile_lists = words, .call = call});
   activate(variant, Place{0, nullptr}, 1, {
       .input = static_cast<const void*>(floats), .out = static_cast<void*>(floats),
       .row_alpha = static_cast<const float*>(floats), .own_alphas = int64_t{1}, .rows = int64_t{1},
@@ -223,12 +229,14 @@ void test(const Variant& variant, const Rows& rows, const MutableRows& out, floa
     "old, new",
     (
         (None, None),
-        (".numbers = numbers,", ""),
+        (".tile_margins = margins,", ""),
+        (".keys = sequences,", ""),
+        (".keys = sequences", ".keys = scores"),
         (".rows = int64_t{1}", ".rows = 1"),
         (".row_state = floats, .tiles = words", ".tiles = words, .row_state = floats"),
-        (".numbers = numbers", ".numbers = floats"),
+        (".tile_margins = margins", ".tile_margins = floats"),
     ),
-    ids=("right", "dropped", "narrow", "swapped", "mistyped"),
+    ids=("right", "dropped", "dropped-group", "mistyped-group", "narrow", "swapped", "mistyped"),
 )
 def test_the_compiler_refuses_wrong_arguments(tmp_path, old, new):
     source = tmp_path / "launch.cpp"

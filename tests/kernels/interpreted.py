@@ -17,18 +17,26 @@ from common import ROOT
 from emulated.interpreter import patched_once
 
 sys.path.append(str(ROOT))
-from triton_src import common, variants
+from triton_src import variants
+from triton_src.lib import entmax, marks, visibility
+from triton_src.lib.call import Call
+from triton_src.lib.entmax import Alpha
+from triton_src.lib.matrices import Matrix
+from triton_src.lib.scores import Scores
+from triton_src.lib.tile_lists import WORD, count_tile_rows, count_tile_words
+from triton_src.lib.visibility import Sequences
 
-TILE = common.TILE.value
+TILE = visibility.TILE.value
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Keys that attend scans at a time, the side along which kernels walk tiles, and columns at a time (None: all)."""
+    """Keys that attend scans at a time, the side along which kernels walk tiles, and head dimensions at a time (None:
+    all)."""
 
     scan_n: int = 64
     walk: int = 64
-    step: int | None = None
+    step_d: int | None = None
 
 
 class Result(NamedTuple):
@@ -40,14 +48,9 @@ class Result(NamedTuple):
     dv: Tensor | None = None
 
 
-def rows(*tensors):
-    """A tensor and its strides, as the kernels take them; packed (tokens, heads, size) ones have no batch."""
-    for x in tensors:
-        yield x
-        if x.dim() == 3:
-            yield from (0, x.stride(1), x.stride(0))
-        else:
-            yield from x.stride()[:3]
+def matrix(x: Tensor) -> Matrix:
+    """A tensor as the kernels take it; packed (tokens, heads, size) ones have no batch."""
+    return Matrix(x, 0, x.stride(1), x.stride(0)) if x.dim() == 3 else Matrix(x, *x.stride()[:3])
 
 
 def attention(
@@ -62,7 +65,7 @@ def attention(
     window: tuple[int, int] = (-1, -1),
     lengths: tuple[Tensor, Tensor] | None = None,
     offsets: tuple[Tensor, Tensor, int, int] | None = None,
-    kind: str | None = None,
+    alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
 ) -> Result:
@@ -71,72 +74,130 @@ def attention(
     packed ones (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key)."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
-        query = -query  # as Call (csrc/cuda/call.cpp) does
+        query = -query  # as Call (csrc/cuda/portable/call.cpp) does
     if offsets is None:
-        batch, heads, limit_q, width = query.shape
-        kv_heads, limit_k = key.shape[1:3]
-        rows_q, rows_k, state_batch = limit_q, limit_k, heads * limit_q
+        batch, heads, longest_q, head_dim = query.shape
+        kv_heads, longest_k = key.shape[1:3]
+        rows_q, rows_k, state_batch = longest_q, longest_k, heads * longest_q
     else:
-        (rows_q, heads, width), (rows_k, kv_heads) = query.shape, key.shape[:2]
-        batch, limit_q, limit_k, state_batch = len(offsets[0]) - 1, *offsets[2:], 0
-    width_v = value.shape[-1]
-    given = tuple(offsets[:2]) if offsets else tuple(lengths or (torch.zeros(1, dtype=torch.int32),) * 2)
-    mode = (common.LENGTHS_PACKED if offsets else common.LENGTHS_PADDED if lengths else common.LENGTHS_NONE).value
-    left, right = (common.UNLIMITED.value if bound < 0 else bound for bound in window)
-    right = 0 if is_causal else right
-    # As saved_sizes (csrc/attention.cpp) has them.
-    counts = (rows_q // 64 + batch, rows_k // 64 + batch) if offsets else (-(-limit_q // 64), -(-limit_k // 64))
-    tile_rows, key_tile_rows = (2 * -(-count // 2) for count in counts)
-    tile_words = 2 * math.ceil(limit_k / 4096)
-    shape = (heads, heads // kv_heads, rows_q, rows_k, limit_q, limit_k, tile_rows, key_tile_rows, tile_words)
-    shape += (width, width_v, mode, mode, 0, 0, left, right, width**-0.5 if scale is None else scale, alpha)
-    given += (torch.zeros(1),) * 2 + (0,)  # an alpha and an ALiBi slope for each head: none
-    kind = kind or {1.5: "1_5", 2.0: "2"}.get(alpha, "any")
-    pad = max(16, 1 << (max(width, width_v) - 1).bit_length())
-    step = tiles.step or pad
+        (rows_q, heads, head_dim), (rows_k, kv_heads) = query.shape, key.shape[:2]
+        batch, longest_q, longest_k, state_batch = len(offsets[0]) - 1, *offsets[2:], 0
+    value_dim = value.shape[-1]
+    sequences = batch if offsets else None
+    tile_rows, key_tile_rows = (count_tile_rows(rows, sequences) for rows in (rows_q, rows_k))
+    tile_words = count_tile_words(longest_k)
+    none = torch.zeros(1)  # where there are no lengths, alphas or slopes in memory
+    given = offsets[:2] if offsets else lengths or (none.int(), none.int())
+    packed, padded = visibility.LENGTHS_PACKED.value, visibility.LENGTHS_PADDED.value
+    lengths_kind = packed if offsets else padded if lengths else visibility.LENGTHS_NONE.value
+    left, right = (visibility.UNLIMITED.value if bound < 0 else bound for bound in window)
+    call = Call(
+        queries=Sequences(given[0], lengths_kind, rows_q, longest_q, tile_rows),
+        keys=Sequences(given[1], lengths_kind, rows_k, longest_k, key_tile_rows),
+        alpha=Alpha(none, entmax.ALPHA_NUMBER.value, alpha),
+        scores=Scores(
+            slopes=none,
+            slopes_batch_stride=0,
+            has_slopes=0,
+            scale=head_dim**-0.5 if scale is None else scale,
+            window_left=left,
+            window_right=0 if is_causal else right,
+        ),
+        state_batch_stride=state_batch,
+        heads=heads,
+        group=heads // kv_heads,
+        tile_words=tile_words,
+        head_dim=head_dim,
+        value_dim=value_dim,
+    )
+    alpha_code = alpha_code or {1.5: "1_5", 2.0: "2"}.get(alpha, "any")
+    block_d = max(16, 1 << (max(head_dim, value_dim) - 1).bit_length())
 
-    def launch(name, *arguments, block_m=TILE, block_n=tiles.walk, every=1, **others):
-        length, block, count = (limit_k, block_n, kv_heads) if name == "grad_key_value" else (limit_q, block_m, heads)
+    def launch(name, block_m=TILE, block_n=tiles.walk, every=1, constants=None, **arguments):
+        length, block, count = (
+            (longest_k, block_n, kv_heads) if name == "grad_key_value" else (longest_q, block_m, heads)
+        )
         programs = math.ceil(math.ceil(length / block) / every) * count * batch
-        constants = (block_m, block_n, pad, step, variants.ALPHAS[kind])
+        shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
+        constants = shape | dict(ALPHA=variants.ALPHAS[alpha_code]) | (constants or {})
         with patched_once():
-            variants.KERNELS[name][(programs,)](*arguments, *given, state_batch, *shape, *constants, **others)
+            variants.KERNELS[name].kernel[(programs,)](**arguments, call=call, **constants)
 
     # Filled with what must not stay: everything is to be written.
     garbage = 12345.0
-    out = query.new_full((*query.shape[:-1], width_v), garbage)
+    out = query.new_full((*query.shape[:-1], value_dim), garbage)
     if offsets is None:
-        row_state = torch.full((batch, heads, limit_q, 2), garbage)
+        row_state = torch.full((batch, heads, longest_q, 2), garbage)
     else:
         row_state = torch.full((heads, rows_q, 2), garbage)
-    key_tiles = math.ceil(limit_k / 64)
+    key_tiles = math.ceil(longest_k / TILE)
     many = () if offsets else (batch,)
     # The upper half of -inf: a tile that the scan forgets is lost.
-    numbers = torch.full((*many, heads, 4 * tile_rows, key_tiles), -128, dtype=torch.int16)
-    lists = torch.full((*many, heads, tile_rows, key_tiles), 1 << 30, dtype=torch.int32)
+    tile_margins = torch.full((*many, heads, 4 * tile_rows, key_tiles), -128, dtype=torch.int16)
+    tile_lists = torch.full((*many, heads, tile_rows, key_tiles), 1 << 30, dtype=torch.int32)
     bits = torch.full((*many, heads, tile_rows, tile_words), -1, dtype=torch.int32)
-    if offsets or tile_rows != counts[0]:
-        bits.zero_()  # as forward (csrc/cuda/forward.cpp) does: attend does not write all of it
-    launch("attend", *rows(query, key, value, out), row_state, bits, numbers, lists, SCAN_N=tiles.scan_n)
+    if offsets or tile_rows != math.ceil(longest_q / TILE):
+        bits.zero_()  # as forward (csrc/cuda/attention.cpp) does: attend does not write all of it
+    inputs = dict(query=matrix(query), key=matrix(key), value=matrix(value))
+    scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
+    launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
     if grad is None:
         return Result(out, row_state, bits)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
-    terms = torch.full((*row_state.shape[:-1], 4), garbage)
-    tensors = (query, key, value, grad)
-    lists.fill_(1 << 30)
-    key_marks, row_marks = (torch.full((*lists.shape, n), -1, dtype=t) for n, t in ((2, torch.int32), (4, torch.int16)))
-    shares = torch.zeros(batch * kv_heads, 2, dtype=torch.int32)
-    for probe in (1, 0) if gather_below else ():
-        scratch = row_state, bits, lists, key_marks, row_marks, shares, gather_below, probe
-        walk = max(tiles.walk, common.WORD.value)
-        every = common.PROBED.value if probe else 1
-        launch("mark", *rows(query, key), *scratch, block_n=walk, every=every)
-    chosen = torch.full((*many, heads, max(tile_rows, key_tile_rows), common.ROOM.value), -1, dtype=torch.int32)
-    key_lists = torch.full((*many, kv_heads, key_tile_rows, math.ceil(limit_q / 64)), 1 << 30, dtype=torch.int32)
-    for marked in (False, True) if gather_below else (False,):
-        scratch = terms, torch.zeros(0), row_state, bits, lists, key_marks, chosen, shares, gather_below
-        launch("grad_query", *rows(query, key, value, out, grad, dq), *scratch, MARKED=marked)
-        scratch = terms, bits, key_lists, row_marks.view(torch.int32), chosen, shares, gather_below
-        launch("grad_key_value", *rows(*tensors, dk, dv), *scratch, block_m=tiles.walk, block_n=TILE, MARKED=marked)
+    row_terms = torch.full((*row_state.shape[:-1], 4), garbage)
+    tile_lists.fill_(1 << 30)
+    key_marks = torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32)
+    row_marks = torch.full((*tile_lists.shape, 4), -1, dtype=torch.int16)
+    probe = dict(probe_counts=torch.zeros(batch * kv_heads, 2, dtype=torch.int32), gather_below=gather_below)
+    for probe_from in (1, 0) if gather_below else ():
+        launch(
+            "mark",
+            block_n=max(tiles.walk, WORD.value),
+            every=marks.PROBE_EVERY.value if probe_from else 1,
+            query=inputs["query"],
+            key=inputs["key"],
+            row_state=row_state,
+            tiles=bits,
+            tile_lists=tile_lists,
+            key_marks=key_marks,
+            row_marks=row_marks,
+            **probe,
+            probe_from=probe_from,
+        )
+    room = (*many, heads, max(tile_rows, key_tile_rows), marks.GATHER_ROOM.value)
+    gathered = torch.full(room, -1, dtype=torch.int32)
+    key_lists = torch.full((*many, kv_heads, key_tile_rows, math.ceil(longest_q / TILE)), 1 << 30, dtype=torch.int32)
+    inputs["grad_out"] = matrix(grad)
+    for gather in (False, True) if gather_below else (False,):
+        launch(
+            "grad_query",
+            **inputs,
+            out=matrix(out),
+            grad_query=matrix(dq),
+            row_terms=row_terms,
+            alpha_terms=torch.zeros(0),
+            row_state=row_state,
+            tiles=bits,
+            tile_lists=tile_lists,
+            marks=key_marks,
+            gathered=gathered,
+            **probe,
+            constants=dict(GATHER=gather),
+        )
+        launch(
+            "grad_key_value",
+            block_m=tiles.walk,
+            block_n=TILE,
+            **inputs,
+            grad_key=matrix(dk),
+            grad_value=matrix(dv),
+            row_terms=row_terms,
+            tiles=bits,
+            tile_lists=key_lists,
+            marks=row_marks.view(torch.int32),
+            gathered=gathered,
+            **probe,
+            constants=dict(GATHER=gather),
+        )
     return Result(out, row_state, bits, dq, dk, dv)

@@ -8,8 +8,8 @@ from interpreted import patched_once, variants
 from torch import Tensor
 
 import reference
+from activations import TOLERANCE, assert_close, draw
 from common import HALF, assert_same_bits, normal_like
-from test_entmax import TOLERANCE, assert_close, draw
 
 pytestmark = pytest.mark.backends("cpu")
 TYPES = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -19,24 +19,25 @@ LAYOUTS = pytest.mark.parametrize("layout", (SHORT, WIDE, LONG), ids=("short", "
 GARBAGE = 12345.0  # what must not stay: everything is to be written
 
 
-def activate(x: Tensor, alpha: float | Tensor, layout=SHORT, kind: str | None = None) -> list[Tensor]:
+def activate(x: Tensor, alpha: float | Tensor, layout=SHORT, code: str | None = None) -> list[Tensor]:
     """Weights, gradient of x (n rows) and, if it is a tensor (n,), of alpha, for the gradient `normal_like(x)`."""
     (rows, length), per_row = x.shape, isinstance(alpha, Tensor)
     given = (alpha, rows, rows, length, 0.0) if per_row else (torch.empty(1), 0, rows, length, alpha)
-    kind = kind or {1.5: "1_5", 2.0: "2"}.get(alpha if not per_row else 0, "any")
+    code = code or {1.5: "1_5", 2.0: "2"}.get(alpha if not per_row else 0, "any")
     out, gradient = torch.full_like(x, GARBAGE), torch.full_like(x, GARBAGE)
     of_alpha = torch.full((rows,), GARBAGE)
     grid = (math.ceil(rows / layout[0]),)
     with patched_once():
-        variants.KERNELS["activate"][grid](x, out, *given, *layout, variants.ALPHAS[kind])
+        variants.KERNELS["activate"].kernel[grid](x, out, *given, *layout, variants.ALPHAS[code])
         row_alpha, *rest = given
-        variants.KERNELS["activate_grad"][grid](normal_like(x), out, gradient, row_alpha, of_alpha, *rest, *layout)
+        grad = variants.KERNELS["activate_grad"].kernel
+        grad[grid](normal_like(x), out, gradient, row_alpha, of_alpha, *rest, *layout)
     assert per_row or (of_alpha == GARBAGE).all()
     return [out, gradient, of_alpha] if per_row else [out, gradient]
 
 
-def check(x: Tensor, alpha: float | Tensor, layout=SHORT, kind: str | None = None) -> None:
-    actual = activate(x, alpha, layout, kind)
+def check(x: Tensor, alpha: float | Tensor, layout=SHORT) -> None:
+    actual = activate(x, alpha, layout)
     scores = x.double().requires_grad_()
     rates = alpha.double()[:, None].requires_grad_() if isinstance(alpha, Tensor) else alpha
     exact = reference.entmax(scores, rates)

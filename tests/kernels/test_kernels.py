@@ -11,11 +11,11 @@ pytestmark = pytest.mark.backends("cpu")
 
 SMALL = Tiles()
 BIG = Tiles(scan_n=128)
-PARTS = Tiles(walk=16, step=16)
+PARTS = Tiles(walk=16, step_d=16)
 TYPES = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def check(inputs, *arguments, tiles=SMALL, kind=None, **options):
+def check(inputs, *arguments, tiles=SMALL, **options):
     """Forward and backward, over tiles and over keys; `options` as the reference takes them. Returns the result."""
     grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
     lengths = options.get("q_seqlens"), options.get("kv_seqlens")
@@ -29,7 +29,7 @@ def check(inputs, *arguments, tiles=SMALL, kind=None, **options):
     exact = gradients(type(inputs)(*(x.double() for x in inputs)), grad, dense, dtype=torch.float64)
     composed = gradients(inputs, grad, dense, dtype=inputs.query.dtype)
     for below in (0, 101):
-        actual = attention(*inputs, *arguments, grad=grad, tiles=tiles, kind=kind, gather_below=below, **mine)
+        actual = attention(*inputs, *arguments, grad=grad, tiles=tiles, gather_below=below, **mine)
         named = zip(("out", "dq", "dk", "dv"), (actual.out, *actual[3:]), exact, composed, strict=True)
         for what, result, true, plain in named:
             # delta and the dO.v that it is taken off come from two kernels, which sum in different orders.
@@ -44,7 +44,7 @@ def test_types_and_alphas(dtype, alpha, is_causal):
     check(make_inputs(2, 1, 100, 100, size=16, dtype=dtype), alpha, is_causal)
 
 
-@pytest.mark.parametrize("tiles", (SMALL, BIG, PARTS, Tiles(walk=32, step=16)), ids=lambda tiles: str(vars(tiles)))
+@pytest.mark.parametrize("tiles", (SMALL, BIG, PARTS, Tiles(walk=32, step_d=16)), ids=lambda tiles: str(vars(tiles)))
 @pytest.mark.parametrize("m, n", ((1, 1), (1, 130), (130, 1), (64, 128), (65, 193)))
 def test_shapes(m, n, tiles):
     check(make_inputs(1, 1, m, n, size=24, value_size=16), 1.5, True, tiles=tiles)
@@ -70,7 +70,7 @@ def test_scale(scale):
 @pytest.mark.parametrize("alpha", (1.5, 2.0))
 def test_fast_code_and_powers_agree(alpha):
     inputs = make_inputs(1, 2, 70, 90, size=16)
-    fast, powers = (attention(*inputs, alpha, kind=kind).out for kind in (None, "any"))
+    fast, powers = (attention(*inputs, alpha, alpha_code=code).out for code in (None, "any"))
     torch.testing.assert_close(fast, powers, atol=3e-6, rtol=3e-6)
 
 

@@ -41,7 +41,7 @@ def compiled(tmp_path_factory, outside):
 @pytest.mark.slow
 def test_every_default_variant_compiles_within_the_limits(compiled):
     """The compiler only says which limits are broken, so that they stop nobody's build; here they count."""
-    from triton_src.variants import DEFAULT_ARCHS, SHARED_KIB, entry, variants
+    from triton_src.variants import DEFAULT_ARCHS, SHARED_KIB, variants
 
     limits = json.loads((ROOT / "triton_src" / "limits.json").read_text())
     manifest = json.loads((compiled / "manifest.json").read_text())
@@ -52,7 +52,7 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
     for one in found.values():
         assert one["registers"] > 0 and one["size"] <= limits["cubin_bytes"], one["name"]
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
-        limit = limits["spilled_bytes"][entry(one["kernel"], one["marked"]) if one["hot"] else "not hot"]
+        limit = limits["spilled_bytes"][one["entry"] if one["hot"] else "not hot"]
         assert one["spilled"] <= limit, one["name"]
     assert sum(one["hot"] for one in found.values()) == 96
 
@@ -88,25 +88,81 @@ def test_tables_are_consistent():
     for arch in ARCHS:
         table = {variant.name: variant for variant in variants(arch) if variant.kernel in ATTENTION}
         for variant in table.values():
-            sides = (variant.block_m, variant.block_n)
+            shape = variant.shape
+            sides = (shape.block_m, shape.block_n)
             walked = 0 if variant.kernel == "grad_key_value" else 1
             for side, length in enumerate(sides):
                 assert 64 % length == 0 if side == walked else length == 64, variant.name
-            assert variant.pad % variant.step == 0
-            assert (variant.scan_n is not None) == (variant.kernel == "attend")
-            assert variant.scan_n in (None, 64, 128, 256), variant.name
+            assert variant.block_d % shape.step_d == 0
+            assert (shape.scan_n is not None) == (variant.kernel == "attend")
+            assert shape.scan_n in (None, 64, 128, 256), variant.name
+
+
+def test_tile_shapes_are_written_as_they_are_read():
+    """What the tuner writes differs from the file in nothing but the shapes it found."""
+    from dataclasses import replace
+
+    from triton_src.variants import TILES, attention_shape, format_shapes, put_shape, shape_table, variants
+
+    text = TILES.read_text()
+    assert format_shapes(json.loads(text)) == text
+    variant = next(v for v in variants(90) if v.name == "grad_query_bf16_d64_a1_5_marked")
+    assert variant.shape == attention_shape(90, "grad_query", "bf16", 64, "1_5", True)
+    data = json.loads(text)
+    put_shape(data, 90, replace(variant, shape=replace(variant.shape, warps=32)))
+    changed = [
+        pair for pair in zip(text.splitlines(), format_shapes(data).splitlines(), strict=True) if len({*pair}) > 1
+    ]
+    assert [(old.replace(f'"warps": {variant.shape.warps}', '"warps": 32'), new) for old, new in changed] == [
+        (new, new) for _, new in changed
+    ]
+    assert len(changed) == 1
+    line = json.loads(changed[0][1].rstrip(","))
+    assert line in shape_table(data, 90, "bf16", "1_5")["shapes"]
+
+
+def test_what_a_spec_must_say():
+    """Arguments are those of the kernel, and what is written is among them."""
+    from dataclasses import replace
+
+    from triton_src.variants import KERNELS
+
+    for spec in KERNELS.values():
+        with pytest.raises(ValueError, match="are not the kernel's parameters"):
+            replace(spec, arguments=dict(reversed(spec.arguments.items())))
+        with pytest.raises(ValueError, match="of what is no argument"):
+            replace(spec, writes=(*spec.writes, "nothing"))
+
+
+@pytest.mark.parametrize(
+    "kernel, files",
+    (
+        ("attend", {"spec.py", "forward.py", "scores.py", "tile_lists.py"}),
+        ("grad_key_value", {"grad_key_value.py", "grad_query.py", "marks.py", "entmax.py"}),
+        ("activate", {"activation.py", "entmax.py", "matrices.py"}),
+    ),
+)
+def test_the_cache_knows_all_that_a_kernel_is_made_of(outside, kernel, files):
+    code = f"""
+from triton_src.compile import sources
+from triton_src.variants import KERNELS
+print(*(path.name for path in sources(KERNELS[{kernel!r}].kernel.__module__)))
+"""
+    found = set(run(sys.executable, "-c", code, cwd=ROOT, env=outside).stdout.split())
+    assert files <= found and not found & {"compile.py", "variants.py", "tune.py"}
+    assert ("mark.py" in found) == (kernel == "mark")
 
 
 def test_rows_of_activations_fit():
-    from triton_src.variants import ACTIVATIONS, DEFAULT_ARCHS, LONGEST_ROW, variants
+    from triton_src.variants import DEFAULT_ARCHS, LONGEST_ROW, shapes, variants
 
     table = [v for v in variants(DEFAULT_ARCHS[0]) if v.kernel.startswith("activate")]
-    assert {v.pad for v in table} == set(ACTIVATIONS)
+    assert {v.block_d for v in table} == {line["longest_row"] or LONGEST_ROW for line in shapes()["activation"]}
     for variant in table:
-        if variant.pad == LONGEST_ROW:
-            assert variant.constants["LONG"] and variant.block_m == 1
+        if variant.block_d == LONGEST_ROW:
+            assert variant.constants["LONG"] and variant.shape.block_m == 1
         else:
-            assert not variant.constants["LONG"] and variant.pad == variant.block_n
+            assert not variant.constants["LONG"] and variant.block_d == variant.shape.block_n
 
 
 def test_the_generated_header_is_current(outside):
@@ -115,7 +171,8 @@ def test_the_generated_header_is_current(outside):
 
 
 def test_the_installed_manifest_is_current(manifest):
-    from triton_src.variants import APPENDED, variants
+    from triton_src.spec import APPENDED
+    from triton_src.variants import variants
 
     for one in manifest["variants"]:
         variant = next(v for v in variants(one["arch"]) if v.name == one["name"])

@@ -184,9 +184,9 @@ def test_attention_types(make_inputs, dtype):
 
 def test_errors_name_what_was_wrong(make_inputs, backend):
     inputs = make_inputs(2, 2, 10, 10)
-    with pytest.raises(RuntimeError, match=r"alpha must be .* got 2.5"):
+    with pytest.raises(RuntimeError, match=r"^adasplash: alpha must be .* got 2.5"):
         adasplash(*inputs, alpha=2.5)
-    with pytest.raises(RuntimeError, match="q_seqlens must have"):
+    with pytest.raises(RuntimeError, match=r"^adasplash: varlen must have"):
         adasplash(*inputs, varlen=torch.tensor([10, 10, 10], device=backend.device))
 
 

@@ -13,7 +13,8 @@ namespace adasplash::cuda::portable {
 namespace {
 
 // From how many queries and keys on it is probed whether to gather what weighs, and below which share of the probed
-// keys, in per cent, that pays: docs/cuda.md. The matrix products of large heads hide more of what gathering costs.
+// keys, in per cent, that pays: docs/notes/2026-11-27-gathering.md. The matrix products of large heads hide more of
+// what gathering costs.
 std::atomic<int32_t> probe_from{8192};
 std::atomic<int32_t> gather_below_small{30}, gather_below_large{50};
 constexpr int64_t kSmallHead = 64;

@@ -1,0 +1,138 @@
+"""DTensor: the rules by which calls split over devices, with two processes, each against one process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_ranks
+
+import adasplash
+import common
+
+RANKS = range(2)
+# In a process of its own, with a mesh of 2 x 2 devices of which only this one exists.
+FAKE_MESH = """
+import torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+mesh = init_device_mesh("cpu", (2, 2))
+def split(*shape, placements):
+    return distribute_tensor(torch.randn(shape), mesh, placements)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> list[dict[str, str]]:
+    """What went wrong in each case of two_ranks.py, for both ranks."""
+    folder = common.build_once(tmp_path_factory, "two_ranks", run_ranks)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in RANKS]
+
+
+def run_ranks(folder: Path) -> None:
+    def start(rank):
+        command = [sys.executable, two_ranks.__file__, str(rank), str(folder / "store"), str(folder / f"{rank}.json")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    processes = [start(rank) for rank in RANKS]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", two_ranks.CASES)
+def test_as_one_process(outcomes, name):
+    assert not any(outcome[name] for outcome in outcomes), "\n".join(outcome[name] for outcome in outcomes)
+
+
+@pytest.mark.parametrize("first", ("adasplash", "torch.distributed.tensor"))
+def test_rules_are_there_in_whichever_order(first):
+    second = {"adasplash": "torch.distributed.tensor"}.get(first, "adasplash")
+    out = common.run_python(
+        f"""
+import sys
+import {first}
+assert {first!r} != "adasplash" or "torch.distributed.tensor" not in sys.modules
+import {second}
+{FAKE_MESH}
+query = split(2, 4, 8, 8, placements=[Shard(0), Shard(1)])
+print(adasplash.entmax_attn(query, query, query).placements)
+"""
+    )
+    assert out.split() == ["(Shard(dim=0),", "Shard(dim=1))"]
+
+
+def test_looking_for_the_module_is_not_loading_it():
+    common.run_python(
+        """
+import importlib.util, inspect, sys
+import adasplash
+assert importlib.util.find_spec("torch.distributed.tensor") is not None
+assert "torch.distributed.tensor" not in sys.modules
+import torch.distributed.tensor as module
+rules = module.DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
+import torch
+assert torch.ops.adasplash._entmax_attn_forward.default in rules
+assert type(module.__loader__).__module__ == type(module.__spec__.loader).__module__ == "_frozen_importlib_external"
+assert inspect.getsource(module)
+assert not any(type(finder).__module__ == "adasplash._when_imported" and finder.name == module.__name__
+               for finder in sys.meta_path)
+"""
+    )
+
+
+def test_a_device_gets_whole_groups_of_heads():
+    """6 key heads split in two, not in four, over which dimensions of the mesh ever."""
+    out = common.run_python(
+        FAKE_MESH
+        + """
+import adasplash
+for key_heads in (4, 6):
+    query = split(2, 24, 8, 8, placements=[Shard(1), Shard(1)]).requires_grad_()
+    key = split(2, key_heads, 8, 8, placements=[Shard(1), Shard(1)])
+    out = adasplash.entmax_attn(query, key, key)
+    out.sum().backward()
+    print(sum(p.is_shard(1) for p in out.placements), sum(p.is_shard(1) for p in query.grad.placements))
+"""
+    )
+    assert out.split("\n")[:2] == ["2 2", "1 1"]
+
+
+def test_a_changing_alpha_adds_nothing_to_what_dtensor_remembers():
+    out = common.run_python(
+        FAKE_MESH
+        + """
+import adasplash
+cache = DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding
+query = split(2, 4, 8, 8, placements=[Shard(0), Shard(1)])
+for alpha in (1.1, 1.2, 1.3, 1.4):
+    adasplash.entmax_attn(query, query, query, alpha)
+    print(cache.cache_info().currsize)
+"""
+    )
+    assert len(set(out.split())) == 1
+
+
+def test_the_rules_know_every_tensor():
+    """Another tensor argument or result needs a thought on how it splits; this list is then to be extended with it."""
+    assert adasplash.entmax_attn  # which registers the ops
+    ops = torch.ops.adasplash
+    known = {
+        "_entmax_attn_forward": "query key value head_alpha q_seqlens kv_seqlens cu_seqlens_q cu_seqlens_k "
+        "alibi_slopes out row_state support tiles",
+        "_entmax_attn_backward": "grad_out query key value row_state support tiles head_alpha q_seqlens kv_seqlens "
+        "cu_seqlens_q cu_seqlens_k alibi_slopes out dq dk dv dalpha",
+        "_entmax_forward": "input row_alpha",
+        "_entmax_backward": "grad_out output row_alpha grad_input grad_alpha",
+    }
+    for name, tensors in known.items():
+        schema = getattr(ops, name).default._schema
+        found = {x.name for x in (*schema.arguments, *schema.returns) if "Tensor" in str(x.type)} - {""}
+        assert found == set(tensors.split())
