@@ -76,13 +76,17 @@ def _scaled(query: Tensor, scale: Tensor) -> Tensor:
 
 
 def attend(
-    function, query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, names=None
-):
+    function, query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts=None,
+    names=None,
+):  # fmt: skip
     """``entmax_attn`` in eager code, on behalf of a public function."""
-    options = {"q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes}
+    options = {
+        "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts
+    }  # fmt: skip
     op = torch.ops.adasplash.entmax_attn
     out = _call(op, function, _PADDED, (query, key, value), alpha, is_causal, scale, window, options, names)
-    if is_causal and (q_seqlens is None) != (kv_seqlens is None) and not torch.compiler.is_compiling():
+    one_sided = (q_seqlens is None) != (kv_seqlens is None) and kv_starts is None
+    if is_causal and one_sided and not torch.compiler.is_compiling():
         _warn_of_one_sided_lengths(function, query, key, "q_seqlens" if kv_seqlens is None else "kv_seqlens")
     return out
 
@@ -120,6 +124,7 @@ def entmax_attn(
     kv_seqlens: Optional[Tensor] = None,  # noqa: UP045
     window: Tuple[int, int] = (-1, -1),  # noqa: UP006
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
+    kv_starts: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """Attention whose weights are the α-entmax of the scaled scores: exactly zero for most keys.
 
@@ -168,6 +173,13 @@ def entmax_attn(
             i + N − M + right. Time grows with the window, not with N.
         alibi_slopes: (H,) or (B, H), float32, on query's device: takes slope · |i + N − M − j| off the scaled score of
             key j (Press, Smith and Lewis, "Train Short, Test Long", 2022). They get no gradient.
+        kv_starts: (B,) int32 or int64, on query's device: the first key of each batch entry, each from 0 to N, for
+            batches that are padded on the left and for static caches. ``kv_seqlens`` then says where its keys end (N
+            without it) and is no count: N in what is said here is their difference, and j is counted from the start, so
+            that entry b gives what a call with its keys kv_starts[b] to kv_seqlens[b] − 1 alone gives. Keys before it
+            may hold anything: nothing reads them, and their gradients are zeros. An entry whose start is not before its
+            end sees nothing. Queries have no start: what their rows in front give, where those are padding, is the
+            caller's to ignore.
 
     Returns:
         (B, H, M, D_v), contiguous, in query's type. A query that sees no key gives zeros. Differentiable once in
@@ -191,6 +203,7 @@ def entmax_attn(
                 kv_seqlens=kv_seqlens,
                 window=window,
                 alibi_slopes=alibi_slopes,
+                kv_starts=kv_starts,
             )
         return attend(
             "entmax_attn",
@@ -204,6 +217,7 @@ def entmax_attn(
             kv_seqlens,
             window,
             alibi_slopes,
+            kv_starts,
         )
     factor: Optional[float] = None  # noqa: UP045
     if isinstance(scale, Tensor):
@@ -223,6 +237,7 @@ def entmax_attn(
             kv_seqlens=kv_seqlens,
             window=list(window),
             alibi_slopes=alibi_slopes,
+            kv_starts=kv_starts,
         )
     else:
         return torch.ops.adasplash.entmax_attn(
@@ -236,6 +251,7 @@ def entmax_attn(
             kv_seqlens=kv_seqlens,
             window=list(window),
             alibi_slopes=alibi_slopes,
+            kv_starts=kv_starts,
         )
 
 

@@ -66,6 +66,7 @@ def attention_stats(
     kv_seqlens: Tensor | None = None,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    kv_starts: Tensor | None = None,
 ) -> AttentionStats:
     """Threshold, support size and largest weight of every row of ``entmax_attn(query, key, value, ...)``.
 
@@ -84,7 +85,7 @@ def attention_stats(
     """
     call = _Call(
         "attention_stats", query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens,
-        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes,
+        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes, kv_starts=kv_starts,
     )  # fmt: skip
     count = torch.zeros(call.rows, dtype=torch.int64, device=query.device)
     total = torch.zeros(call.rows, dtype=torch.float64, device=query.device)
@@ -117,6 +118,7 @@ def attention_weights(
     kv_seqlens: Tensor | None = None,
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    kv_starts: Tensor | None = None,
 ) -> Tensor:
     """The attention matrix of ``entmax_attn(query, key, value, ...)``, as one sparse tensor.
 
@@ -141,13 +143,13 @@ def attention_weights(
     """
     call = _Call(
         "attention_weights", query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens,
-        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes,
+        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes, kv_starts=kv_starts,
     )  # fmt: skip
     nan_row = call.gap.isnan().nonzero().squeeze(1)
     nan_entries = nan_row, call.begin[nan_row], torch.full_like(nan_row, torch.nan, dtype=torch.float64)
     row, column, weight = _joined(itertools.chain([nan_entries], call.weights()))
     row, order = row.sort(stable=True)
-    column, weight = column[order], weight[order]
+    column, weight = call.column(row, column[order]), weight[order]
     total = torch.zeros(call.rows, dtype=torch.float64, device=query.device).index_add_(0, row, weight)
     count = call.by_query(torch.bincount(row, minlength=call.rows)).flatten()
     return torch.sparse_csr_tensor(
@@ -178,9 +180,12 @@ class _Call:
         kv_seqlens: Tensor | None,
         window: tuple[int, int],
         alibi_slopes: Tensor | None,
+        kv_starts: Tensor | None,
     ):
         tensors = {"query": query, "key": key, "value": value}
-        options = {"q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes}
+        options = {
+            "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts
+        }  # fmt: skip
         for name, kind, given in (
             ("alpha", NUMBER_OR_TENSOR, alpha), ("is_causal", BOOL, is_causal), ("scale", SCALE, scale),
             ("window", WINDOW, window), *((name, TENSOR, given) for name, given in tensors.items()),
@@ -226,22 +231,31 @@ class _Call:
 
         self.padded = tile_rows * _TILE
         self.rows = self.batch * self.heads * self.padded
-        self.look_around(is_causal, q_seqlens, kv_seqlens, window)
+        self.look_around(is_causal, q_seqlens, kv_seqlens, window, kv_starts)
         gap = self.row_state.new_full((self.batch, self.heads, self.padded), torch.inf, dtype=torch.float64)
         gap[:, :, : self.queries] = self.row_state[..., 1]
         self.gap = gap.flatten()
 
     def look_around(
-        self, is_causal: bool, q_seqlens: Tensor | None, kv_seqlens: Tensor | None, window: tuple[int, int]
+        self,
+        is_causal: bool,
+        q_seqlens: Tensor | None,
+        kv_seqlens: Tensor | None,
+        window: tuple[int, int],
+        kv_starts: Tensor | None,
     ) -> None:
-        """Which keys each row sees, as docs/contract.md says: `begin` to `end`, and `place`, the key beside it."""
+        """Which keys each row sees, as docs/contract.md says: `begin` to `end`, and `place`, the key beside it. They are
+        counted from `first_key`, the entry's own."""
 
-        def lengths(seqlens: Tensor | None, whole: int) -> Tensor:
-            if seqlens is None:
-                return torch.full((self.batch, 1), whole, device=self.query.device)
-            return seqlens.long().clamp(0, whole)[:, None]
+        def rows(given: Tensor | None, length: int, otherwise: int) -> Tensor:
+            if given is None:
+                return torch.full((self.batch, 1), otherwise, device=self.query.device)
+            return given.long().clamp(0, length)[:, None]
 
-        queries, keys = lengths(q_seqlens, self.queries), lengths(kv_seqlens, self.key.shape[2])
+        length = self.key.shape[2]
+        self.first_key = rows(kv_starts, length, 0)
+        queries = rows(q_seqlens, self.queries, self.queries)
+        keys = (rows(kv_seqlens, length, length) - self.first_key).clamp(min=0)
         row = torch.arange(self.padded, device=self.query.device)
         place = row + keys - queries
         left, right = window[0], 0 if is_causal else window[1]
@@ -252,6 +266,10 @@ class _Call:
         self.place, self.begin, self.end = (
             x[:, None].expand(of_all_heads).flatten() for x in (place, begin * sees, end * sees)
         )
+
+    def column(self, row: Tensor, key: Tensor) -> Tensor:
+        """Where a row's key is among all keys of its entry."""
+        return key + self.first_key[row // self.padded // self.heads, 0]
 
     def by_query(self, numbers: Tensor) -> Tensor:
         """A number for each row, in the shape (B, H, M)."""
@@ -273,7 +291,8 @@ class _Call:
         b, h = row[:, :1] // self.padded // self.heads, row[:, :1] // self.padded % self.heads
         kv_head = h // (self.heads // self.key.shape[1])
         queries = self.query[b, h, (row % self.padded).clamp(max=self.queries - 1)].double()
-        keys = self.key[b, kv_head, key.clamp(0, self.key.shape[2] - 1)].double()
+        column = (key + self.first_key[b]).clamp(0, self.key.shape[2] - 1)
+        keys = self.key[b, kv_head, column].double()
         z = (queries * ((self.alpha[h] - 1) * self.scale)[..., None]) @ keys.transpose(1, 2)
         if self.slopes is not None:
             slope = (self.alpha[h] - 1) * self.slopes[b, h]

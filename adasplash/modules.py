@@ -130,6 +130,7 @@ class EntmaxAttention(nn.Module):
         value: Optional[Tensor] = None,  # noqa: UP045
         q_seqlens: Optional[Tensor] = None,  # noqa: UP045
         kv_seqlens: Optional[Tensor] = None,  # noqa: UP045
+        kv_starts: Optional[Tensor] = None,  # noqa: UP045
     ) -> Tensor:
         """Attends from query to key and value.
 
@@ -140,6 +141,7 @@ class EntmaxAttention(nn.Module):
             q_seqlens: (B,) int32 or int64 on query's device: how many positions of each batch entry are no padding, for
                 batches padded on the right.
             kv_seqlens: the same for key and value. In self-attention one of the two stands for both.
+            kv_starts: (B,), the first key of each batch entry, for batches padded on the left; as in ``entmax_attn``.
 
         Returns:
             (B, M, E). For padding it is out_proj's bias.
@@ -152,7 +154,10 @@ class EntmaxAttention(nn.Module):
         if not torch.jit.is_scripting():
             if not isinstance(query, Tensor):
                 check("EntmaxAttention", "query", TENSOR, query)
-            for name, given in (("key", key), ("value", value), ("q_seqlens", q_seqlens), ("kv_seqlens", kv_seqlens)):
+            for name, given in (
+                ("key", key), ("value", value),
+                ("q_seqlens", q_seqlens), ("kv_seqlens", kv_seqlens), ("kv_starts", kv_starts),
+            ):  # fmt: skip
                 if given is not None and not isinstance(given, Tensor):
                     check("EntmaxAttention", name, OPTIONAL_TENSOR, given)
         if query.dim() != 3:
@@ -178,12 +183,14 @@ class EntmaxAttention(nn.Module):
         if not torch.jit.is_scripting() and q.size(1) != self.num_heads and self.num_kv_heads == 1:
             k, v = self._shared_by_ranks(k), self._shared_by_ranks(v)
         if self.alpha_logit is None:
-            out = entmax_attn(q, k, v, self.alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window)
+            out = entmax_attn(
+                q, k, v, self.alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window, None, kv_starts
+            )
         else:
             alpha = self.head_alpha()
             if not torch.jit.is_scripting():
                 alpha = self._of_these_heads(alpha, q)
-            out = entmax_attn(q, k, v, alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window)
+            out = entmax_attn(q, k, v, alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window, None, kv_starts)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _of_these_heads(self, alpha: Tensor, q: Tensor) -> Tensor:

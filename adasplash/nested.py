@@ -34,7 +34,7 @@ def entmax_attn_jagged(query: Tensor, key: Tensor, value: Tensor, **options: Any
                 f"entmax_attn: {name} must have its sequences one behind the other, and this nested tensor has holes "
                 "between them, as torch.nested.narrow leaves; call contiguous() on it first"
             )
-    for name in ("q_seqlens", "kv_seqlens"):
+    for name in ("q_seqlens", "kv_seqlens", "kv_starts"):
         if options.pop(name, None) is not None:
             raise RuntimeError(f"entmax_attn: {name} goes with padded tensors; nested tensors know their lengths")
     if not _same_offsets(key, value):

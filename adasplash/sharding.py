@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # form the ones on the second line start with the heads.
 _ROWS = {"query", "key", "value", "out", "grad_out", "dq", "dk", "dv"}
 _SAVED = {"row_state", "support", "tiles"}
-_LENGTHS = {"q_seqlens", "kv_seqlens"}
+_LENGTHS = {"q_seqlens", "kv_seqlens", "kv_starts"}
 
 
 def register() -> None:

@@ -40,7 +40,8 @@ def cases(draw):
     of_query = case["form"] in ("q_seqlens", "both", "packed")
     of_key = case["form"] in ("kv_seqlens", "both", "packed")
     q_lengths, k_lengths = (one_each(longest) if given else None for longest, given in ((m, of_query), (n, of_key)))
-    return dict(case, batch=batch, m=m, n=n, q_lengths=q_lengths, k_lengths=k_lengths)
+    starts = one_each(n) if case["form"] != "packed" and draw(st.booleans()) else None
+    return dict(case, batch=batch, m=m, n=n, q_lengths=q_lengths, k_lengths=k_lengths, starts=starts)
 
 
 # Of the dense composition's error. Among hundreds of drawn cases some are ill-conditioned: near alpha = 2 a key at the
@@ -78,9 +79,9 @@ def check(backend, case):
         inputs, lengths = packed(case["q_lengths"], case["k_lengths"], **shape)
         check_packed(inputs, lengths, times=times, room=room, **options)
         return
-    for name, given_lengths in (("q_seqlens", case["q_lengths"]), ("kv_seqlens", case["k_lengths"])):
-        if given_lengths is not None:
-            options[name] = torch.tensor(given_lengths, dtype=torch.int32, device=backend.device)
+    for name, rows in (("q_seqlens", "q_lengths"), ("kv_seqlens", "k_lengths"), ("kv_starts", "starts")):
+        if case[rows] is not None:
+            options[name] = torch.tensor(case[rows], dtype=torch.int32, device=backend.device)
     inputs = make_inputs(case["batch"], m=case["m"], n=case["n"], **shape)
     check_gradients(entmax_attn, inputs, times=times, room=room, **options)
 

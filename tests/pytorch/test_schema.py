@@ -6,7 +6,7 @@ import adasplash  # noqa: F401  (registers the ops)
 
 OPTIONS = (
     "bool is_causal=False, *, float? scale=None, Tensor? q_seqlens=None, Tensor? kv_seqlens=None, "
-    "int[2] window=[-1, -1], Tensor? alibi_slopes=None) -> Tensor"
+    "int[2] window=[-1, -1], Tensor? alibi_slopes=None, Tensor? kv_starts=None) -> Tensor"
 )
 TENSORS = "Tensor query, Tensor key, Tensor value"
 VARLEN = f"{TENSORS}, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
@@ -18,6 +18,7 @@ RESOLVED = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int[2] window, "
     "Tensor? alibi_slopes"
 )
+LATER = "Tensor? kv_starts=None"  # behind everything else
 
 # In the order in which an eager call tries them: a tensor alpha before a number, or a one-element tensor would lose
 # its gradient.
@@ -35,12 +36,12 @@ SCHEMAS = {
         "entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor",
     ],
     "_entmax_attn_forward": [
-        f"_entmax_attn_forward({TENSORS}, {RESOLVED}, SymInt support_capacity) "
+        f"_entmax_attn_forward({TENSORS}, {RESOLVED}, SymInt support_capacity, {LATER}) "
         "-> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)",
     ],
     "_entmax_attn_backward": [
         f"_entmax_attn_backward(Tensor grad_out, {TENSORS}, Tensor row_state, Tensor support, Tensor tiles, "
-        f"{RESOLVED}, Tensor? out=None) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
+        f"{RESOLVED}, Tensor? out=None, {LATER}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
     ],
     "_with_gradient": ["_with_gradient(Tensor value, Tensor input, Tensor gradient) -> Tensor"],
     "_entmax_forward": ["_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor"],

@@ -203,7 +203,7 @@ def test_opcheck_with_every_option(backend, form, kind):
     options = dict(is_causal=True, window=[20, 3], alibi_slopes=slopes)
     overload = "default" if kind == "number" else "per_head"
     if form == "padded":
-        options.update(q_seqlens=lengths[0], kv_seqlens=lengths[1])
+        options.update(q_seqlens=lengths[0], kv_seqlens=lengths[1], kv_starts=lengths[1] // 3)
         torch.library.opcheck(getattr(OPS.entmax_attn, overload), (*inputs, alpha), options)
     else:
         given = (*inputs, *lengths, *arguments[7:], alpha)

@@ -18,7 +18,17 @@ class Padded(torch.nn.Module):
         slopes: torch.Tensor,
     ) -> torch.Tensor:
         return adasplash.entmax_attn(
-            query, key, value, alpha, True, 0.3, q_seqlens, kv_seqlens, window=(20, -1), alibi_slopes=slopes
+            query,
+            key,
+            value,
+            alpha,
+            True,
+            0.3,
+            q_seqlens,
+            kv_seqlens,
+            window=(20, -1),
+            alibi_slopes=slopes,
+            kv_starts=kv_seqlens // 3,
         )
 
 

@@ -107,13 +107,20 @@ def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
 
 
 def relative_position(
-    m: int, n: int, q_seqlens: Tensor | None = None, kv_seqlens: Tensor | None = None, device="cpu"
+    m: int,
+    n: int,
+    q_seqlens: Tensor | None = None,
+    kv_seqlens: Tensor | None = None,
+    device="cpu",
+    kv_starts: Tensor | None = None,
 ) -> Tensor:
-    """j - (i + N - M), (B or 1, 1, M, N): 0 on the diagonal that ends bottom right, by a batch entry's own lengths."""
+    """j - (i + N - M), (B or 1, 1, M, N): 0 on the diagonal that ends bottom right, by a batch entry's own lengths, with
+    keys counted from its start."""
     q_length = torch.as_tensor(m if q_seqlens is None else q_seqlens, device=device).reshape(-1, 1, 1, 1)
-    kv_length = torch.as_tensor(n if kv_seqlens is None else kv_seqlens, device=device).reshape(-1, 1, 1, 1)
+    end = torch.as_tensor(n if kv_seqlens is None else kv_seqlens, device=device).reshape(-1, 1, 1, 1)
+    start = torch.as_tensor(0 if kv_starts is None else kv_starts, device=device).reshape(-1, 1, 1, 1)
     i = torch.arange(m, device=device).reshape(m, 1)
-    return torch.arange(n, device=device) - (i + kv_length - q_length)
+    return torch.arange(n, device=device) - start - (i + (end - start).clamp(min=0) - q_length)
 
 
 def visible(
@@ -124,9 +131,10 @@ def visible(
     kv_seqlens: Tensor | None = None,
     window: Sequence[int] = (-1, -1),
     device="cpu",
+    kv_starts: Tensor | None = None,
 ) -> Tensor:
     """Which query sees which key, (B or 1, 1, M, N): the one place that knows."""
-    position = relative_position(m, n, q_seqlens, kv_seqlens, device)
+    position = relative_position(m, n, q_seqlens, kv_seqlens, device, kv_starts)
     sees = torch.ones_like(position, dtype=torch.bool)
     left, right = window
     if left >= 0:
@@ -139,14 +147,19 @@ def visible(
         sees = sees & (torch.arange(m, device=device).reshape(m, 1) < q_seqlens.reshape(-1, 1, 1, 1))
     if kv_seqlens is not None:
         sees = sees & (torch.arange(n, device=device) < kv_seqlens.reshape(-1, 1, 1, 1))
+    if kv_starts is not None:
+        sees = sees & (torch.arange(n, device=device) >= kv_starts.reshape(-1, 1, 1, 1))
     return sees
 
 
-def _without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+def _without_padding(x: Tensor, ends: Tensor | None, starts: Tensor | None = None) -> Tensor:
     """Padding may hold NaN, and 0 * NaN would carry it into the products of a dense computation."""
-    if lengths is None:
-        return x
-    return x.masked_fill(torch.arange(x.shape[2], device=x.device)[:, None] >= lengths.reshape(-1, 1, 1, 1), 0)
+    row = torch.arange(x.shape[2], device=x.device)[:, None]
+    if ends is not None:
+        x = x.masked_fill(row >= ends.reshape(-1, 1, 1, 1), 0)
+    if starts is not None:
+        x = x.masked_fill(row < starts.reshape(-1, 1, 1, 1), 0)
+    return x
 
 
 class Attention(NamedTuple):
@@ -166,20 +179,21 @@ def attention(
     kv_seqlens: Tensor | None = None,
     window: Sequence[int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
+    kv_starts: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Attention:
     """The op's arguments -> out (B, H, M, D_v), weights and masked scores (B, H, M, N), differentiable, in `dtype`."""
     (_, heads, m, size), (_, kv_heads, n, _) = query.shape, key.shape
     scale = size**-0.5 if scale is None else scale
     query = _without_padding(query.to(dtype), q_seqlens)
-    key, value = (_without_padding(x.to(dtype), kv_seqlens) for x in (key, value))
+    key, value = (_without_padding(x.to(dtype), kv_seqlens, kv_starts) for x in (key, value))
     if heads != kv_heads:
         key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scale
     if alibi_slopes is not None:
-        distance = relative_position(m, n, q_seqlens, kv_seqlens, query.device).abs()
+        distance = relative_position(m, n, q_seqlens, kv_seqlens, query.device, kv_starts).abs()
         scores = scores - alibi_slopes.to(dtype).reshape(-1, heads, 1, 1) * distance
-    sees = visible(m, n, is_causal, q_seqlens, kv_seqlens, window, query.device)
+    sees = visible(m, n, is_causal, q_seqlens, kv_seqlens, window, query.device, kv_starts)
     scores = scores.masked_fill(~sees, -torch.inf)
     if isinstance(alpha, Tensor) and alpha.dim() < 4:
         alpha = alpha.reshape(-1, 1, 1)
