@@ -19,14 +19,27 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"))
+
+
 def _cpu_capability() -> str:
     """The instruction set that the kernels run with here."""
-    library = ctypes.CDLL(os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"))
+    library = _library()
     library.adasplash_cpu_capability.restype = ctypes.c_char_p
     capability = library.adasplash_cpu_capability()
     if capability is None:
         return f"none, as ADASPLASH_CPU_CAPABILITY={os.environ['ADASPLASH_CPU_CAPABILITY']} is not among them"
     return capability.decode()
+
+
+def _cuda_implementations() -> str:
+    """What attention can be computed by on a GPU, in order of preference."""
+    library = _library()
+    library.adasplash_cuda_implementations.restype = ctypes.c_char_p
+    names = library.adasplash_cuda_implementations().decode().replace(",", ", ")
+    forced = os.environ.get("ADASPLASH_CUDA_IMPL")
+    return f"{names} (ADASPLASH_CUDA_IMPL={forced})" if forced else names
 
 
 def _cuda_driver() -> str:
@@ -61,6 +74,7 @@ def collect() -> dict[str, str]:
         "cpu kernels in use": _cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "cuda kernels built": ", ".join(f"sm_{arch}" for arch in _C.cuda_architectures) or "none",
+        "cuda implementations": _cuda_implementations(),
         "cuda driver": _cuda_driver(),
         "gpu": _gpus(),
         "library": os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"),
@@ -69,4 +83,4 @@ def collect() -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, fact in collect().items():
-        print(f"{name + ':':<20} {fact}")
+        print(f"{name + ':':<22} {fact}")

@@ -53,6 +53,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "backends(*names): the test is about these backends only")
     config.addinivalue_line("markers", "builds: builds the library anew, which takes minutes")
     config.addinivalue_line("markers", "slow: builds something or takes more than a few seconds")
+    if config.getoption("--backend") != "cuda":
+        # Triton decides when it is first imported whether it interprets, and torch's compiler imports it too.
+        os.environ["TRITON_INTERPRET"] = "1"
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = max(1, torch.get_num_threads() // workers)  # threads that fight for cores spin
     torch.set_num_threads(threads)
