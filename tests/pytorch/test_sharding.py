@@ -125,10 +125,10 @@ def test_the_rules_know_every_tensor():
     assert adasplash.entmax_attn  # which registers the ops
     ops = torch.ops.adasplash
     known = {
-        "_entmax_attn_forward": "query key value head_alpha q_seqlens kv_seqlens cu_seqlens_q cu_seqlens_k "
+        "_entmax_attn_forward": "query key value head_alpha q_seqlens kv_seqlens cu_seqlens_q cu_seqlens_k kv_starts "
         "alibi_slopes out row_state support tiles",
         "_entmax_attn_backward": "grad_out query key value row_state support tiles head_alpha q_seqlens kv_seqlens "
-        "cu_seqlens_q cu_seqlens_k alibi_slopes out dq dk dv dalpha",
+        "cu_seqlens_q cu_seqlens_k alibi_slopes kv_starts out dq dk dv dalpha",
         "_entmax_forward": "input row_alpha",
         "_entmax_backward": "grad_out output row_alpha grad_input grad_alpha",
     }
