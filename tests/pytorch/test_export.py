@@ -67,7 +67,7 @@ def test_every_option_for_any_length(backend, form, decomposed):
     shapes = [s if s is Dim.DYNAMIC else dict.fromkeys(s, Dim.AUTO) for s in OPTION_SHAPES[form]()]
     given = arguments([20, 33], [40, 25], backend.device)
     program = torch.export.export(module(), given, dynamic_shapes=tuple(shapes))
-    assert len(calls(program)) == 1
+    assert sum("adasplash" in str(call) for call in calls(program)) == 1
     program = program.run_decompositions() if decomposed else program
     loaded = reloaded_program(program)
     for q_lengths, k_lengths in (([20, 33], [40, 25]), ([7, 30, 2], [9, 64, 65]), ([60] * 5, [20, 1, 3, 4, 130])):
