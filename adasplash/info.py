@@ -74,7 +74,7 @@ def collect() -> dict[str, str]:
         "cpu kernels in use": _cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "cuda kernels built": ", ".join(f"sm_{arch}" for arch in _C.cuda_architectures) or "none",
-        "cuda implementations": _cuda_implementations(),
+        "cuda implementation": _cuda_implementations(),
         "cuda driver": _cuda_driver(),
         "gpu": _gpus(),
         "library": os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"),
@@ -83,4 +83,4 @@ def collect() -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, fact in collect().items():
-        print(f"{name + ':':<22} {fact}")
+        print(f"{name + ':':<20} {fact}")

@@ -80,7 +80,16 @@ def test_info_says_what_a_bug_report_needs():
     )
     for fact in facts:
         assert fact in out
-    for word in ("built against", "cpu kernels in use", "threads", "cuda kernels built", "driver", "gpu"):
+    named = (
+        "built against",
+        "cpu kernels in use",
+        "threads",
+        "cuda kernels built",
+        "cuda implementation",
+        "driver",
+        "gpu",
+    )
+    for word in named:
         assert f"{word}:" in out
 
 
