@@ -19,7 +19,7 @@ _NAMES = {"query": "q", "key": "k", "value": "v", "q_seqlens": "varlen", "kv_seq
 
 def _attend(function, q, k, v, alpha, is_causal, varlen):
     """In eager code, so that errors name the function and its arguments."""
-    return attend(function, q, k, v, alpha, is_causal, None, varlen, varlen, (-1, -1), None, _NAMES)
+    return attend(function, q, k, v, alpha, is_causal, None, varlen, varlen, (-1, -1), None, names=_NAMES)
 
 
 def adasplash(

@@ -24,8 +24,9 @@ from adasplash._arguments import (
 )
 
 _TILE = 64  # kTile of csrc/ops/attention.h
-# support_capacity on the CPU; the CUDA kernels make no lists. Half of what autograd asks for: a list saves its backward
-# more than it saves here, where rows without one are made of tiles of 64 keys, and takes memory for every row.
+# support_capacity on the CPU; the CUDA kernels make no lists. It is less than autograd's 128, which is in
+# csrc/ops/attention_autograd.cpp: lists take memory for every row, and a row without one only costs the scores of its
+# tiles here.
 _LIST_LENGTH = 64
 
 # What is computed at a time, at a float64 for each score 4 MiB; the keys of the lists take 32 MiB at the most.
