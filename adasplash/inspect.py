@@ -327,7 +327,7 @@ class _Call:
         b, h = row[:, :1] // self.padded // self.heads, row[:, :1] // self.padded % self.heads
         kv_head = h // (self.heads // self.key.shape[1])
         queries = self.query[b, h, (row % self.padded).clamp(max=self.queries - 1)].double()
-        column = (key + self.first_key[b]).clamp(0, self.key.shape[2] - 1)
+        column = (key + self.first_key[b, 0]).clamp(0, self.key.shape[2] - 1)
         keys = self.key[b, kv_head, column].double()
         z = (queries * ((self.alpha[h] - 1) * self.scale)[..., None]) @ keys.transpose(1, 2)
         if self.slopes is not None:
