@@ -24,7 +24,10 @@ from adasplash._arguments import (
 )
 
 _TILE = 64  # kTile of csrc/ops/attention.h
-_LIST_LENGTH = 64  # support_capacity on the CPU; the CUDA kernels make no lists
+# support_capacity on the CPU; the CUDA kernels make no lists. It is less than autograd's 128, which is in
+# csrc/ops/attention_autograd.cpp: lists take memory for every row, and a row without one only costs the scores of its
+# tiles here.
+_LIST_LENGTH = 64
 
 # What is computed at a time, at a float64 for each score 4 MiB; the keys of the lists take 32 MiB at the most.
 _TILES_AT_ONCE = 128
@@ -160,6 +163,45 @@ def attention_weights(
     )
 
 
+def saved_by_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor,
+    is_causal: bool,
+    *,
+    support_capacity: int,
+    scale: float | None = None,
+    q_seqlens: Tensor | None = None,
+    kv_seqlens: Tensor | None = None,
+    window: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    kv_starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row_state, support and tiles of the op's forward, which docs/contract.md describes. The one place in Python that
+    names all options of the private op; those of the packed form are absent here."""
+    _, row_state, support, tiles = torch.ops.adasplash._entmax_attn_forward(
+        query,
+        key,
+        value,
+        head_alpha=alpha if isinstance(alpha, Tensor) else None,
+        alpha=1.5 if isinstance(alpha, Tensor) else alpha,
+        is_causal=is_causal,
+        scale=scale,
+        q_seqlens=q_seqlens,
+        kv_seqlens=kv_seqlens,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=0,
+        max_seqlen_k=0,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        support_capacity=support_capacity,
+        kv_starts=kv_starts,
+    )
+    return row_state, support, tiles
+
+
 class _Call:
     """One call's arguments, what decides its rows, and which of its tiles hold weight.
 
@@ -196,22 +238,16 @@ class _Call:
             query, scale = query * scale.reshape(()), 1.0
         query, key, value = _autocast(query, key, value)
         try:
-            # The one place in Python that names all options of this op; those of the packed form are absent here.
-            _, self.row_state, self.support, tiles = torch.ops.adasplash._entmax_attn_forward(
+            self.row_state, self.support, tiles = saved_by_forward(
                 query,
                 key,
                 value,
-                head_alpha=alpha if isinstance(alpha, Tensor) else None,
-                alpha=1.5 if isinstance(alpha, Tensor) else alpha,
-                is_causal=is_causal,
+                alpha,
+                is_causal,
                 scale=scale,
-                **options,
-                cu_seqlens_q=None,
-                cu_seqlens_k=None,
-                max_seqlen_q=0,
-                max_seqlen_k=0,
                 window=window,
                 support_capacity=_LIST_LENGTH if query.device.type == "cpu" else 0,
+                **options,
             )
         except RuntimeError as error:
             explain(function, error, {}, "entmax_attn")
@@ -244,8 +280,8 @@ class _Call:
         window: tuple[int, int],
         kv_starts: Tensor | None,
     ) -> None:
-        """Which keys each row sees, as docs/contract.md says: `begin` to `end`, and `place`, the key beside it. They are
-        counted from `first_key`, the entry's own."""
+        """Which keys each row sees, as docs/contract.md says: `begin` to `end`, and `place`, the key on its diagonal.
+        They are counted from `first_key`, the entry's own."""
 
         def rows(given: Tensor | None, length: int, otherwise: int) -> Tensor:
             if given is None:
@@ -291,7 +327,7 @@ class _Call:
         b, h = row[:, :1] // self.padded // self.heads, row[:, :1] // self.padded % self.heads
         kv_head = h // (self.heads // self.key.shape[1])
         queries = self.query[b, h, (row % self.padded).clamp(max=self.queries - 1)].double()
-        column = (key + self.first_key[b[:, 0]]).clamp(0, self.key.shape[2] - 1)
+        column = (key + self.first_key[b, 0]).clamp(0, self.key.shape[2] - 1)
         keys = self.key[b, kv_head, column].double()
         z = (queries * ((self.alpha[h] - 1) * self.scale)[..., None]) @ keys.transpose(1, 2)
         if self.slopes is not None:

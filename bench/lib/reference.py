@@ -97,13 +97,11 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 def empty_tiles(case: Case, inputs: Inputs) -> float:
     """Share of the visible 64×64 tiles without weight, by the bits that the op saves for its backward."""
-    import adasplash  # noqa: F401  (registers the op)
+    from adasplash.inspect import saved_by_forward
 
     capacity = 0 if case.device == "cuda" else 1
     with torch.no_grad():
-        *_, tiles = torch.ops.adasplash._entmax_attn_forward(
-            *inputs, None, case.alpha, case.causal, None, None, None, None, None, 0, 0, [-1, -1], None, capacity
-        )
+        _, _, tiles = saved_by_forward(*inputs, case.alpha, case.causal, support_capacity=capacity)
     words = tiles.to(torch.int64).cpu()
     full = sum(int((words >> bit & 1).sum()) for bit in range(32))
     side = -(-case.length // TILE)

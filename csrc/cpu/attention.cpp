@@ -60,7 +60,7 @@ struct Call {
         value(with_dense_rows(by_head(v, options))),
         heads(query.size(1)),
         kv_heads(key.size(1)),
-        group_size(heads / std::max<int64_t>(kv_heads, 1)),
+        group(heads / std::max<int64_t>(kv_heads, 1)),
         options_(options),
         alphas_(alphas_of(heads, options)),
         slopes_(slopes_of(sequences.size(), heads, options)),
@@ -82,16 +82,16 @@ struct Call {
   void describe(size_t sequence, int64_t h, Head<T, A>& head) const {
     const Sequence& s = sequences[sequence];
     head.query = rows_of<const T>(query, s.entry, h, s.first_query);
-    head.key = rows_of<const T>(key, s.entry, h / group_size, s.first_key);
-    head.value = rows_of<const T>(value, s.entry, h / group_size, s.first_key);
+    head.key = rows_of<const T>(key, s.entry, h / group, s.first_key);
+    head.value = rows_of<const T>(value, s.entry, h / group, s.first_key);
     head.queries = s.queries;
     head.keys = s.keys;
     head.head_dim = query.size(3);
     head.value_dim = value.size(3);
     const auto [left, right] = options_.window;
-    if (left >= 0) head.left = std::min(left, kUnlimited);
-    if (right >= 0) head.right = std::min(right, kUnlimited);
-    if (options_.is_causal) head.right = 0;
+    if (left >= 0) head.window_left = std::min(left, kUnlimited);
+    if (right >= 0) head.window_right = std::min(right, kUnlimited);
+    if (options_.is_causal) head.window_right = 0;
     head.alpha = alphas_[h];
     head.scale = options_.scale.value_or(1 / std::sqrt(static_cast<double>(head.head_dim)));
     if (!slopes_.empty()) head.slope = slopes_[sequence * heads + h];
@@ -107,7 +107,7 @@ struct Call {
 
   const std::vector<Sequence> sequences;
   const at::Tensor query, key, value;
-  const int64_t heads, kv_heads, group_size;
+  const int64_t heads, kv_heads, group;
 
  private:
   const AttentionOptions& options_;
@@ -167,6 +167,71 @@ void sum_alpha_terms(const at::Tensor& terms, at::Tensor& dalpha) {
   dalpha.copy_(dalpha.dim() == 0 ? at::scalar_tensor(std::accumulate(sum, sum + heads, 0.0), at::kDouble) : sums);
 }
 
+// The two passes of the backward of one call.
+template <typename T>
+class Backward {
+ public:
+  Backward(const Call<T>& call, const at::Tensor& grad_out, const AttentionOptions& options, int64_t capacity,
+           const BackwardResult& result)
+      : call_(call),
+        grad_out_(with_dense_rows(by_head(grad_out, options))),
+        dq_(by_head(std::get<0>(result), options)),
+        dk_(by_head(std::get<1>(result), options)),
+        dv_(by_head(std::get<2>(result), options)),
+        row_terms_(at::empty({call.rows() * int64_t(sizeof(RowTerms<A>))}, at::kByte)),
+        scratch_bytes_(kernel_.backward_scratch(call.query.size(-1), call.value.size(-1), capacity)) {
+    if (options.head_alpha) {
+      alpha_terms = at::zeros({call.query.size(0), call.heads, call.query.size(2)}, at::kDouble);
+    }
+  }
+
+  // dq, and what it leaves of each row: row_terms, alpha_terms. False where a saved list of keys is not what a forward
+  // can have written.
+  bool query_pass() const {
+    const Blocks blocks = call_.query_blocks();
+    std::atomic<bool> lists_fit{true};
+    run_tasks(blocks.count(), scratch_bytes_, [&](int64_t index, char* scratch) {
+      const auto [sequence, h, first] = blocks[index];
+      BackwardHead<T, A> head;
+      describe(sequence, h, head);
+      if (!kernel_.backward_query(head, first, scratch)) lists_fit = false;
+    });
+    return lists_fit;
+  }
+
+  // dk and dv. Needs the row_terms of the first pass.
+  void key_pass() const {
+    const Blocks blocks = call_.key_blocks();
+    run_tasks(blocks.count(), scratch_bytes_, [&](int64_t index, char* scratch) {
+      const auto [sequence, kv_head, first] = blocks[index];
+      const Sequence& s = call_.sequences[sequence];
+      std::vector<BackwardHead<T, A>> heads(call_.group);
+      for (int64_t g = 0; g < call_.group; ++g) describe(sequence, kv_head * call_.group + g, heads[g]);
+      kernel_.backward_key(heads.data(), call_.group, first, rows_of<T>(dk_, s.entry, kv_head, s.first_key),
+                           rows_of<T>(dv_, s.entry, kv_head, s.first_key), scratch);
+    });
+  }
+
+  at::Tensor alpha_terms;  // (entries, heads, rows); undefined where alpha is a number
+
+ private:
+  using A = Accumulate<T>;
+
+  void describe(size_t sequence, int64_t h, BackwardHead<T, A>& head) const {
+    const Sequence& s = call_.sequences[sequence];
+    call_.describe(sequence, h, head);
+    head.grad_out = rows_of<const T>(grad_out_, s.entry, h, s.first_query);
+    head.dq = rows_of<T>(dq_, s.entry, h, s.first_query);
+    head.row_terms = reinterpret_cast<RowTerms<A>*>(row_terms_.mutable_data_ptr<uint8_t>()) + call_.first_row(s, h);
+    if (alpha_terms.defined()) head.alpha_terms = alpha_terms.mutable_data_ptr<double>() + call_.first_row(s, h);
+  }
+
+  const Call<T>& call_;
+  const Kernels<T, A>& kernel_ = kernels<T, A>();
+  const at::Tensor grad_out_, dq_, dk_, dv_, row_terms_;
+  const int64_t scratch_bytes_;
+};
+
 BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
   constexpr const char* name = "_entmax_attn_backward";
@@ -179,50 +244,13 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
     dv.zero_();
   }
   ADASPLASH_DISPATCH(query.scalar_type(), name, [&] {
-    using A = Accumulate<scalar_t>;
     const Call<scalar_t> call(query, key, value, options, saved);
-    const at::Tensor grad_out_by_head = with_dense_rows(by_head(grad_out, options)), dq_by_head = by_head(dq, options),
-                     dk_by_head = by_head(dk, options), dv_by_head = by_head(dv, options);
-    const auto& kernel = kernels<scalar_t, A>();
-    const int64_t scratch_bytes = kernel.backward_scratch(query.size(-1), value.size(-1), saved.support.size(-1));
-
-    const at::Tensor row_terms = at::empty({call.rows() * int64_t(sizeof(RowTerms<A>))}, at::kByte);
-    const at::Tensor alpha_terms = options.head_alpha
-                                       ? at::zeros({call.query.size(0), call.heads, call.query.size(2)}, at::kDouble)
-                                       : at::Tensor();
-    const auto describe = [&](size_t sequence, int64_t h, BackwardHead<scalar_t, A>& head) {
-      const Sequence& s = call.sequences[sequence];
-      call.describe(sequence, h, head);
-      head.grad_out = rows_of<const scalar_t>(grad_out_by_head, s.entry, h, s.first_query);
-      head.dq = rows_of<scalar_t>(dq_by_head, s.entry, h, s.first_query);
-      head.row_terms = reinterpret_cast<RowTerms<A>*>(row_terms.mutable_data_ptr<uint8_t>()) + call.first_row(s, h);
-      if (alpha_terms.defined()) head.alpha_terms = alpha_terms.mutable_data_ptr<double>() + call.first_row(s, h);
-    };
-
-    const Blocks query_blocks = call.query_blocks();
-    std::atomic<bool> lists_fit{true};
-    run_tasks(query_blocks.count(), scratch_bytes, [&](int64_t index, char* scratch) {
-      const auto [sequence, h, first] = query_blocks[index];
-      BackwardHead<scalar_t, A> head;
-      describe(sequence, h, head);
-      if (!kernel.backward_query(head, first, scratch)) lists_fit = false;
-    });
-    TORCH_CHECK(lists_fit, name,
+    const Backward<scalar_t> passes(call, grad_out, options, saved.support.size(-1), result);
+    TORCH_CHECK(passes.query_pass(), name,
                 ": support must hold ascending keys that its row sees, as _entmax_attn_forward "
                 "returned it for these arguments");
-    if (alpha_terms.defined()) sum_alpha_terms(alpha_terms, dalpha);
-
-    if (call.heads == 0) return;
-    const Blocks key_blocks = call.key_blocks();
-    run_tasks(key_blocks.count(), scratch_bytes, [&](int64_t index, char* scratch) {
-      const auto [sequence, kv_head, first] = key_blocks[index];
-      const Sequence& s = call.sequences[sequence];
-      std::vector<BackwardHead<scalar_t, A>> group(call.group_size);
-      for (int64_t g = 0; g < call.group_size; ++g) describe(sequence, kv_head * call.group_size + g, group[g]);
-      kernel.backward_key(group.data(), call.group_size, first,
-                          rows_of<scalar_t>(dk_by_head, s.entry, kv_head, s.first_key),
-                          rows_of<scalar_t>(dv_by_head, s.entry, kv_head, s.first_key), scratch);
-    });
+    if (passes.alpha_terms.defined()) sum_alpha_terms(passes.alpha_terms, dalpha);
+    if (call.heads > 0) passes.key_pass();
   });
   return result;
 }

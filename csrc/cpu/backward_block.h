@@ -210,8 +210,8 @@ class BackwardBlock {
     });
   }
 
-  // Calls f(d, query, number of its visible keys, z and dp there) for every dense row, and zeroes both blocks where it
-  // does not see.
+  // Calls f(d, i, number of its visible keys, z and dp there) for every dense row i, the d-th of them, and zeroes both
+  // blocks where it does not see.
   template <typename F>
   void for_dense_rows(Interval keys, const F& f) {
     for (int64_t d = 0; d < dense_count_; ++d) {
@@ -244,74 +244,82 @@ class BackwardBlock {
     std::fill_n(buffers_.u_k, dense_count_ * dim, A(0));
     std::fill_n(buffers_.sums, dense_count_, typename BackwardBuffers<A>::RowSums{});
     for_dense_blocks({0, head_.keys}, [&](Interval keys) {
-      for_dense_rows(keys, [&](int64_t d, int64_t query, int64_t n, A* z, A* dp) {
-        auto& sums = buffers_.sums[d];
-        const AlphaFactor<A> psi_of(head_.row_state[2 * query], head_.row_state[2 * query + 1]);
-        double p = 0, u = 0, u_dp = 0, psi = 0, psi_dp = 0;
-        for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
-          // Lanes beyond the row are no keys: their excess must not count.
-          Vec<A> excess = dense_excess(query, load<A>(z + i, lanes));
-          if (lanes < kLanes<A>) excess = Vec<A>::set(Vec<A>(0), excess, lanes);
-          const Vec<A> own_u = dense_u(excess);
-          p += sum_lanes(excess * own_u);
-          u += sum_lanes(own_u);
-          const Vec<A> shifted = load<A>(dp + i, lanes) - Vec<A>(sums.dp_shift);
-          u_dp += sum_lanes(own_u * shifted);
-          if (head_.alpha_terms != nullptr) {
-            const Vec<A> weighted = own_u * psi_of(load<A>(z + i, lanes));
-            psi += sum_lanes(weighted);
-            psi_dp += sum_lanes(weighted * shifted);
-          }
-          store(own_u, z + i, lanes);
-        });
-        if (u == 0) {
-          std::fill_n(dp, n, A(0));
-          return;
-        }
-        const A step = static_cast<A>((sums.u_dp + u_dp) / (sums.u + u));
-        sums.dp_shift += step;
-        add_scaled(-step, buffers_.u_k + d * dim, dim, buffers_.u_dp_k + d * dim);
-        sums.u_dp -= step * sums.u;
-        sums.psi += psi;
-        sums.psi_dp += psi_dp - step * sums.psi;
-        for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
-          const Vec<A> weighted = load<A>(z + i, lanes) * (load<A>(dp + i, lanes) - Vec<A>(sums.dp_shift));
-          store(weighted, dp + i, lanes);
-          sums.u_dp += sum_lanes(load<A>(dp + i, lanes));
-        });
-        sums.p += p;
-        sums.u += u;
-      });
+      for_dense_rows(keys, [&](int64_t d, int64_t i, int64_t n, A* z, A* dp) { add_row_sums(d, i, n, z, dp); });
       const Rows<const A> k = in_type<A>(head_.key, keys.begin, keys.size(), dim, buffers_.columns);
       Gemm<A>::nn(dense_count_, dim, keys.size(), A(1), buffers_.dp, kBlockStride<A>, k.data, k.stride, A(1),
                   buffers_.u_dp_k, dim);
       Gemm<A>::nn(dense_count_, dim, keys.size(), A(1), buffers_.z, kBlockStride<A>, k.data, k.stride, A(1),
                   buffers_.u_k, dim);
     });
-    for (int64_t d = 0; d < dense_count_; ++d) {
-      const int64_t query = buffers_.dense[d];
-      const auto& sums = buffers_.sums[d];
-      const A rest = static_cast<A>(sums.u_dp / sums.u);
-      head_.row_terms[query].delta = sums.dp_shift + rest;
-      head_.row_terms[query].normaliser = static_cast<A>(1 / sums.p);
-      if (head_.alpha_terms != nullptr) save_alpha_term(query, sums.psi_dp - rest * sums.psi);
-      A* dq = buffers_.u_dp_k + d * dim;
-      add_scaled(-rest, buffers_.u_k + d * dim, dim, dq);
-      for (int64_t i = 0; i < dim; ++i) dq[i] *= static_cast<A>(head_.scale);
-      convert_back(dq, dim, head_.dq[query]);
+    for (int64_t d = 0; d < dense_count_; ++d) finish_dense_row(d, buffers_.dense[d]);
+  }
+
+  // Adds n keys of row i, the d-th dense one, to its sums, and moves its dp_shift. Of these keys z becomes u, and dp
+  // becomes u (dp - dp_shift).
+  void add_row_sums(int64_t d, int64_t i, int64_t n, A* z, A* dp) {
+    const int64_t dim = head_.head_dim;
+    auto& sums = buffers_.sums[d];
+    const AlphaFactor<A> psi_of(head_.row_state[2 * i], head_.row_state[2 * i + 1]);
+    double p = 0, u = 0, u_dp = 0, psi = 0, psi_dp = 0;
+    for_lanes<A>(n, [&](int64_t column, int64_t lanes) {
+      // Lanes beyond the row are no keys: their excess must not count.
+      Vec<A> excess = dense_excess(i, load<A>(z + column, lanes));
+      if (lanes < kLanes<A>) excess = Vec<A>::set(Vec<A>(0), excess, lanes);
+      const Vec<A> own_u = dense_u(excess);
+      p += sum_lanes(excess * own_u);
+      u += sum_lanes(own_u);
+      const Vec<A> shifted = load<A>(dp + column, lanes) - Vec<A>(sums.dp_shift);
+      u_dp += sum_lanes(own_u * shifted);
+      if (head_.alpha_terms != nullptr) {
+        const Vec<A> weighted = own_u * psi_of(load<A>(z + column, lanes));
+        psi += sum_lanes(weighted);
+        psi_dp += sum_lanes(weighted * shifted);
+      }
+      store(own_u, z + column, lanes);
+    });
+    if (u == 0) {
+      std::fill_n(dp, n, A(0));
+      return;
     }
+    const A step = static_cast<A>((sums.u_dp + u_dp) / (sums.u + u));
+    sums.dp_shift += step;
+    add_scaled(-step, buffers_.u_k + d * dim, dim, buffers_.u_dp_k + d * dim);
+    sums.u_dp -= step * sums.u;
+    sums.psi += psi;
+    sums.psi_dp += psi_dp - step * sums.psi;
+    for_lanes<A>(n, [&](int64_t column, int64_t lanes) {
+      const Vec<A> weighted = load<A>(z + column, lanes) * (load<A>(dp + column, lanes) - Vec<A>(sums.dp_shift));
+      store(weighted, dp + column, lanes);
+      sums.u_dp += sum_lanes(load<A>(dp + column, lanes));
+    });
+    sums.p += p;
+    sums.u += u;
+  }
+
+  // What its sums make of row i, the d-th dense one: row terms, its part of dalpha, and dq.
+  void finish_dense_row(int64_t d, int64_t i) {
+    const int64_t dim = head_.head_dim;
+    const auto& sums = buffers_.sums[d];
+    const A rest = static_cast<A>(sums.u_dp / sums.u);
+    head_.row_terms[i].delta = sums.dp_shift + rest;
+    head_.row_terms[i].normaliser = static_cast<A>(1 / sums.p);
+    if (head_.alpha_terms != nullptr) save_alpha_term(i, sums.psi_dp - rest * sums.psi);
+    A* dq = buffers_.u_dp_k + d * dim;
+    add_scaled(-rest, buffers_.u_k + d * dim, dim, dq);
+    for (int64_t column = 0; column < dim; ++column) dq[column] *= static_cast<A>(head_.scale);
+    convert_back(dq, dim, head_.dq[i]);
   }
 
   void dense_key_pass(Interval keys) {
     pack_dense_rows();
     for_dense_blocks(keys, [&](Interval seen) {
-      for_dense_rows(seen, [&](int64_t, int64_t query, int64_t n, A* z, A* dp) {
-        const RowTerms<A>& terms = head_.row_terms[query];
-        for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
-          const Vec<A> excess = dense_excess(query, load<A>(z + i, lanes));
+      for_dense_rows(seen, [&](int64_t, int64_t i, int64_t n, A* z, A* dp) {
+        const RowTerms<A>& terms = head_.row_terms[i];
+        for_lanes<A>(n, [&](int64_t column, int64_t lanes) {
+          const Vec<A> excess = dense_excess(i, load<A>(z + column, lanes));
           const Vec<A> u = dense_u(excess);
-          store(excess * u * Vec<A>(terms.normaliser), z + i, lanes);
-          store(u * (load<A>(dp + i, lanes) - Vec<A>(terms.delta)), dp + i, lanes);
+          store(excess * u * Vec<A>(terms.normaliser), z + column, lanes);
+          store(u * (load<A>(dp + column, lanes) - Vec<A>(terms.delta)), dp + column, lanes);
         });
       });
       const int64_t offset = seen.begin - keys.begin;

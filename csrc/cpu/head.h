@@ -28,6 +28,8 @@ struct Rows {
   ADASPLASH_INLINE T* operator[](int64_t row) const { return data + row * stride; }
 };
 
+// A window bound that never binds, small enough that adding positions does not overflow. That of the GPU kernels
+// (cuda/embedded.h) is another number, as their positions are 32 bits wide.
 constexpr int64_t kUnlimited = INT64_MAX / 4;
 
 // What both passes know of a head. T is the tensors' type, A the type of scores, thresholds and sums.
@@ -35,8 +37,9 @@ template <typename T, typename A>
 struct Head {
   Rows<const T> query, key, value;
   int64_t queries, keys, head_dim, value_dim;
-  int64_t left = kUnlimited, right = kUnlimited;  // how far a query sees from its own place, is_causal folded in
-  double alpha, scale, slope = 0;                 // slope: ALiBi's, zero without it
+  // How far a query sees from its own place; is_causal is folded in.
+  int64_t window_left = kUnlimited, window_right = kUnlimited;
+  double alpha, scale, slope = 0;  // slope: ALiBi's, zero without it
 
   // Saved by the forward. No lists where capacity is 0; nothing at all where row_state is null (inference).
   A* row_state = nullptr;      // (queries, 2): max and gap
@@ -44,12 +47,12 @@ struct Head {
   int32_t* tiles = nullptr;    // (ceil(queries / 64), tile_words)
   int64_t capacity = 0, tile_words = 0;
 
-  // The key that a query stands beside: the last query beside the last key.
+  // The key that a query stands beside, on the diagonal: the last query beside the last key.
   ADASPLASH_INLINE int64_t place(int64_t query_index) const { return query_index + keys - queries; }
 
   // The one place that says which keys a query sees, and the other way round.
   ADASPLASH_INLINE Interval visible(int64_t query_index) const {
-    return Interval{place(query_index) - left, place(query_index) + right + 1}.clip(0, keys);
+    return Interval{place(query_index) - window_left, place(query_index) + window_right + 1}.clip(0, keys);
   }
   // The keys that any query of a block sees.
   ADASPLASH_INLINE Interval visible(int64_t first_query, int64_t last_query) const {
@@ -57,7 +60,7 @@ struct Head {
   }
   // The queries that see any of the keys.
   ADASPLASH_INLINE Interval watchers(Interval of) const {
-    return Interval{of.begin - right - place(0), of.end + left - place(0)}.clip(0, queries);
+    return Interval{of.begin - window_right - place(0), of.end + window_left - place(0)}.clip(0, queries);
   }
 
   // z = z_scale * q.k - z_slope * |place - key| (scores.h)

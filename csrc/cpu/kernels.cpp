@@ -34,12 +34,12 @@ bool backward_query(const BackwardHead<T, A>& head, int64_t first_query, char* s
 }
 
 template <typename T, typename A>
-void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t first_key, Rows<T> dk, Rows<T> dv,
+void backward_key(const BackwardHead<T, A>* heads, int64_t group, int64_t first_key, Rows<T> dk, Rows<T> dv,
                   char* scratch) {
-  const int64_t head_dim = group->head_dim, value_dim = group->value_dim;
+  const int64_t head_dim = heads->head_dim, value_dim = heads->value_dim;
   Arena arena(scratch);
-  BackwardBuffers<A> buffers(head_dim, value_dim, group->capacity, arena);
-  const Interval keys = Interval{first_key, first_key + kKeyBlock}.clip(0, group->keys);
+  BackwardBuffers<A> buffers(head_dim, value_dim, heads->capacity, arena);
+  const Interval keys = Interval{first_key, first_key + kKeyBlock}.clip(0, heads->keys);
   const bool in_place = usable_in_place<A>(dk, head_dim) && usable_in_place<A>(dv, value_dim);
   if constexpr (std::is_same_v<T, A>) {
     if (in_place) {
@@ -51,8 +51,8 @@ void backward_key(const BackwardHead<T, A>* group, int64_t group_size, int64_t f
     std::fill_n(buffers.dk[k], head_dim, A(0));
     std::fill_n(buffers.dv[k], value_dim, A(0));
   }
-  for (int64_t g = 0; g < group_size; ++g) {
-    const auto& head = group[g];
+  for (int64_t g = 0; g < group; ++g) {
+    const auto& head = heads[g];
     with_weights<A>(head.alpha, [&](const auto& weights) {
       const Interval queries = head.watchers(keys);
       for (int64_t first = queries.begin / kQueryBlock * kQueryBlock; first < queries.end; first += kQueryBlock) {

@@ -22,9 +22,9 @@ struct Kernels {
   // dq, row terms and alpha terms of one query block; false if the saved lists of keys are not what a forward can have
   // written.
   bool (*backward_query)(const BackwardHead<T, A>& head, int64_t first_query, char* scratch);
-  // dk, dv of the key block that starts at `first_key`, summed over a group of query heads. Needs the row terms of all
-  // of them.
-  void (*backward_key)(const BackwardHead<T, A>* group, int64_t group_size, int64_t first_key, Rows<T> dk, Rows<T> dv,
+  // dk, dv of the key block that starts at `first_key`, summed over the query heads of a key head, `group` of them.
+  // Needs the row terms of all of them.
+  void (*backward_key)(const BackwardHead<T, A>* heads, int64_t group, int64_t first_key, Rows<T> dk, Rows<T> dv,
                        char* scratch);
   int64_t (*backward_scratch)(int64_t head_dim, int64_t value_dim, int64_t capacity);
 

@@ -7,13 +7,13 @@ namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
 
 // From z_scale * q.k of one query and n keys to z, in place: the only place that changes scores once the product is
-// there. distance(i) is how far behind the query's place key i stands, in type A; negative before it.
+// there. distance(e) is how far behind the query's place the e-th key stands, in type A; negative before it.
 template <typename T, typename A, typename Distance>
 inline void change_scores(const Head<T, A>& head, int64_t n, const Distance& distance, A* z) {
   if (head.slope == 0) return;
   const A slope = head.z_slope();
   const auto count = static_cast<int32_t>(n);
-  for (int32_t i = 0; i < count; ++i) z[i] -= slope * std::abs(distance(i));
+  for (int32_t e = 0; e < count; ++e) z[e] -= slope * std::abs(distance(e));
 }
 
 // The z of rows of query, given in type A, with a block of keys; query_of(r) says which query row r is.
@@ -24,7 +24,7 @@ inline void block_scores(const Head<T, A>& head, Rows<const A> query, int64_t ro
   for (int64_t r = 0; r < rows; ++r) {
     const A first = static_cast<A>(keys.begin - head.place(query_of(r)));
     change_scores(
-        head, keys.size(), [first](int32_t i) { return first + static_cast<A>(i); }, block + r * kBlockStride<A>);
+        head, keys.size(), [first](int32_t e) { return first + static_cast<A>(e); }, block + r * kBlockStride<A>);
   }
 }
 

@@ -1,6 +1,6 @@
-// From z to weights: p = excess^(1/(alpha-1)) with excess = [z - tau]+ = [(z - max) - gap]+, and the gap = tau - max at
-// which the weights of a row sum to one. All of it is written with u = excess^(1/(alpha-1) - 1) = p^(2-alpha), which is
-// also what the backward needs: p = excess u, and d(sum p)/d tau = -(sum u) / (alpha - 1).
+// From z to weights: p = excess^r with r = 1/(alpha-1) and excess = [z - tau]+ = [(z - max) - gap]+, and the gap = tau
+// - max at which the weights of a row sum to one. All of it is written with u = excess^(r-1) = p^(2-alpha), which is
+// also what the backward needs: p = excess u, and d(sum p)/d tau = -r sum u.
 #pragma once
 
 #include "cpu/vector.h"
@@ -27,14 +27,14 @@ struct Sparsemax {
 template <typename A>
 struct EntmaxAny {
   explicit EntmaxAny(double alpha)
-      : smooth(alpha <= 1.5), exponent(static_cast<A>(1 / (alpha - 1) - 1)), rest(2 - alpha) {}
+      : smooth(alpha <= 1.5), r_less_one(static_cast<A>(1 / (alpha - 1) - 1)), rest(2 - alpha) {}
   Vec<A> u(const Vec<A>& excess) const {
-    return Vec<A>::blendv(Vec<A>(0), (excess.log() * Vec<A>(exponent)).exp(), excess > Vec<A>(0));
+    return Vec<A>::blendv(Vec<A>(0), (excess.log() * Vec<A>(r_less_one)).exp(), excess > Vec<A>(0));
   }
   double power_2_minus_alpha(double p) const { return std::pow(p, rest); }
 
   bool smooth;
-  A exponent;
+  A r_less_one;
   double rest;
 };
 
@@ -45,10 +45,10 @@ inline void with_weights(double alpha, const F& f) {
   return f(EntmaxAny<A>(alpha));
 }
 
-// What the gradient of alpha weights the support with. With e the largest excess of the row, which is -gap, d = max - z
-// and x = d / e,
-//   (alpha - 1)^2 dalpha = sum u psi (dp - delta),   psi = d ln e - e (x + (1 - x) ln(1 - x)).
-// That is t - 1 - t ln t, t being the key's excess, up to a constant of the row, which adds nothing; both terms are
+// psi: what the gradient of alpha weights the support with. With `largest` the largest excess of the row, which is
+// -gap, d = max - z and x = d / largest,
+//   (alpha - 1)^2 dalpha = sum u psi (dp - delta),   psi = d ln largest - largest (x + (1 - x) ln(1 - x)).
+// That is excess - excess ln excess of the key, up to a constant of the row, which adds nothing; both terms are
 // negative and as small as the differences between scores, so nothing cancels, neither in flat rows nor for alpha
 // near 1.
 template <typename A>
@@ -93,9 +93,9 @@ inline void add_sums(const Weights& weights, const A* z, int64_t n, A max, A gap
   sums.u += sum_lanes(u);
 }
 
-// One Newton step on ||excess||_r - 1 with r = 1/(alpha-1), where ||excess||_r^r = sum p. That norm is decreasing and
-// convex in tau like sum p itself, so steps from the left stay left of the root, but nearly linear, so few are needed:
-// a row with one key in the support takes one.
+// One Newton step on ||excess||_r - 1, where ||excess||_r^r = sum p. That norm is decreasing and convex in tau like sum
+// p itself, so steps from the left stay left of the root, but nearly linear, so few are needed: a row with one key in
+// the support takes one.
 template <typename Weights>
 inline double newton_step(const Weights& weights, const Sums& sums) {
   return (sums.p - weights.power_2_minus_alpha(sums.p)) / sums.u;

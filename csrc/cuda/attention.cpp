@@ -19,7 +19,7 @@ const Implementation& implementation_for(const AttentionInputs& inputs) {
 }
 
 // The gradient of alpha from what each row adds to it, (B, H, M), or packed (H, M).
-void sum_to_alpha(const at::Tensor& alpha_terms, const at::Tensor& grad_alpha) {
+void sum_alpha_terms(const at::Tensor& alpha_terms, const at::Tensor& grad_alpha) {
   if (alpha_terms.numel() == 0) {
     grad_alpha.zero_();
   } else if (grad_alpha.dim() == 0) {
@@ -93,7 +93,7 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
                                options.head_alpha ? part.rows(alpha_terms) : alpha_terms});
     }
   }
-  if (options.head_alpha) sum_to_alpha(alpha_terms, grad_alpha);
+  if (options.head_alpha) sum_alpha_terms(alpha_terms, grad_alpha);
   return result;
 }
 

@@ -6,25 +6,33 @@
 
 #include <concepts>
 #include <cstdint>
+#include <iterator>
 #include <span>
 
 namespace adasplash::cuda {
 
-// The names and their order are those of triton_src/variants.py, by way of the generated launchers.
+// KERNELS of triton_src/variants.py. The functions of launchers.h and the table of variants, both generated from there,
+// say Kernel::kName, so a kernel that is missing here does not compile. kKernelNames, for messages, is in this order.
 enum class Kernel { kAttend, kMark, kGradQuery, kGradKeyValue, kActivate, kActivateGrad };
 constexpr const char* kKernelNames[] = {"attend", "mark", "grad_query", "grad_key_value", "activate", "activate_grad"};
+static_assert(std::size(kKernelNames) == static_cast<size_t>(Kernel::kActivateGrad) + 1);
 
-// The alphas that kernels have code of their own for; kAny is the code that takes alpha at run time.
+// The alphas that kernels have code of their own for (ALPHAS of triton_src/variants.py; the generated table of variants
+// says AlphaCode::kName); kAny is the code that takes alpha at run time.
 enum class AlphaCode { kAny, k15, k2 };
 
 // How kernels are given the lengths of sequences: not at all, one length a sequence, the packed form's offsets, or
-// where each sequence of a padded batch starts and ends.
+// where each sequence of a padded batch starts and ends. The numbers are those of LENGTHS_* in
+// triton_src/lib/visibility.py.
 enum class LengthsKind : int32_t { kNone = 0, kPadded = 1, kPacked = 2, kBounds = 3 };
 
-// Where kernels find alpha: a number among their arguments, or in memory, one for all heads or one for each.
+// Where kernels find alpha: a number among their arguments, or in memory, one for all heads or one for each. The
+// numbers are those of ALPHA_NUMBER, ALPHA_SHARED and ALPHA_PER_HEAD in triton_src/lib/entmax.py.
 enum class AlphaSource : int32_t { kNumber = 0, kShared = 1, kPerHead = 2 };
 
-constexpr int32_t kUnlimited = 1 << 30;  // a window bound that never binds
+// A window bound that never binds: UNLIMITED in triton_src/lib/visibility.py. Positions are 32 bits wide there, so it
+// is smaller than the CPU's (cpu/head.h).
+constexpr int32_t kUnlimited = 1 << 30;
 
 // One kernel, compiled for one choice of types, sizes and architecture.
 struct Variant {

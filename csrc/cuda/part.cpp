@@ -19,15 +19,14 @@ int64_t evenly(int64_t total, int64_t most) {
 // bytes: what grows with pairs of tiles and with tile rows. A few bytes for each row or head are not counted, as the
 // call's own tensors have more.
 int64_t bytes_of_key_head(const AttentionInputs& inputs, int64_t batch, int64_t group, const Scratch& scratch) {
-  const auto& [op, query, key, value, options] = inputs;
-  const bool packed = options.packed();
-  const int64_t rows_dimension = packed ? 0 : 2;
-  const int64_t keys = key.size(rows_dimension);
-  const int64_t longest = longest_sequence(options, options.max_seqlen_k, keys).expect_int();
-  const int64_t query_tile_rows = group * tile_row_count(query.size(rows_dimension), batch, packed).expect_int();
-  Extents extents;
-  extents.query_tile_pairs = extents.tile_pairs = query_tile_rows * count_tiles(longest);
-  extents.tile_rows = std::max(query_tile_rows, count_tiles(keys));
+  const AttentionOptions& options = inputs.options;
+  const auto side = [&](const at::Tensor& t, int64_t heads, const c10::SymInt& max_seqlen) {
+    const int64_t rows = t.size(options.packed() ? 0 : 2);
+    return Extents::Side{.tile_rows = heads * tile_row_count(rows, batch, options.packed()).expect_int(),
+                         .max_seqlen = longest_sequence(options, max_seqlen, rows).expect_int()};
+  };
+  const Extents extents =
+      Extents::of_tiles(side(inputs.query, group, options.max_seqlen_q), side(inputs.key, 1, options.max_seqlen_k));
   return scratch.words(extents) * int64_t{sizeof(int32_t)};
 }
 

@@ -6,9 +6,12 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string_view>
+
+#include "ops/attention.h"
 
 namespace adasplash::cuda {
 
@@ -21,6 +24,21 @@ struct Extents {
   int64_t state_rows = 0;  // rows of row_state
   int64_t tile_words = 0;  // words of tile bits
   int64_t kv_heads = 0;
+
+  // Of the queries, or of the keys, of all heads: how many tile rows they have, and the most rows of one sequence.
+  struct Side {
+    int64_t tile_rows, max_seqlen;
+  };
+  // Only what follows from the tiles.
+  static Extents of_tiles(const Side& queries, const Side& keys) {
+    const int64_t query_tile_pairs = queries.tile_rows * count_tiles(keys.max_seqlen),
+                  key_tile_pairs = keys.tile_rows * count_tiles(queries.max_seqlen);
+    return {
+        .query_tile_pairs = query_tile_pairs,
+        .tile_pairs = std::max(query_tile_pairs, key_tile_pairs),
+        .tile_rows = std::max(queries.tile_rows, keys.tile_rows),
+    };
+  }
 };
 
 // `count` elements of type T for each of one of the extents.

@@ -45,7 +45,8 @@ using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor
 constexpr int64_t kInference = -1;        // support_capacity of a call that needs no backward
 constexpr int32_t kEndOfSupport = -1;     // the row's support ends here
 constexpr int32_t kSupportOverflow = -2;  // in the first place: the row's support did not fit, rebuild it
-constexpr int64_t kTile = 64;             // edge of the tiles that the tile bits speak of
+// Edge of the tiles that the tile bits speak of: TILE in triton_src/lib/visibility.py, _TILE in adasplash/inspect.py.
+constexpr int64_t kTile = 64;
 
 constexpr int64_t count_tiles(int64_t rows) { return (rows + kTile - 1) / kTile; }
 

@@ -1,12 +1,6 @@
 // The options of attention: the struct that C++ passes around, and the lists from which everything flat follows, that
 // is the schemas (schema.cpp), the C++ signatures behind them and what autograd saves (attention_autograd.cpp).
-//
-// To add an option:
-//   1. a member of AttentionOptions, and an Option below that names it;
-//   2. that Option at the end of kLaterOptions, and of the lists of the public ops that take it;
-//   3. a parameter at the end of those ops in adasplash.h and api.cpp.
-// A place that is forgotten does not compile. Then what it means: attention_checks.cpp, the kernels, and
-// adasplash/functional.py for Python.
+// To add an option: CONTRIBUTING.md, which starts here. A place in C++ that is forgotten does not compile.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -89,14 +89,14 @@ def verify(program: Path, artifact: Path, model: GPT, prompt: bytes, count: int,
         )
     if written == eager:
         return Verdict(written, ties=0)
-    gaps = gaps_to_likeliest(model, prompt, written, model.context, device)
-    if max(gaps) > TIE:
-        at = next(i for i, gap in enumerate(gaps) if gap > TIE)
+    deficits = gaps_to_likeliest(model, prompt, written, model.context, device)
+    if max(deficits) > TIE:
+        at = next(i for i, deficit in enumerate(deficits) if deficit > TIE)
         raise Mismatch(
             f"{artifact.name} does not compute what the model does: it chose {written[at : at + 1]!r} as byte {at}, "
-            f"whose logit in the eager model is {gaps[at]:.2e} below the highest"
+            f"whose logit in the eager model is {deficits[at]:.2e} below the highest"
         )
-    return Verdict(written, ties=sum(gap > 0 for gap in gaps))
+    return Verdict(written, ties=sum(deficit > 0 for deficit in deficits))
 
 
 def verify_all(programs: Path, exported: Exported, model: GPT, prompt: bytes, count: int) -> dict[str, Verdict]:

@@ -114,8 +114,8 @@ def relative_position(
     device="cpu",
     kv_starts: Tensor | None = None,
 ) -> Tensor:
-    """j - (i + N - M), (B or 1, 1, M, N): 0 on the diagonal that ends bottom right, by a batch entry's own lengths, with
-    keys counted from its start."""
+    """j - (i + N - M), (B or 1, 1, M, N): 0 on the diagonal that ends bottom right, by a batch entry's own lengths,
+    with keys counted from its start."""
     q_length = torch.as_tensor(m if q_seqlens is None else q_seqlens, device=device).reshape(-1, 1, 1, 1)
     end = torch.as_tensor(n if kv_seqlens is None else kv_seqlens, device=device).reshape(-1, 1, 1, 1)
     start = torch.as_tensor(0 if kv_starts is None else kv_starts, device=device).reshape(-1, 1, 1, 1)

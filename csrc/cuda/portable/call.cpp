@@ -92,9 +92,9 @@ int32_t checked_count(const char* op, const char* what, const c10::SymInt& given
   return static_cast<int32_t>(count);
 }
 
-// One side's sequences. `lengths` are what as_lengths or as_key_lengths made of the options.
-Sequences sequences_of(const at::Tensor& lengths, int32_t rows, const c10::SymInt& max_seqlen, int64_t batch,
-                       const AttentionOptions& options) {
+// One side's sequences; `lengths` are one of OptionTensors. These functions make the parts of a Call of the options.
+Sequences sequences_argument(const at::Tensor& lengths, int32_t rows, const c10::SymInt& max_seqlen, int64_t batch,
+                             const AttentionOptions& options) {
   const bool packed = options.packed();
   const LengthsKind kind = packed               ? LengthsKind::kPacked
                            : !lengths.defined() ? LengthsKind::kNone
@@ -109,7 +109,7 @@ Sequences sequences_of(const at::Tensor& lengths, int32_t rows, const c10::SymIn
   };
 }
 
-Alpha alpha_of(const at::Tensor& alphas, const AttentionOptions& options) {
+Alpha alpha_argument(const at::Tensor& alphas, const AttentionOptions& options) {
   const AlphaSource source = !alphas.defined()  ? AlphaSource::kNumber
                              : alphas.dim() > 0 ? AlphaSource::kPerHead
                                                 : AlphaSource::kShared;
@@ -124,7 +124,7 @@ int32_t window_bound(int64_t given) {
   return given < 0 ? kUnlimited : static_cast<int32_t>(std::min<int64_t>(given, kUnlimited));
 }
 
-Scores scores_of(const at::Tensor& slopes, int64_t head_dim, const AttentionOptions& options) {
+Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const AttentionOptions& options) {
   return {
       .slopes = pointer<float>(slopes),
       .slopes_batch_stride = slopes.defined() && slopes.dim() == 2 ? slopes.size(1) : int64_t{0},
@@ -135,9 +135,7 @@ Scores scores_of(const at::Tensor& slopes, int64_t head_dim, const AttentionOpti
   };
 }
 
-// The four tensors are what the options hold of these, as the kernels take it.
-Call call_of(const AttentionInputs& inputs, const at::Tensor& query_lengths, const at::Tensor& key_lengths,
-             const at::Tensor& alphas, const at::Tensor& slopes) {
+Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) {
   const auto& [op, query, key, value, options] = inputs;
   const auto shape = AttentionShape::of(query, key, value, options);
   const int64_t batch = shape.batch.expect_int(), kv_heads = shape.kv_heads.expect_int();
@@ -145,10 +143,10 @@ Call call_of(const AttentionInputs& inputs, const at::Tensor& query_lengths, con
                 keys = checked_count(op, "the number of keys", shape.keys),
                 heads = checked_count(op, "query's number of heads", shape.heads);
   return {
-      .queries = sequences_of(query_lengths, queries, options.max_seqlen_q, batch, options),
-      .keys = sequences_of(key_lengths, keys, options.max_seqlen_k, batch, options),
-      .alpha = alpha_of(alphas, options),
-      .scores = scores_of(slopes, query.sizes().back(), options),
+      .queries = sequences_argument(tensors.query_lengths, queries, options.max_seqlen_q, batch, options),
+      .keys = sequences_argument(tensors.key_lengths, keys, options.max_seqlen_k, batch, options),
+      .alpha = alpha_argument(tensors.alphas, options),
+      .scores = scores_argument(tensors.slopes, query.sizes().back(), options),
       .state_batch_stride = options.packed() ? int64_t{0} : int64_t{heads} * queries,
       .heads = heads,
       .group = static_cast<int32_t>(heads / kv_heads),
@@ -190,10 +188,10 @@ void AlignedResult::finish() const {
 }
 
 PreparedCall::PreparedCall(const AttentionInputs& inputs)
-    : query_lengths_(as_lengths(inputs.options.q_seqlens, inputs.options.cu_seqlens_q)),
-      key_lengths_(as_key_lengths(inputs.key, inputs.options)),
-      alphas_(as_floats(inputs.options.head_alpha)),
-      slopes_(as_floats(inputs.options.alibi_slopes)),
+    : tensors_{.query_lengths = as_lengths(inputs.options.q_seqlens, inputs.options.cu_seqlens_q),
+               .key_lengths = as_key_lengths(inputs.key, inputs.options),
+               .alphas = as_floats(inputs.options.head_alpha),
+               .slopes = as_floats(inputs.options.alibi_slopes)},
       packed(inputs.options.packed()),
       query(with_aligned_rows(inputs.options.scale.value_or(1.0) < 0 ? inputs.query.neg() : inputs.query)),
       key(with_aligned_rows(inputs.key)),
@@ -201,11 +199,12 @@ PreparedCall::PreparedCall(const AttentionInputs& inputs)
       place(place_of(inputs.query.device())),
       heads(batch_of(inputs) * inputs.query.size(1)),
       kv_heads(batch_of(inputs) * inputs.key.size(1)),
-      arguments(call_of(inputs, query_lengths_, key_lengths_, alphas_, slopes_)) {}
+      arguments(call_argument(inputs, tensors_)) {}
 
 const Variant& PreparedCall::variant(Kernel kernel, bool gather) const {
-  // The code for any alpha is also that for the other options.
-  const bool general = alphas_.defined() || slopes_.defined();
+  // The code for any alpha is also the only code for some options: every option that the code for 1.5 and 2 does not
+  // have (triton_src/lib/scores.py) must be named here, or a call with it and such an alpha would run as if without it.
+  const bool general = tensors_.alphas.defined() || tensors_.slopes.defined();
   return find_variant(kernel, query.scalar_type(), std::max(arguments.head_dim.value, arguments.value_dim.value),
                       general ? AlphaCode::kAny : alpha_code(arguments.alpha.number.value), place.device, gather);
 }
@@ -213,18 +212,15 @@ const Variant& PreparedCall::variant(Kernel kernel, bool gather) const {
 Extents PreparedCall::extents() const {
   // The sequences of a packed batch share row_state and tile bits.
   const int64_t stored_heads = packed ? query.size(1) : heads, stored_kv_heads = packed ? key.size(1) : kv_heads;
-  const int64_t query_tile_rows = stored_heads * arguments.queries.tile_rows.value,
-                key_tile_rows = stored_kv_heads * arguments.keys.tile_rows.value,
-                query_tile_pairs = query_tile_rows * count_tiles(arguments.keys.max_seqlen.value),
-                key_tile_pairs = key_tile_rows * count_tiles(arguments.queries.max_seqlen.value);
-  return {
-      .query_tile_pairs = query_tile_pairs,
-      .tile_pairs = std::max(query_tile_pairs, key_tile_pairs),
-      .tile_rows = std::max(query_tile_rows, key_tile_rows),
-      .state_rows = stored_heads * arguments.queries.rows.value,
-      .tile_words = query_tile_rows * arguments.tile_words.value,
-      .kv_heads = kv_heads,
+  const auto side = [](const Sequences& sequences, int64_t stored) {
+    return Extents::Side{.tile_rows = stored * sequences.tile_rows.value, .max_seqlen = sequences.max_seqlen.value};
   };
+  const Extents::Side queries = side(arguments.queries, stored_heads);
+  Extents extents = Extents::of_tiles(queries, side(arguments.keys, stored_kv_heads));
+  extents.state_rows = stored_heads * arguments.queries.rows.value;
+  extents.tile_words = queries.tile_rows * arguments.tile_words.value;
+  extents.kv_heads = kv_heads;
+  return extents;
 }
 
 }  // namespace adasplash::cuda::portable

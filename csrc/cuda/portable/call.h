@@ -26,6 +26,11 @@ class AlignedResult {
   const at::Tensor result_;
 };
 
+// The options that are tensors, as the kernels take them: dense, of int32 and float32. Undefined where not given.
+struct OptionTensors {
+  at::Tensor query_lengths, key_lengths, alphas, slopes;
+};
+
 // Holds whatever the kernels are given pointers to.
 class PreparedCall {
  public:
@@ -46,8 +51,7 @@ class PreparedCall {
   Extents extents() const;
 
  private:
-  // What the kernels are given as int32 and float32, kept alive.
-  const at::Tensor query_lengths_, key_lengths_, alphas_, slopes_;
+  const OptionTensors tensors_;
 
  public:
   const bool packed;
