@@ -70,9 +70,9 @@ def attention(
     gather_below: int = 101,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
-    ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys, (B,)
-    lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k,
-    longest query, longest key)."""
+    ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
+    (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
+    cu_seqlens_k, longest query, longest key)."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
@@ -153,7 +153,7 @@ def attention(
         return Result(out, row_state, bits)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
-    if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # rows before the first are the host's to zero, as the backward does
+    if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
         dk.zero_(), dv.zero_()
     row_terms = torch.full((*row_state.shape[:-1], 4), garbage)
     tile_lists.fill_(1 << 30)

@@ -121,7 +121,7 @@ def column_counts(x):
 @triton.jit
 def alpha_term(p, log, alpha):
     """(t - t ln t - 1) / (alpha - 1)^2 of an excess t. Times the gradient ds of its score it is what a key adds to the
-    gradient of alpha. For p = t^(1/(alpha-1)) and t = (alpha - 1) score - tau give dp/dalpha = u (t - t ln t + c) /
+    gradient of alpha: p = t^(1/(alpha-1)) and t = (alpha - 1) score - tau give dp/dalpha = u (t - t ln t + c) /
     (alpha - 1)^2 with a c that all keys of a row share. As the ds of a row sum to 0, any c will do, and with -1 nothing
     cancels near t = 1. Here t = e^x with x = (alpha - 1) ln p, and near x = 0 its series is taken, which starts at
     -x^2/2. `log` is log2 p."""
@@ -153,15 +153,15 @@ def threshold_step(sum_p, sum_u, gap, near, alpha, ALPHA: tl.constexpr):
 
     For alpha = 1.5 p is excess^2 and u is excess. If n keys have weight before and after, a step takes
     step (2 sum u - n step) off sum p, so the step is the root of a polynomial of the second degree. Counting n would be
-    a quarter of the instructions, so it is guessed from the sums. It is never below (sum u)^2 / sum p, which it is where
-    all excesses are equal; that is taken for rows far from their solution, and makes the step `newton_step`. For rows
-    that are `near` it is 2 (sum u)^2 / sum p - (sum u) / L, with L = -gap the largest excess there can be. This is right
-    where the excesses x from 0 to L are as dense as (1 - x/L)^b with any b > -1: equal ones (b near -1), uniform ones
-    (b = 0), and exponential ones (large b) are.
+    a quarter of the instructions, so it is guessed from the sums. It is never below (sum u)^2 / sum p, which it is
+    where all excesses are equal; that is taken for rows far from their solution, and makes the step `newton_step`. For
+    rows that are `near` it is 2 (sum u)^2 / sum p - (sum u) / L, with L = -gap the largest excess there can be. This is
+    right where the excesses x from 0 to L are as dense as (1 - x/L)^b with any b > -1: equal ones (b near -1), uniform
+    ones (b = 0), and exponential ones (large b) are.
 
-    Once P is known, so is sum u after the step: what the step took off sum p is step times (sum u before + after). After
-    small steps that difference is mostly rounding, and sum u - n step does better. For alpha = 2 the polynomial is of
-    the first degree, and its root is newton_step."""
+    Once P is known, so is sum u after the step: what the step took off sum p is step times (sum u before + after).
+    After small steps that difference is mostly rounding, and sum u - n step does better. For alpha = 2 the polynomial
+    is of the first degree, and its root is newton_step."""
     if ALPHA == ALPHA_1_5:
         least = sum_u * sum_u / sum_p
         count = tl.where(near, 2.0 * least + sum_u / gap, least)

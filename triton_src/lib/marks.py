@@ -60,8 +60,8 @@ def marks_of(qk, z_scale, threshold, broken, EXACT: tl.constexpr):
 
 @triton.jit
 def gathers(probe_counts, kv_head, gather_below):
-    """Whether of the probed keys of a key head (numbered through all sequences, see kv_head_of) less than `gather_below` per
-    cent weigh, so that to gather them pays. 0 per cent: nothing was probed."""
+    """Whether of the probed keys of a key head (numbered through all sequences, see kv_head_of) less than
+    `gather_below` per cent weigh, so that to gather them pays. 0 per cent: nothing was probed."""
     weigh = tl.load(probe_counts + 2 * kv_head, mask=gather_below > 0, other=0)
     probed = tl.load(probe_counts + 2 * kv_head + 1, mask=gather_below > 0, other=0)
     return weigh.to(tl.int64) * 100 < probed.to(tl.int64) * gather_below
