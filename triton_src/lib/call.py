@@ -1,4 +1,8 @@
-"""What a call is, and what every program of attention begins with: which head of which sequence it works on."""
+"""What a call is, and what every program of attention begins with: which head of which sequence it works on.
+
+attend, mark and grad_query begin alike, but between the loads that they share some have others. The compiler keeps the
+order of loads, and one function for all of the beginning would change it; so they share the functions here instead.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .entmax import Alpha, alpha_of_head
-from .matrices import Rows, rows_of_head
+from .matrices import rows_of_head
 from .scores import HeadScale, Scores, qk_slope_of, z_scale_of
 from .tile_lists import first_tile_row
 from .visibility import TILE, Band, Sequence, Sequences, sequence_bounds
@@ -63,9 +67,7 @@ def query_rows_of(matrix, at, columns, end):
 @triton.jit
 def key_rows_of(matrix, at, columns, end):
     """The Rows of a Head's key head in a matrix with a row for each key."""
-    start = at.batch * matrix.batch_stride
-    start = start + (at.head // at.group) * matrix.head_stride + at.keys.offset * matrix.row_stride
-    return Rows(matrix.data + start, matrix.row_stride, columns, end)
+    return rows_of_head(matrix, at.batch, at.head // at.group, at.keys.offset, columns, end)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.constexpr_function
 def fixed_alpha(ALPHA):
-    """Whether code is for one alpha. It looks for no other, and has no ALiBi: its time is short."""
+    """Whether code is for one alpha. Such code does not look for another, and has no ALiBi: its time is short."""
     return ALPHA != ALPHA_ANY
 
 
