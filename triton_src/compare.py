@@ -22,7 +22,7 @@ from pathlib import Path
 RESOURCES = ("warps", "shared", "registers", "spilled", "stack")
 
 # What arguments were called before they were parts of named tuples; the strides of tensors, query_row and so on, are
-# in `current_name`.
+# in `current_name`. Only a comparison with a checkout from before that needs them: drop both once none is of use.
 RENAMED = {
     "numbers": "tile_margins",
     "lists": "tile_lists",

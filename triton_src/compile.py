@@ -74,11 +74,25 @@ def sources(module):
         if name in found:
             continue
         found[name] = Path(importlib.util.find_spec(name).origin)
-        package = name.split(".")[:-1]
-        for node in ast.walk(ast.parse(found[name].read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                waiting.append(".".join([*package[: len(package) + 1 - node.level], node.module]))
+        package = name.split(".")[: None if found[name].name == "__init__.py" else -1]
+        waiting += imported_modules(found[name].read_text(), package)
     return sorted(found.values())
+
+
+def imported_modules(text, package):
+    """The modules of this package that some source text imports, in any form, if it stands in a package [of names]."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            found.append(module)
+            if module.split(".")[0] == package[0] and importlib.util.find_spec(module).submodule_search_locations:
+                parts = (f"{module}.{alias.name}" for alias in node.names)  # modules, or names in the package's own
+                found += [part for part in parts if importlib.util.find_spec(part)]
+    return [name for name in found if name.split(".")[0] == package[0]]
 
 
 def cache_key(variant, arch):

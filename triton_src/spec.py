@@ -75,7 +75,7 @@ class Spec:
     programs: str  # what one of them works on, and how many there are
     shapes: str  # the part of tiles.json that has its tile shapes
     gathers: bool = False  # whether there is also code, with GATHER, for what `mark` marked
-    alphas: tuple[str, ...] = ("any", "1_5", "2")  # that code may be made for
+    alphas: tuple[str, ...] = ("any", "1_5", "2")  # that code may be made for; "any" serves those that have none
     scratch: dict[str, str] = field(default_factory=dict)  # memory the caller lends it, and what of it
 
     def __post_init__(self):

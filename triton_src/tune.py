@@ -11,6 +11,7 @@ import itertools
 import json
 import statistics
 import struct
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, replace
@@ -33,7 +34,7 @@ from .variants import Shape
 
 INPUTS = ("structured:0.5", "structured:0.85", "gaussian:1.5")
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-COMPARED = {  # of what each kernel writes
+COMPARED = {  # of what each kernel writes; a kernel that is missing here is an error
     "attend": ("out", "row_state", "tiles"),
     "mark": ("key_marks", "row_marks"),
     "grad_query": ("grad_query", "row_terms"),
@@ -69,7 +70,9 @@ class Kernel:
 
     def launch(self, programs, values):
         arguments = [*self.variant.arguments(), *APPENDED]
-        data = struct.pack(packing(arguments), *(values.get(name, 0) for name, _ in arguments))
+        if missing := [name for name, _ in arguments if name not in values]:
+            raise ValueError(f"{self.variant.kernel}: Problem does not know the arguments {', '.join(missing)}")
+        data = struct.pack(packing(arguments), *(values[name] for name, _ in arguments))
         size = ctypes.c_size_t(len(data))
         buffer = ctypes.create_string_buffer(data, len(data))
         # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE and CU_LAUNCH_PARAM_END
@@ -104,7 +107,12 @@ class Problem:
             "gathered": torch.empty(batch, heads, tile_rows, GATHER_ROOM.value, dtype=torch.int32, **like),
             "tiles": torch.zeros(batch, heads, tile_rows, count_tile_words(length), dtype=torch.int32, **like),
         }  # fmt: skip
-        self.values = {}
+        # What is not asked for here: lengths, alphas and slopes in memory, the gradient of alpha, a probe.
+        absent = (
+            "call.queries.lengths", "call.keys.lengths", "call.alpha.per_head", "call.scores.slopes",
+            "call.scores.slopes_batch_stride", "call.scores.has_slopes", "alpha_terms", "probe_from",
+        )  # fmt: skip
+        self.values = dict.fromkeys((*absent, *(name for name, _ in APPENDED)), 0)
         for name, x in self.tensors.items():
             if any(spec.arguments.get(name) is MATRIX for spec in variants.ATTENTION.values()):
                 places = (x.data_ptr(), *x.stride()[:3])
@@ -193,6 +201,8 @@ def main():
     parser.add_argument("--show", type=int, default=6, help="candidates to print for each kernel")
     parser.add_argument("--write", action="store_true", help="put the fastest into tiles.json")
     args = parser.parse_args()
+    if missing := variants.ATTENTION.keys() - COMPARED.keys():
+        sys.exit(f"COMPARED does not say what to compare of {', '.join(sorted(missing))}")
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
     alpha = {1.5: "1_5", 2.0: "2"}.get(args.alpha, "any")
     base = {

@@ -172,6 +172,8 @@ def attention_variants(arch: int):
     for dtype, block_d, alpha in specialisations():
         hot = arch in DEFAULT_ARCHS and block_d <= 128 and alpha in ("1_5", "2")
         for kernel, spec in ATTENTION.items():
+            if alpha not in spec.alphas:
+                continue
             for gather in (False, True) if spec.gathers else (False,):
                 shape = attention_shape(arch, kernel, dtype, block_d, alpha, gather)
                 yield Variant(kernel, dtype, block_d, alpha, shape, gather, hot)

@@ -1,5 +1,5 @@
-"""The kernels run by Triton's interpreter on CPU tensors, launched from Python. What the op does not offer yet, lengths
-and windows, can be asked for here."""
+"""The kernels run by Triton's interpreter on CPU tensors, launched from Python as the portable implementation
+(csrc/cuda/portable) launches them, with any tile shapes."""
 
 import os
 
@@ -63,18 +63,19 @@ def attention(
     grad: Tensor | None = None,
     scale: float | None = None,
     window: tuple[int, int] = (-1, -1),
-    lengths: tuple[Tensor, Tensor] | None = None,
+    lengths: tuple[Tensor | None, Tensor | None] = (None, None),
     offsets: tuple[Tensor, Tensor, int, int] | None = None,
     alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
-    ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys; or
-    packed ones (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key)."""
+    ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
+    (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
+    cu_seqlens_k, longest query, longest key)."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
-        query = -query  # as Call (csrc/cuda/portable/call.cpp) does
+        query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
     if offsets is None:
         batch, heads, longest_q, head_dim = query.shape
         kv_heads, longest_k = key.shape[1:3]
@@ -87,13 +88,20 @@ def attention(
     tile_rows, key_tile_rows = (count_tile_rows(rows, sequences) for rows in (rows_q, rows_k))
     tile_words = count_tile_words(longest_k)
     none = torch.zeros(1)  # where there are no lengths, alphas or slopes in memory
-    given = offsets[:2] if offsets else lengths or (none.int(), none.int())
-    packed, padded = visibility.LENGTHS_PACKED.value, visibility.LENGTHS_PADDED.value
-    lengths_kind = packed if offsets else padded if lengths else visibility.LENGTHS_NONE.value
+    given = [none.int() if x is None else x for x in (offsets[:2] if offsets else lengths)]
+
+    def kind(x):
+        if offsets:
+            return visibility.LENGTHS_PACKED.value
+        if x is None:
+            return visibility.LENGTHS_NONE.value
+        return (visibility.LENGTHS_PADDED if x.dim() == 1 else visibility.LENGTHS_BOUNDS).value
+
+    kinds = [kind(x) for x in lengths]
     left, right = (visibility.UNLIMITED.value if bound < 0 else bound for bound in window)
     call = Call(
-        queries=Sequences(given[0], lengths_kind, rows_q, longest_q, tile_rows),
-        keys=Sequences(given[1], lengths_kind, rows_k, longest_k, key_tile_rows),
+        queries=Sequences(given[0], kinds[0], rows_q, longest_q, tile_rows),
+        keys=Sequences(given[1], kinds[1], rows_k, longest_k, key_tile_rows),
         alpha=Alpha(none, entmax.ALPHA_NUMBER.value, alpha),
         scores=Scores(
             slopes=none,
@@ -145,6 +153,8 @@ def attention(
         return Result(out, row_state, bits)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
+    if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
+        dk.zero_(), dv.zero_()
     row_terms = torch.full((*row_state.shape[:-1], 4), garbage)
     tile_lists.fill_(1 << 30)
     key_marks = torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32)

@@ -18,10 +18,10 @@ TYPES = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda dtyp
 def check(inputs, *arguments, tiles=SMALL, **options):
     """Forward and backward, over tiles and over keys; `options` as the reference takes them. Returns the result."""
     grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
-    lengths = options.get("q_seqlens"), options.get("kv_seqlens")
-    mine = {name: value for name, value in options.items() if not name.endswith("seqlens")}
-    if lengths[0] is not None:
-        mine["lengths"] = tuple(x.int() for x in lengths)
+    mine = {name: value for name, value in options.items() if name not in ("q_seqlens", "kv_seqlens", "kv_starts")}
+    queries, ends, starts = (options.get(name) for name in ("q_seqlens", "kv_seqlens", "kv_starts"))
+    keys = ends if starts is None else torch.stack((starts, ends), -1)
+    mine["lengths"] = tuple(None if x is None else x.int() for x in (queries, keys))
 
     def dense(query, key, value, dtype):
         return reference.attention(query, key, value, *arguments, **options, dtype=dtype).out
@@ -154,6 +154,21 @@ def test_padded_batches(is_causal, tiles):
     exact = gradients(clean, grad, lambda *x: reference.attention(*x, 1.5, is_causal, **lengths).out)
     for mine, true in zip((actual.out, *actual[3:]), exact, strict=True):
         torch.testing.assert_close(mine.double(), true, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("window", ((-1, -1), (40, 3)), ids=("full", "window"))
+@pytest.mark.parametrize("tiles", (SMALL, BIG, PARTS), ids=("small", "big", "parts"))
+def test_keys_that_start_later(window, tiles):
+    """Bounds of the keys: around a tile, none of them, all of them; what is outside holds NaN and nothing shows it."""
+    bounds = dict(kv_starts=torch.tensor([3, 64, 90, 0]), kv_seqlens=torch.tensor([130, 127, 90, 1]))
+    inputs = make_inputs(4, 2, 70, 130, size=16, kv_heads=1)
+    row = torch.arange(130)
+    hidden = (row < bounds["kv_starts"][:, None]) | (row >= bounds["kv_seqlens"][:, None])
+    for x in (inputs.key, inputs.value):
+        x[hidden[:, None]] = torch.nan
+    for lengths in (dict(), dict(q_seqlens=torch.tensor([70, 64, 33, 1]))):
+        actual = check(inputs, 1.5, True, tiles=tiles, window=window, **bounds, **lengths)
+        assert not any(x[hidden[:, None]].any() for x in (actual.dk, actual.dv))
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))

@@ -153,6 +153,25 @@ print(*(path.name for path in sources(KERNELS[{kernel!r}].kernel.__module__)))
     assert ("mark.py" in found) == (kernel == "mark")
 
 
+def test_the_cache_follows_every_form_of_import(outside):
+    code = """
+from triton_src.compile import imported_modules
+text = '''
+import math, triton_src.launchers
+import triton.language as tl
+from . import matrices
+from .. import spec, KERNELS
+from ..attention.mark import mark
+from triton_src.lib import call
+from triton_src.variants import KERNELS
+'''
+print(*imported_modules(text, ["triton_src", "lib"]))
+"""
+    found = set(run(sys.executable, "-c", code, cwd=ROOT, env=outside).stdout.split())
+    names = ("launchers", "lib", "lib.matrices", "spec", "attention.mark", "lib.call", "variants")
+    assert found == {"triton_src", *(f"triton_src.{name}" for name in names)}
+
+
 def test_rows_of_activations_fit():
     from triton_src.variants import DEFAULT_ARCHS, LONGEST_ROW, shapes, variants
 

@@ -13,10 +13,20 @@ of gap = tau - row_max:
      the type: where it was not, the output is made again, a step further, and if need be sums again.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries
+from ..lib.call import (
+    block_of_program,
+    first_state_row,
+    head_in_sequence,
+    head_scale,
+    key_rows_of,
+    query_rows_of,
+    tile_row_of,
+)
 from ..lib.entmax import (
     ALPHA_1_5,
     ALPHA_2,
@@ -31,9 +41,8 @@ from ..lib.entmax import (
 )
 from ..lib.marks import WARP_ROWS
 from ..lib.matrices import (
+    ROW_PARTS,
     Code,
-    Factor,
-    Rows,
     any_row,
     cast,
     column_sums,
@@ -42,20 +51,20 @@ from ..lib.matrices import (
     load_factor,
     load_rows,
     max_or_nan,
+    rows_from,
     store_rows,
 )
-from ..lib.scores import QueryBlock, ScoreRules, block_scores
+from ..lib.scores import QueryBlock, block_scores, score_rules
 from ..lib.tile_lists import (
     LIST_CHUNK,
     WORD,
-    TileList,
     all_edges,
-    append,
-    first_tile_row,
+    list_tiles,
     listed_tile,
     part_of,
     stages,
     steps,
+    visit_tiles,
 )
 from ..lib.visibility import TILE, VisibleTiles, keys_of_block, ordered_tile, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
@@ -83,10 +92,10 @@ def attend(
     blocks = tl.cdiv(call.queries.max_seqlen, BLOCK_M)
     block, head, batch = block_of_program(blocks, call.heads)
     at = head_in_sequence(call, batch, head)
-    query_rows = Rows(*of_queries(query, at), call.head_dim, None, at.queries.length)
-    key_rows = Rows(*of_keys(key, at), call.head_dim, None, at.keys.length)
-    value_place = of_keys(value, at)
-    out_rows = Rows(*of_queries(out, at), call.value_dim, None, at.queries.extent)
+    query_rows = query_rows_of(query, at, call.head_dim, at.queries.length)
+    key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
+    value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
+    out_rows = query_rows_of(out, at, call.value_dim, at.queries.extent)
     row_state += 2 * first_state_row(call, at)
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
     first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
@@ -96,29 +105,30 @@ def attend(
     row = first_row + tl.arange(0, BLOCK_M)
     visible = visible_keys(row, at.band)
     sees = visible.first < visible.end
-    q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
+    q = load_factor(query_rows, first_row, BLOCK_M, CODE)
     scale = head_scale(call, batch, head, ALPHA)
-    queries = QueryBlock(q, key_rows, ScoreRules(row, at.band, visible, scale.qk_slope), scale)
+    queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
     tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
     keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
-    value_rows = Rows(*value_place, call.value_dim, keys_seen.first, keys_seen.end)
-    tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
+    value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
+    tile_row = tile_row_of(call, at, first_row)
     margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
     entries = tile_lists + tile_row * key_tiles
 
     row_max, gap = scan(queries, sees, tiles_seen, margins, SCAN_CODE)
-    finite = sees & (tl.abs(row_max) + scale.alpha < float("inf"))  # alpha may be NaN
-    row_max = tl.where(finite, row_max, 0.0)
-    gap = tl.where(finite, gap, float("inf"))  # rows that see nothing, and rows that are NaN, weigh nothing below
+    # Rows that see a NaN or an infinite score are broken, and all rows where alpha is NaN: their output is NaN.
+    sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
+    row_max = tl.where(sound, row_max, 0.0)
+    gap = tl.where(sound, gap, float("inf"))  # rows that see nothing, and broken ones, weigh nothing below
     tl.debug_barrier()  # what other threads wrote is read from here on
     candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
-    weighted, sum_p, gap = solve(queries, value_rows, row_max, gap, finite, candidates, margins, CODE)
+    weighted, sum_p, gap = solve(queries, value_rows, row_max, gap, sound, candidates, margins, CODE)
 
-    broken = sees & ~finite
+    broken = sees & ~sound
     row_max = tl.where(broken, float("nan"), row_max)
     tl.store(row_state + 2 * row, row_max, mask=row < at.queries.extent)
     tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), gap), mask=row < at.queries.extent)
-    weighted *= (1.0 / tl.where(finite & (sum_p > 0.0), sum_p, 1.0))[:, None]
+    weighted *= (1.0 / tl.where(sound & (sum_p > 0.0), sum_p, 1.0))[:, None]
     weighted = tl.where(broken[:, None], float("nan"), weighted)
     store_rows(out_rows, weighted, first_row, BLOCK_M, BLOCK_D)
     store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, tiles_seen, any_row(broken))
@@ -145,16 +155,16 @@ ATTEND = Spec(
 
 
 @triton.jit
-def scan(queries, sees, tiles, margins, CODE):
+def scan(queries, sees, tiles_seen, margins, CODE):
     """(row_max, a lower bound of gap) of each row. Writes the margins of each visible tile, as the upper half of an
     fp32; `margins` are pointers to those of tile 0. BLOCK_N is a multiple of TILE."""
     # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
     MANY: tl.constexpr = CODE.BLOCK_N // TILE
     EDGE_CODE: tl.constexpr = Code(CODE.BLOCK_M, TILE, CODE.BLOCK_D, CODE.STEP_D, CODE.ALPHA, CODE.EXACT)
-    whole = tiles.inner // MANY * MANY
-    edge = tiles.edge + (tiles.inner - whole)
-    one_by_one = VisibleTiles(tiles.first, tiles.inner_first, whole, edge)
-    never = tl.where(sees, 0.0, float("-inf"))  # see nothing, ask for no tile
+    whole = tiles_seen.inner // MANY * MANY
+    edge = tiles_seen.edge + (tiles_seen.inner - whole)
+    one_by_one = VisibleTiles(tiles_seen.first, tiles_seen.inner_first, whole, edge)
+    never = tl.where(sees, 0.0, float("-inf"))  # added to margins: a row that sees no key makes no tile a candidate
     row_max = tl.full([CODE.BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     largest = tl.full([CODE.BLOCK_M, CLASSES], float("-inf"), tl.float32)
     for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find row_max there
@@ -163,12 +173,12 @@ def scan(queries, sees, tiles, margins, CODE):
                 tile = ordered_tile(whole + edge - 1 - index, one_by_one)
                 qk = block_scores(queries, tile * TILE, EDGE_CODE, True)
             else:
-                tile = tiles.inner_first + index * MANY
+                tile = tiles_seen.inner_first + index * MANY
                 qk = block_scores(queries, tile * TILE, CODE, False)
             row_max, largest, above = maxima(qk, row_max, largest)
             margin = largest_of_warps(above + (tl.abs(row_max) * ROUNDING + never)[:, None, None]) * queries.scale.z
-            place = tile + tl.arange(0, 1 if EDGE else MANY)
-            tl.store(margins[:, None] + place[None, :], upper_half(margin))
+            scanned = tile + tl.arange(0, 1 if EDGE else MANY)
+            tl.store(margins[:, None] + scanned[None, :], upper_half(margin))
 
     row_max *= queries.scale.z
     return row_max, gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA)
@@ -177,15 +187,16 @@ def scan(queries, sees, tiles, margins, CODE):
 @triton.jit
 def maxima(qk, row_max, largest):
     """(row_max, largest, (rows, tiles, 4) numbers whose maximum is a tile's largest score less row_max) with the scores
-    of some tiles' keys. Keys of one class are those that a thread holds itself: equal modulo 8."""
+    of some tiles' keys. Keys of one class are equal modulo ROW_PARTS, so that one thread holds them. A row of a tile is
+    held by four threads, each with two of the ROW_PARTS: the four numbers are theirs, not to be compared yet."""
     ROWS: tl.constexpr = qk.shape[0]
     TILES: tl.constexpr = qk.shape[1] // TILE
     SPAN: tl.constexpr = CLASSES // TILES  # classes that a tile's keys fall into
-    here = max_or_nan(tl.reshape(qk, [ROWS, TILES, SPAN // 8, TILE // SPAN, 8]), 3)
+    here = max_or_nan(tl.reshape(qk, [ROWS, TILES, SPAN // ROW_PARTS, TILE // SPAN, ROW_PARTS]), 3)
     largest = tl.maximum(largest, tl.reshape(here, [ROWS, CLASSES]))
-    of_tile = max_or_nan(tl.reshape(max_or_nan(here, 2), [ROWS, TILES, 4, 2]), 3)  # of each such thread
-    row_max = tl.maximum(row_max, max_or_nan(max_or_nan(of_tile, 1), 1), propagate_nan=tl.PropagateNan.ALL)
-    return row_max, largest, of_tile - row_max[:, None, None]
+    of_thread = max_or_nan(tl.reshape(max_or_nan(here, 2), [ROWS, TILES, ROW_PARTS // 2, 2]), 3)
+    row_max = tl.maximum(row_max, max_or_nan(max_or_nan(of_thread, 1), 1), propagate_nan=tl.PropagateNan.ALL)
+    return row_max, largest, of_thread - row_max[:, None, None]
 
 
 @triton.jit
@@ -219,22 +230,18 @@ def upper_half(x):
 
 
 @triton.jit
-def list_candidates(entries, margins, gap, visible, ALPHA: tl.constexpr):
+def list_candidates(entries, margins, gap, tiles_seen, ALPHA: tl.constexpr):
     """The TileList of the visible tiles with a margin above the lowest gap of its rows."""
-    threshold = tl.min(tl.reshape(gap, [TILE // WARP_ROWS, WARP_ROWS]), 1)[:, None]
-    count = 0
-    inner = 0
-    for start in range(0, visible.inner + visible.edge, LIST_CHUNK):
-        index = start + tl.arange(0, LIST_CHUNK)
-        tile = ordered_tile(index, visible)
-        known = index < visible.inner + visible.edge
-        margin = tl.load(margins[:, None] + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
-        above = margin.to(tl.float32, bitcast=True) > threshold
-        wanted = known & (tl.max(above.to(tl.int32), 0) > 0)
-        count = append(entries, count, tile, wanted)
-        inner += tl.sum((wanted & (index < visible.inner)).to(tl.int32), 0)
-    tl.debug_barrier()  # what other threads wrote is read from here on
-    return TileList(entries, 0 if all_edges(ALPHA) else inner, count)
+    lowest_gap = tl.min(tl.reshape(gap, [TILE // WARP_ROWS, WARP_ROWS]), 1)[:, None]
+    return list_tiles(may_weigh, (margins, lowest_gap), entries, tiles_seen, ALPHA)
+
+
+@triton.jit
+def may_weigh(tile, index, known, context):
+    margins, lowest_gap = context
+    margin = tl.load(margins[:, None] + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
+    above = margin.to(tl.float32, bitcast=True) > lowest_gap
+    return known & (tl.max(above.to(tl.int32), 0) > 0)
 
 
 # ---- tau, and the output ---------------------------------------------------------------------------------------------
@@ -266,7 +273,7 @@ def a_step_away(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def solve(queries, value_rows, row_max, gap, finite, candidates, margins, CODE):
+def solve(queries, value_rows, row_max, gap, sound, candidates, margins, CODE):
     """(the weighted values, the sum of their weights, gap) of each row, as the file's head says. The gap is a step
     ahead of the one that the values were weighted at."""
     DTYPE: tl.constexpr = value_rows.data.dtype.element_ty
@@ -275,14 +282,14 @@ def solve(queries, value_rows, row_max, gap, finite, candidates, margins, CODE):
     sum_u = tl.zeros([CODE.BLOCK_M], tl.float32)
     slope_u = tl.zeros([CODE.BLOCK_M], tl.float32)  # of sum u as sum p moves
     solved = gap
-    moving = finite  # rows that look for gap; the others stay as they are: no row's bits depend on its neighbours
+    moving = sound  # rows that look for gap; the others stay as they are: no row's bits depend on its neighbours
     attempts = 0
-    outputs = 0
+    outputs_made = 0
     more = 1
     while more > 0:
         # 1. Sums at gap, until all rows are a step away. Before a second output they mostly are; for a third it takes
         # new sums, as what sum u is guessed from then is two steps old.
-        distant = moving & (outputs % 2 == 0)
+        distant = moving & (outputs_made % 2 == 0)
         while any_row(distant):
             threshold = threshold_of(row_max, gap, CODE.EXACT)
             sum_p, here_u = sum_weights(queries, threshold, candidates, CODE)
@@ -304,7 +311,7 @@ def solve(queries, value_rows, row_max, gap, finite, candidates, margins, CODE):
             here_u = tl.maximum(here_u, sum_p / -gap)
         step = newton_step(sum_p, here_u, queries.scale.alpha, CODE.ALPHA)
         attempts += 1
-        outputs += 1
+        outputs_made += 1
         solved = tl.where(moving, gap + step, solved)
         moved = (gap + step != gap) & (attempts < ATTEMPTS)
         moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(DTYPE))
@@ -317,10 +324,11 @@ def solve(queries, value_rows, row_max, gap, finite, candidates, margins, CODE):
 def sum_weights(queries, threshold, candidates, CODE):
     """(sum p, sum u) of each row; for alpha = 2 u is 1, and counted."""
     PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
-    part_p = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
-    part_u = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
-    part_n = tl.zeros([CODE.BLOCK_M, 8], tl.int32)
-    lost = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    part_p = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
+    part_u = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
+    part_n = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.int32)
+    lost = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
+    # The loop of visit_tiles, but that a step's keys are known before the next tile is read, which spills less.
     for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
         begin, end = steps(candidates, PARTS, EDGE)
         ahead = listed_tile(candidates.entries, begin, end, PARTS)
@@ -339,51 +347,61 @@ def sum_weights(queries, threshold, candidates, CODE):
     return sum_p, tl.sum(part_n, 1).to(tl.float32) if CODE.ALPHA == ALPHA_2 else tl.sum(part_u, 1)
 
 
+class ValueSums(NamedTuple):
+    """Sums over a row's keys; but for the first in ROW_PARTS parts."""
+
+    p_v: tl.tensor
+    p: tl.tensor
+    u: tl.tensor  # in the code for any alpha
+    lost: tl.tensor  # of p, see kahan_add
+    weight: tl.tensor  # of the tile that is being visited, for each WARP_ROWS rows: above 0 if any of its keys weighs
+
+
 @triton.jit
 def weigh_values(queries, value_rows, threshold, candidates, margins, CODE):
     """(sum p v, sum p, sum u) of each row, the last in the code for any alpha alone. The margins of a tile become 1 if
     its keys weigh for any of their rows, else 0."""
-    PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
+    zeros = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
     weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
-    part_p = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
-    part_u = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
-    lost = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
-    weight = tl.zeros([TILE // WARP_ROWS], tl.int32)
-    for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
-        begin, end = steps(candidates, PARTS, EDGE)
-        ahead = listed_tile(candidates.entries, begin, end, PARTS)
-        for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
-            tile = ahead
-            ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
-            first_key = tile * TILE + part_of(index, PARTS) * CODE.BLOCK_N
-            qk = block_scores(queries, first_key, CODE, EDGE)
-            excess = excess_of(qk, queries.scale.z, threshold, 0, CODE.EXACT)
-            p, u = weights(excess, queries.scale.alpha, CODE.ALPHA, CODE.EXACT)
-            v = load_rows(value_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
-            weighted = dot(cast(p, v.dtype), v, weighted)
-            here = column_sums(p)
-            part_p, lost = kahan_add(part_p, lost, here, CODE.EXACT)
-            if CODE.ALPHA == ALPHA_ANY:
-                here = column_sums(u)
-                part_u += here
-            weight = tl.where(part_of(index, PARTS) > 0, weight, 0)
-            here = tl.reshape(here.to(tl.int32, bitcast=True), [TILE // WARP_ROWS, WARP_ROWS * 8])
-            weight = tl.maximum(weight, tl.max(here, 1))  # as integers, which order as numbers from 0 on do
-            tl.store(margins + tile, (weight > 0).to(tl.int16))
-    return weighted, tl.sum(part_p, 1), tl.sum(part_u, 1)
+    sums = ValueSums(weighted, zeros, zeros, zeros, tl.zeros([TILE // WARP_ROWS], tl.int32))
+    sums = visit_tiles(add_values, sums, (queries, value_rows, threshold, margins), candidates, CODE)
+    return sums.p_v, tl.sum(sums.p, 1), tl.sum(sums.u, 1)
 
 
 @triton.jit
-def store_tile_bits(bits, tile_words, margins, visible, spoilt):
-    """The words of a tile row: a bit for each tile that holds weight; all that are seen if spoilt, as NaN goes back to
-    all keys that were seen."""
+def add_values(sums, tile, index, context, CODE, EDGE: tl.constexpr):
+    queries, value_rows, threshold, margins = context
+    PARTS: tl.constexpr = TILE // CODE.BLOCK_N
+    part_u = sums.u
+    first_key = tile * TILE + part_of(index, PARTS) * CODE.BLOCK_N
+    qk = block_scores(queries, first_key, CODE, EDGE)
+    excess = excess_of(qk, queries.scale.z, threshold, 0, CODE.EXACT)
+    p, u = weights(excess, queries.scale.alpha, CODE.ALPHA, CODE.EXACT)
+    v = load_rows(value_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
+    weighted = dot(cast(p, v.dtype), v, sums.p_v)
+    here = column_sums(p)
+    part_p, lost = kahan_add(sums.p, sums.lost, here, CODE.EXACT)
+    if CODE.ALPHA == ALPHA_ANY:
+        here = column_sums(u)
+        part_u += here
+    weight = tl.where(part_of(index, PARTS) > 0, sums.weight, 0)
+    here = tl.reshape(here.to(tl.int32, bitcast=True), [TILE // WARP_ROWS, WARP_ROWS * ROW_PARTS])
+    weight = tl.maximum(weight, tl.max(here, 1))  # as integers, which order as numbers from 0 on do
+    tl.store(margins + tile, (weight > 0).to(tl.int16))
+    return ValueSums(weighted, part_p, part_u, lost, weight)
+
+
+@triton.jit
+def store_tile_bits(bits, tile_words, margins, tiles_seen, any_broken):
+    """The words of a tile row: a bit for each tile that holds weight; all that are seen if any row is
+    broken, as NaN goes back to all keys that were seen."""
     words = tl.arange(0, LIST_CHUNK // WORD)
     tl.debug_barrier()
     for start in range(0, tile_words, LIST_CHUNK // WORD):
         tile = start * WORD + tl.arange(0, LIST_CHUNK)
-        seen = (tile >= visible.first) & (tile < visible.first + visible.inner + visible.edge)
+        seen = (tile >= tiles_seen.first) & (tile < tiles_seen.first + tiles_seen.inner + tiles_seen.edge)
         # 1 where a visited tile holds weight; those of scan are negative or NaN
         margin = tl.load(margins[:, None] + tile[None, :], mask=seen[None, :], other=0)
-        weighs = seen & (spoilt | (tl.max((margin == 1).to(tl.int32), 0) > 0))
+        weighs = seen & (any_broken | (tl.max((margin == 1).to(tl.int32), 0) > 0))
         tile_bits = tl.reshape(weighs.to(tl.int32) << (tile % WORD), [LIST_CHUNK // WORD, WORD])
         tl.store(bits + start + words, tl.sum(tile_bits, 1), mask=start + words < tile_words)

@@ -6,24 +6,24 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, of_queries
+from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, query_rows_of
 from ..lib.entmax import excess_of, weights
-from ..lib.marks import GATHER_ROOM, gathers, list_marked, listed_step, rows_of_step
+from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
     Code,
     Factor,
-    Rows,
+    RowsFrom,
     cast,
     dot,
-    head_of,
     load_factor,
     load_rows,
     products,
     row_numbers,
+    rows_of_head,
     store_rows,
 )
 from ..lib.scores import HeadScale, ScoreRules, scores_of
-from ..lib.tile_lists import LIST_CHUNK, WORD, TileList, all_edges, append, first_tile_row, stages
+from ..lib.tile_lists import LIST_CHUNK, WORD, TileList, all_edges, append, first_tile_row
 from ..lib.visibility import TILE, first_row_that_sees, sequence_bounds, visible_keys
 from ..spec import CALL, MATRIX, Spec
 from .grad_query import load_terms
@@ -37,11 +37,18 @@ class KeyBlock(NamedTuple):
     v: Factor
 
 
+class KeyValueSums(NamedTuple):
+    """Sums over rows, of a block of keys."""
+
+    dk: tl.tensor
+    dv: tl.tensor
+
+
 class HeadRows(NamedTuple):
     """What is read of the queries of a head."""
 
-    query_rows: Rows
-    grad_out_rows: Rows
+    query_rows: RowsFrom
+    grad_out_rows: RowsFrom
     row_terms: tl.tensor
     scale: HeadScale
 
@@ -64,20 +71,21 @@ def grad_key_value(
     keys = sequence_bounds(call.keys, batch)
     # The first of the heads that share the keys; what is of one of them goes from head to head.
     at = Head(batch, kv_head * call.group, call.group, queries, keys, band_of(call, queries, keys))
-    query_data, query_stride = of_queries(query, at)
-    grad_out_data, grad_out_stride = of_queries(grad_out, at)
-    key_rows = Rows(*head_of(key, batch, kv_head, keys.offset), call.head_dim, None, keys.length)
-    value_rows = Rows(*head_of(value, batch, kv_head, keys.offset), call.value_dim, None, keys.length)
-    grad_key_rows = Rows(*head_of(grad_key, batch, kv_head, keys.offset), call.head_dim, None, keys.extent)
-    grad_value_rows = Rows(*head_of(grad_value, batch, kv_head, keys.offset), call.value_dim, None, keys.extent)
+    query_rows = query_rows_of(query, at, call.head_dim, queries.length)
+    grad_out_rows = query_rows_of(grad_out, at, call.value_dim, queries.length)
+    key_rows = rows_of_head(key, batch, kv_head, keys.offset, call.head_dim, keys.length)
+    value_rows = rows_of_head(value, batch, kv_head, keys.offset, call.value_dim, keys.length)
+    grad_key_rows = rows_of_head(grad_key, batch, kv_head, keys.offset, call.head_dim, keys.extent)
+    grad_value_rows = rows_of_head(grad_value, batch, kv_head, keys.offset, call.value_dim, keys.extent)
     row_terms += 4 * first_state_row(call, at)
     first_key = block * BLOCK_N
     if first_key >= keys.extent:
         return
 
+    query_data, grad_out_data = query_rows.data, grad_out_rows.data  # from here on of one head after the other
     key_number = first_key + tl.arange(0, BLOCK_N)
-    k = Factor(load_factor(key_rows, first_key, BLOCK_N, CODE), key_rows, first_key)
-    v = Factor(load_factor(value_rows, first_key, BLOCK_N, CODE), value_rows, first_key)
+    k = load_factor(key_rows, first_key, BLOCK_N, CODE)
+    v = load_factor(value_rows, first_key, BLOCK_N, CODE)
     held = KeyBlock(key_number, k, v)
     key_tile = first_key // TILE
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
@@ -91,26 +99,28 @@ def grad_key_value(
     # Rows before that see nothing: they may hold anything, and 0 * NaN would reach the sums.
     sees_first = first_row_that_sees(at.band)
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    wide = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    sums = KeyValueSums(wide, wide)
     for member in range(call.group):
         scale = head_scale(call, batch, at.head + member, ALPHA)
-        query_rows = Rows(query_data, query_stride, call.head_dim, sees_first, queries.length)
-        grad_out_rows = Rows(grad_out_data, grad_out_stride, call.value_dim, sees_first, queries.length)
-        member_rows = HeadRows(query_rows, grad_out_rows, row_terms, scale)
+        member_query = RowsFrom(query_data, query_rows.stride, call.head_dim, queries.length, sees_first)
+        member_grad_out = RowsFrom(grad_out_data, grad_out_rows.stride, call.value_dim, queries.length, sees_first)
+        member_rows = HeadRows(member_query, member_grad_out, row_terms, scale)
         weighing = list_query_tiles(entries, query_tiles, tiles, call.tile_words, key_tile, at.band, CODE)
-        dk, dv = add_head(
-            dk, dv, held, member_rows, weighing, query_tiles, gathered, marks, key_tiles, at.band, CODE, GATHER
-        )
+        unused = query_tiles - weighing.count
+        marked = MarkedRows(marks, key_tiles, gathered)
+        context = (held, member_rows, at.band)
+        sums = visit_rows(add_queries, sums, context, weighing, unused, marked, BLOCK_M, True, CODE, GATHER)
         query_data += query.head_stride
         grad_out_data += grad_out.head_stride
         row_terms += 4 * call.queries.rows
         tiles += call.queries.tile_rows * call.tile_words
         marks += call.queries.tile_rows * key_tiles * (TILE // WORD)
 
-    dk *= tl.abs(call.scores.scale)  # with its sign the queries came; dq takes it as it is, as the keys did not
+    # Without its sign, which the queries came with; dq is multiplied by it as it is, as the keys came without.
+    dk = sums.dk * tl.abs(call.scores.scale)
     store_rows(grad_key_rows, dk, first_key, BLOCK_N, BLOCK_D)
-    store_rows(grad_value_rows, dv, first_key, BLOCK_N, BLOCK_D)
+    store_rows(grad_value_rows, sums.dv, first_key, BLOCK_N, BLOCK_D)
 
 
 GRAD_KEY_VALUE = Spec(
@@ -159,47 +169,23 @@ def list_query_tiles(entries, room, bits, tile_words, key_tile, band, CODE):
 
 
 @triton.jit
-def add_head(
-    dk, dv, keys, head, weighing, room, gathered, marks, marks_stride, band, CODE, GATHER: tl.constexpr
-):  # fmt: skip
-    """dk and dv with what the rows of a head add: all in the tiles of a list, which list_query_tiles made in its
-    `room`, or those that are marked there."""
-    unused = room - weighing.count
-    start = 0
-    while start < weighing.count:
-        if GATHER:
-            n, inner_n, start = list_marked(gathered, weighing, unused, marks, marks_stride, start)
-        else:
-            n, inner_n, start = weighing.count * TILE, weighing.inner * TILE, weighing.count
-        for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
-            begin, end = (inner_n // CODE.BLOCK_M, tl.cdiv(n, CODE.BLOCK_M)) if EDGE else (0, inner_n // CODE.BLOCK_M)
-            listed = weighing.entries + unused if EDGE else weighing.entries
-            ahead = listed_step(gathered, listed, begin, n, CODE.BLOCK_M, GATHER)
-            for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
-                rows = rows_of_step(ahead, index, CODE.BLOCK_M, GATHER)
-                ahead = listed_step(gathered, listed, index + 1, n, CODE.BLOCK_M, GATHER)
-                dk, dv = add_queries(dk, dv, rows, keys, head, band, CODE, EDGE)
-    return dk, dv
-
-
-@triton.jit
-def add_queries(dk, dv, rows, keys, head, band, CODE, EDGE: tl.constexpr):
-    """dk and dv with what some more rows of a head add."""
+def add_queries(sums, first_row, context, CODE, EDGE: tl.constexpr):
+    """The sums with what some more rows of a head add."""
+    held, head, band = context
     scale = head.scale
-    q = load_rows(head.query_rows, rows, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
-    do = load_rows(head.grad_out_rows, rows, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
-    terms = load_terms(head.row_terms, rows, band.query_length, CODE.BLOCK_M, EDGE)
-    qk = products(keys.k, head.query_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
-    row = row_numbers(rows, CODE.BLOCK_M)
-    rules = ScoreRules(row, band, None, scale.qk_slope)
-    qk = scores_of(qk, rules, keys.key_number, 1, CODE.ALPHA, EDGE)
+    q = load_rows(head.query_rows, first_row, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
+    do = load_rows(head.grad_out_rows, first_row, CODE.BLOCK_M, CODE.BLOCK_D, EDGE)
+    terms = load_terms(head.row_terms, first_row, band.query_length, CODE.BLOCK_M, EDGE)
+    qk = products(held.k, head.query_rows, first_row, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
+    rules = ScoreRules(row_numbers(first_row, CODE.BLOCK_M), band, None, scale.qk_slope)
+    qk = scores_of(qk, rules, held.key_number, 1, CODE.ALPHA, EDGE)
     p, u = weights(excess_of(qk, scale.z, terms.threshold, 1, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
     p = p * terms.normaliser[None, :] if CODE.EXACT else p + terms.normaliser[None, :]
     if EDGE:
         p = tl.where(qk == float("-inf"), 0.0, p)
-    dv = dot(cast(p, do.dtype), do, dv)
-    dp = products(keys.v, head.grad_out_rows, rows, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
+    dv = dot(cast(p, do.dtype), do, sums.dv)
+    dp = products(held.v, head.grad_out_rows, first_row, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
     ds = u * (dp - terms.delta[None, :])
     if EDGE:
         ds = tl.where(qk == float("-inf"), 0.0, ds)  # 0 * NaN
-    return dot(cast(ds, q.dtype), q, dk), dv
+    return KeyValueSums(dot(cast(ds, q.dtype), q, sums.dk), dv)

@@ -12,7 +12,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..lib.call import block_of_program, first_state_row, head_in_sequence, head_scale, of_keys, of_queries
+from ..lib.call import (
+    block_of_program,
+    first_state_row,
+    head_in_sequence,
+    head_scale,
+    key_rows_of,
+    kv_head_of,
+    query_rows_of,
+    tile_row_of,
+)
 from ..lib.entmax import (
     ALPHA_ANY,
     ALPHA_NUMBER,
@@ -23,11 +32,12 @@ from ..lib.entmax import (
     log2,
     weights,
 )
-from ..lib.marks import GATHER_ROOM, gathers, list_marked, listed_step, rows_of_step
+from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
+    ROW_PARTS,
     Code,
     Factor,
-    Rows,
+    RowsFrom,
     cast,
     column_sums,
     dot,
@@ -35,35 +45,40 @@ from ..lib.matrices import (
     load_factor,
     load_rows,
     products,
+    rows_from,
     store_rows,
 )
-from ..lib.scores import QueryBlock, ScoreRules, block_scores
-from ..lib.tile_lists import WORD, all_edges, first_tile_row, list_weighing, stages
+from ..lib.scores import QueryBlock, block_scores, score_rules
+from ..lib.tile_lists import WORD, list_weighing
 from ..lib.visibility import TILE, keys_of_block, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
 
 
-class OutputBlock(NamedTuple):
-    """The other side of a QueryBlock: its incoming gradients against values, and two numbers of each row that are taken
-    off sums, so that they do not cancel."""
+class BackwardBlock(NamedTuple):
+    """A block of queries as the backward meets keys and values with it."""
 
+    queries: QueryBlock
+    threshold: Threshold
     do: Factor
-    value_rows: Rows
+    value_rows: RowsFrom
+    # Two numbers of each row that are taken off terms of sums, so that these do not cancel: off dp, and off a key's
+    # part in the gradient of alpha.
     dp_shift: tl.tensor
     largest_term: tl.tensor
+    alpha_source: tl.tensor
 
 
 class Sums(NamedTuple):
-    """Sums over keys, of a block of rows; but for the last two in eight parts, see column_sums."""
+    """Sums over keys, of a block of rows; but for the last two in ROW_PARTS parts. dp is less dp_shift here."""
 
     p: tl.tensor  # in EXACT code
     lost: tl.tensor  # of p, see kahan_add
     u: tl.tensor
-    ds: tl.tensor  # u (dp - dp_shift)
+    u_dp: tl.tensor
     u_term: tl.tensor  # the same two times what a key adds to the gradient of alpha, where that is asked for
-    ds_term: tl.tensor
-    dk: tl.tensor  # sum of u (dp - dp_shift) k
-    uk: tl.tensor  # sum of u k
+    u_dp_term: tl.tensor
+    u_dp_k: tl.tensor
+    u_k: tl.tensor
 
 
 @triton.jit
@@ -77,17 +92,17 @@ def grad_query(
     where that is asked for. Visits the keys that are in `marks` if GATHER, else all of tiles with weight, of the key
     heads that `probe_counts` say so of."""
     block, head, batch = block_of_program(tl.cdiv(call.queries.max_seqlen, BLOCK_M), call.heads)
-    if gathers(probe_counts, batch * (call.heads // call.group) + head // call.group, gather_below) != GATHER:
+    if gathers(probe_counts, kv_head_of(call, batch, head), gather_below) != GATHER:
         return
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     at = head_in_sequence(call, batch, head)
-    query_rows = Rows(*of_queries(query, at), call.head_dim, None, at.queries.length)
-    key_place = of_keys(key, at)
-    value_place = of_keys(value, at)
-    out_rows = Rows(*of_queries(out, at), call.value_dim, None, at.queries.length)
-    grad_out_rows = Rows(*of_queries(grad_out, at), call.value_dim, None, at.queries.length)
-    grad_query_rows = Rows(*of_queries(grad_query, at), call.head_dim, None, at.queries.extent)
+    query_rows = query_rows_of(query, at, call.head_dim, at.queries.length)
+    key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
+    value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
+    out_rows = query_rows_of(out, at, call.value_dim, at.queries.length)
+    grad_out_rows = query_rows_of(grad_out, at, call.value_dim, at.queries.length)
+    grad_query_rows = query_rows_of(grad_query, at, call.head_dim, at.queries.extent)
     state_row = first_state_row(call, at)
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
     # In causal order the last are longest, and go first.
@@ -97,48 +112,30 @@ def grad_query(
 
     row = first_row + tl.arange(0, BLOCK_M)
     visible = visible_keys(row, at.band)
-    q = Factor(load_factor(query_rows, first_row, BLOCK_M, CODE), query_rows, first_row)
-    do = Factor(load_factor(grad_out_rows, first_row, BLOCK_M, CODE), grad_out_rows, first_row)
+    q = load_factor(query_rows, first_row, BLOCK_M, CODE)
+    do = load_factor(grad_out_rows, first_row, BLOCK_M, CODE)
     threshold, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
 
-    # The keys to visit: those that are marked of the tiles with weight, inner ones first.
-    tile_row = first_tile_row(call.queries, call.heads, batch, head, at.queries.offset) + first_row // TILE
+    # The keys to visit: all of the tiles with weight, or those that are marked there.
+    tile_row = tile_row_of(call, at, first_row)
     entries = tile_lists + tile_row * key_tiles
     gathered += tile_row * GATHER_ROOM
     marks += tile_row * key_tiles * (TILE // WORD)
     keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
-    key_rows = Rows(*key_place, call.head_dim, keys_seen.first, keys_seen.end)
-    value_rows = Rows(*value_place, call.value_dim, keys_seen.first, keys_seen.end)
+    key_rows = rows_from(key_rows, keys_seen.first, keys_seen.end)
+    value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
     tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
     bits = tiles + tile_row * call.tile_words
     weighing = list_weighing(entries, bits, tiles_seen, ALPHA)
 
-    queries = QueryBlock(q, key_rows, ScoreRules(row, at.band, visible, scale.qk_slope), scale)
+    queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
     dp_shift = output_products(do, out_rows, CODE)
-    outputs = OutputBlock(do, value_rows, dp_shift, term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT))
-    sums = sum_keys(queries, outputs, threshold, weighing, gathered, marks, call.alpha.source, CODE, GATHER)
+    largest_term = term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT)
+    held = BackwardBlock(queries, threshold, do, value_rows, dp_shift, largest_term, call.alpha.source)
+    sums = sum_keys(held, weighing, MarkedRows(marks, 1, gathered), CODE, GATHER)
 
-    sum_u = tl.sum(sums.u, 1)
-    sum_ds = tl.sum(sums.ds, 1)
-    mean = tl.where(sum_u > 0.0, sum_ds / sum_u, 0.0)  # delta - dp_shift
-    mean = tl.where(gap == gap, mean, float("nan"))
-    sees = visible.first < visible.end  # the other rows' queries and incoming gradients may be anything
-    dq = tl.where(sees[:, None], (sums.dk - mean[:, None] * sums.uk) * call.scores.scale, 0.0)
-    normaliser = tl.where(gap == gap, 0.0, float("nan"))
-    if EXACT:  # no fp32 threshold makes the sum of thousands of weights quite one
-        sum_p = tl.sum(sums.p, 1)
-        normaliser += 1.0 / tl.where(sum_p == 0.0, 1.0, sum_p)
-    normaliser = tl.where(sees, normaliser, 0.0)
-    place = row_terms + 4 * (state_row + row)
-    delta = tl.where(sees, mean + dp_shift, 0.0)
-    store_terms(place, RowTerms(threshold, delta, normaliser), row < at.queries.extent)
-    if ALPHA == ALPHA_ANY:  # noqa: SIM102
-        if call.alpha.source != ALPHA_NUMBER:
-            of_alpha = tl.sum(sums.ds_term, 1) - mean * tl.sum(sums.u_term, 1)
-            of_alpha = tl.where(sees, of_alpha, 0.0)
-            tl.store(alpha_terms + state_row + row, of_alpha, mask=row < at.queries.extent)
-    store_rows(grad_query_rows, dq, first_row, BLOCK_M, BLOCK_D)
+    store_sums(sums, held, gap, state_row, call.scores.scale, grad_query_rows, row_terms, alpha_terms, CODE)
 
 
 GRAD_QUERY = Spec(
@@ -162,52 +159,68 @@ GRAD_QUERY = Spec(
 
 
 @triton.jit
-def sum_keys(queries, outputs, threshold, weighing, gathered, marks, alpha_source, CODE, GATHER: tl.constexpr):
+def sum_keys(held, weighing, marked, CODE, GATHER: tl.constexpr):
     """The Sums over the tiles of a list, or over what is marked in them."""
-    narrow = tl.zeros([CODE.BLOCK_M, 8], tl.float32)
+    narrow = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
     wide = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
     sums = Sums(narrow, narrow, narrow, narrow, narrow, narrow, wide, wide)
-    start = 0
-    while start < weighing.count:
-        if GATHER:
-            n, inner_n, start = list_marked(gathered, weighing, 0, marks, 1, start)
-        else:
-            n, inner_n, start = weighing.count * TILE, weighing.inner * TILE, weighing.count
-        for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
-            begin, end = (inner_n // CODE.BLOCK_N, tl.cdiv(n, CODE.BLOCK_N)) if EDGE else (0, inner_n // CODE.BLOCK_N)
-            ahead = listed_step(gathered, weighing.entries, begin, n, CODE.BLOCK_N, GATHER)
-            # Steps of a whole tile (D = 64): fewer stages for edges made all of it 4 % slower (docs/cuda.md).
-            for index in tl.range(begin, end, num_stages=stages(EDGE and CODE.BLOCK_N < TILE, CODE.ALPHA)):
-                keys = rows_of_step(ahead, index, CODE.BLOCK_N, GATHER)
-                ahead = listed_step(gathered, weighing.entries, index + 1, n, CODE.BLOCK_N, GATHER)
-                sums = add_keys(sums, keys, queries, outputs, threshold, alpha_source, CODE, EDGE)
-    return sums
+    # Steps of a whole tile (D = 64) are faster with as many stages at edges (docs/notes/2026-11-26-kernel-tuning.md).
+    SHORT_EDGES: tl.constexpr = CODE.BLOCK_N < TILE
+    return visit_rows(add_keys, sums, held, weighing, 0, marked, CODE.BLOCK_N, SHORT_EDGES, CODE, GATHER)
 
 
 @triton.jit
-def add_keys(sums, keys, queries, outputs, threshold, alpha_source, CODE, EDGE: tl.constexpr):
+def add_keys(sums, first_key, held, CODE, EDGE: tl.constexpr):
     """The sums with some more keys."""
-    scale = queries.scale
-    k = load_rows(queries.key_rows, keys, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
-    qk = block_scores(queries, keys, CODE, EDGE)  # of the same rows of keys: one load for both
-    p, u = weights(excess_of(qk, scale.z, threshold, 0, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
-    dp = products(outputs.do, outputs.value_rows, keys, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
-    sum_p, lost, u_term, ds_term = sums.p, sums.lost, sums.u_term, sums.ds_term
+    queries, scale = held.queries, held.queries.scale
+    k = load_rows(queries.key_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
+    qk = block_scores(queries, first_key, CODE, EDGE)  # of the same rows of keys: one load for both
+    p, u = weights(excess_of(qk, scale.z, held.threshold, 0, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
+    dp = products(held.do, held.value_rows, first_key, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
+    sum_p, lost, sum_u_term, sum_u_dp_term = sums.p, sums.lost, sums.u_term, sums.u_dp_term
     if CODE.EXACT:
         sum_p, lost = kahan_add(sum_p, lost, column_sums(p), True)
     sum_u = sums.u + column_sums(u)
-    ds = u * (dp - outputs.dp_shift[:, None])
+    u_dp = u * (dp - held.dp_shift[:, None])
     if EDGE:
-        ds = tl.where(u == 0.0, 0.0, ds)  # 0 * NaN
-    sum_ds = sums.ds + column_sums(ds)
+        u_dp = tl.where(u == 0.0, 0.0, u_dp)  # 0 * NaN
+    sum_u_dp = sums.u_dp + column_sums(u_dp)
     if CODE.ALPHA == ALPHA_ANY:  # noqa: SIM102
-        if alpha_source != ALPHA_NUMBER:
-            term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - outputs.largest_term[:, None]
-            u_term += column_sums(u * term)
-            ds_term += column_sums(ds * term)
-    sum_dk = dot(cast(ds, k.dtype), k, sums.dk)
-    sum_uk = dot(cast(u, k.dtype), k, sums.uk)
-    return Sums(sum_p, lost, sum_u, sum_ds, u_term, ds_term, sum_dk, sum_uk)
+        if held.alpha_source != ALPHA_NUMBER:
+            term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - held.largest_term[:, None]
+            sum_u_term += column_sums(u * term)
+            sum_u_dp_term += column_sums(u_dp * term)
+    sum_u_dp_k = dot(cast(u_dp, k.dtype), k, sums.u_dp_k)
+    sum_u_k = dot(cast(u, k.dtype), k, sums.u_k)
+    return Sums(sum_p, lost, sum_u, sum_u_dp, sum_u_term, sum_u_dp_term, sum_u_dp_k, sum_u_k)
+
+
+@triton.jit
+def store_sums(sums, held, gap, state_row, scale, grad_query_rows, row_terms, alpha_terms, CODE):
+    """What follows from the sums of rows: dq, the terms, and the parts of the gradient of alpha."""
+    row = held.queries.rules.row
+    sum_u = tl.sum(sums.u, 1)
+    sum_u_dp = tl.sum(sums.u_dp, 1)
+    shifted_delta = tl.where(sum_u > 0.0, sum_u_dp / sum_u, 0.0)  # delta - dp_shift
+    shifted_delta = tl.where(gap == gap, shifted_delta, float("nan"))
+    visible = held.queries.rules.visible
+    sees = visible.first < visible.end  # the other rows' queries and incoming gradients may be anything
+    dq = tl.where(sees[:, None], (sums.u_dp_k - shifted_delta[:, None] * sums.u_k) * scale, 0.0)
+
+    normaliser = tl.where(gap == gap, 0.0, float("nan"))
+    if CODE.EXACT:  # no fp32 threshold makes the sum of thousands of weights quite one
+        sum_p = tl.sum(sums.p, 1)
+        normaliser += 1.0 / tl.where(sum_p == 0.0, 1.0, sum_p)
+    normaliser = tl.where(sees, normaliser, 0.0)
+    place = row_terms + 4 * (state_row + row)
+    delta = tl.where(sees, shifted_delta + held.dp_shift, 0.0)
+    store_terms(place, RowTerms(held.threshold, delta, normaliser), row < grad_query_rows.end)
+    if CODE.ALPHA == ALPHA_ANY:  # noqa: SIM102
+        if held.alpha_source != ALPHA_NUMBER:
+            of_alpha = tl.sum(sums.u_dp_term, 1) - shifted_delta * tl.sum(sums.u_term, 1)
+            of_alpha = tl.where(sees, of_alpha, 0.0)
+            tl.store(alpha_terms + state_row + row, of_alpha, mask=row < grad_query_rows.end)
+    store_rows(grad_query_rows, dq, held.do.first, CODE.BLOCK_M, CODE.BLOCK_D)
 
 
 @triton.jit
@@ -235,8 +248,8 @@ def term_of_largest_weight(gap, alpha, ALPHA: tl.constexpr, EXACT: tl.constexpr)
 
 
 class RowTerms(NamedTuple):
-    """Of rows: tau, delta, and the normaliser, by which weights are multiplied in EXACT code; to others it is added, 0
-    or, for rows that are NaN, NaN."""
+    """Of rows: tau, delta, and the normaliser, by which EXACT code multiplies weights; NaN for broken rows. Other code
+    needs none: there its place holds 0, or NaN for broken rows, which is added to weights and so makes them NaN."""
 
     threshold: Threshold
     delta: tl.tensor
@@ -253,9 +266,10 @@ def store_terms(place, terms, mask):
 
 @triton.jit
 def load_terms(row_terms, first, limit, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """The RowTerms of rows as in load_rows; those from `limit` on weigh nothing, but for a vector's absent ones
-    (4 * UNLIMITED is 0), which see no key. One load, as those of fewer numbers than there are threads are repeated by
-    all threads that need a number."""
+    """The RowTerms of rows as in load_rows; those from `limit` on weigh nothing. A vector that gathers rows has
+    UNLIMITED in places that it does not need; 4 * UNLIMITED overflows to 0, so they get the terms of row 0, which does
+    no harm: as rows beyond the sequence they see no key. One load, as those of fewer numbers than there are threads are
+    repeated by all threads that need a number."""
     if len(first.shape) > 0:
         place = tl.reshape(4 * first[:, None] + tl.arange(0, 4)[None, :], [4 * ROWS])
     else:

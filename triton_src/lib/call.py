@@ -1,4 +1,8 @@
-"""What a call is, and what every program of attention begins with: which head of which sequence it works on."""
+"""What a call is, and what every program of attention begins with: which head of which sequence it works on.
+
+attend, mark and grad_query begin alike, but between the loads that they share some have others. The compiler keeps the
+order of loads, and one function for all of the beginning would change it; so they share the functions here instead.
+"""
 
 from typing import NamedTuple
 
@@ -6,9 +10,10 @@ import triton
 import triton.language as tl
 
 from .entmax import Alpha, alpha_of_head
-from .matrices import head_of
+from .matrices import rows_of_head
 from .scores import HeadScale, Scores, qk_slope_of, z_scale_of
-from .visibility import Band, Sequence, Sequences, sequence_bounds
+from .tile_lists import first_tile_row
+from .visibility import TILE, Band, Sequence, Sequences, sequence_bounds
 
 
 class Call(NamedTuple):
@@ -54,17 +59,21 @@ def head_in_sequence(call, batch, head):
 
 
 @triton.jit
-def of_queries(matrix, at):
-    """`data` and `stride` of a Head's Rows, in a matrix with a row for each query."""
-    return head_of(matrix, at.batch, at.head, at.queries.offset)
+def query_rows_of(matrix, at, columns, end):
+    """A Head's Rows in a matrix with a row for each query."""
+    return rows_of_head(matrix, at.batch, at.head, at.queries.offset, columns, end)
 
 
 @triton.jit
-def of_keys(matrix, at):
-    """The same of a matrix with a row for each key, of the key head that is the Head's."""
-    start = at.batch * matrix.batch_stride
-    start = start + (at.head // at.group) * matrix.head_stride + at.keys.offset * matrix.row_stride
-    return matrix.data + start, matrix.row_stride
+def key_rows_of(matrix, at, columns, end):
+    """The Rows of a Head's key head in a matrix with a row for each key."""
+    return rows_of_head(matrix, at.batch, at.head // at.group, at.keys.offset, columns, end)
+
+
+@triton.jit
+def kv_head_of(call, batch, head):
+    """The number of a head's key head among those of all sequences."""
+    return batch * (call.heads // call.group) + head // call.group
 
 
 @triton.jit
@@ -83,3 +92,9 @@ def head_scale(call, batch, head, ALPHA: tl.constexpr):
     alpha = alpha_of_head(call.alpha, head, ALPHA)
     z_scale = z_scale_of(call.scores.scale, alpha)
     return HeadScale(alpha, z_scale, qk_slope_of(call.scores, batch, head, alpha, z_scale, ALPHA))
+
+
+@triton.jit
+def tile_row_of(call, at, first_row):
+    """The tile row of a Head's rows from `first_row` on."""
+    return first_tile_row(call.queries, call.heads, at.batch, at.head, at.queries.offset) + first_row // TILE

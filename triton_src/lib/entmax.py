@@ -27,6 +27,12 @@ LEAST_ALPHA = tl.constexpr(1.0078125)  # 1.01 as bfloat16 rounds it, which a ten
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.constexpr_function
+def fixed_alpha(ALPHA):
+    """Whether code is for one alpha. Such code does not look for another, and has no ALiBi: its time is short."""
+    return ALPHA != ALPHA_ANY
+
+
 class Alpha(NamedTuple):
     """Where alpha is: a number, or in memory, one for all heads or for each."""
 
@@ -51,8 +57,8 @@ def alpha_or_nan(alpha):
 
 @triton.jit
 def alpha_of_head(alpha, head, ALPHA: tl.constexpr):
-    """A head's alpha. Code for one alpha does not look."""
-    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
+    """A head's alpha."""
+    if fixed_alpha(ALPHA):
         return alpha.number
     else:
         place = tl.where(alpha.source == ALPHA_PER_HEAD, head, 0)
@@ -114,8 +120,11 @@ def column_counts(x):
 
 @triton.jit
 def alpha_term(p, log, alpha):
-    """(e^L (1 - L) - 1) / (alpha - 1)^2 with L = (alpha - 1) ln p; near L = 0 by its series, which starts at -L^2/2.
-    With log = log2 p. Times ds_j, the gradient of a score, it is what that key adds to the gradient of alpha."""
+    """(t - t ln t - 1) / (alpha - 1)^2 of an excess t. Times the gradient ds of its score it is what a key adds to the
+    gradient of alpha: p = t^(1/(alpha-1)) and t = (alpha - 1) score - tau give dp/dalpha = u (t - t ln t + c) /
+    (alpha - 1)^2 with a c that all keys of a row share. As the ds of a row sum to 0, any c will do, and with -1 nothing
+    cancels near t = 1. Here t = e^x with x = (alpha - 1) ln p, and near x = 0 its series is taken, which starts at
+    -x^2/2. `log` is log2 p."""
     rate = alpha - 1.0
     x = rate * LN_2 * tl.where(p == 0.0, 0.0, tl.maximum(log, -150.0))  # the log of a denormal number may be -inf
     series = 1 / 2 + x * (1 / 3 + x * (1 / 8 + x * (1 / 30 + x * (1 / 144 + x * (1 / 840 + x * (1 / 5760))))))
@@ -139,15 +148,20 @@ def newton_step(sum_p, sum_u, alpha, ALPHA: tl.constexpr):
 
 @triton.jit
 def threshold_step(sum_p, sum_u, gap, near, alpha, ALPHA: tl.constexpr):
-    """(how far tau should rise or, if negative, fall; the sum of u there as a + b P of the sum P of p there: a, b),
-    from sums over the row at `gap`.
+    """(step, a, b) from sums over the row at `gap`: how far tau should rise or, if negative, fall; and what sum u is
+    there, a + b P, once the sum P of p there is known.
 
-    For alpha = 1.5 and n keys that keep their weight sum p is a polynomial of the second degree in tau, whose root is
-    taken. Counting n would be a quarter of the instructions. Excesses spread as (1 - x/L)^b, b > -1, between 0 and the
-    largest, L = -gap, as equal, uniform and exponential ones are, number n = 2 (sum u)^2 / sum p - (sum u) / L. That is
-    for rows that are `near`; for the others it is (sum u)^2 / sum p, which n never is below, and the step
-    `newton_step`. What P becomes tells the slope between, -2 times the mean of both sums of u; after small steps n does
-    better. For alpha = 2 the polynomial is of the first degree, and its root that step."""
+    For alpha = 1.5 p is excess^2 and u is excess. If n keys have weight before and after, a step takes
+    step (2 sum u - n step) off sum p, so the step is the root of a polynomial of the second degree. Counting n would be
+    a quarter of the instructions, so it is guessed from the sums. It is never below (sum u)^2 / sum p, which it is
+    where all excesses are equal; that is taken for rows far from their solution, and makes the step `newton_step`. For
+    rows that are `near` it is 2 (sum u)^2 / sum p - (sum u) / L, with L = -gap the largest excess there can be. This is
+    right where the excesses x from 0 to L are as dense as (1 - x/L)^b with any b > -1: equal ones (b near -1), uniform
+    ones (b = 0), and exponential ones (large b) are.
+
+    Once P is known, so is sum u after the step: what the step took off sum p is step times (sum u before + after).
+    After small steps that difference is mostly rounding, and sum u - n step does better. For alpha = 2 the polynomial
+    is of the first degree, and its root is newton_step."""
     if ALPHA == ALPHA_1_5:
         least = sum_u * sum_u / sum_p
         count = tl.where(near, 2.0 * least + sum_u / gap, least)

@@ -1,11 +1,13 @@
 """Marks: which keys of a tile weigh, and for which rows; and lists of what is marked."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 from .matrices import INTERPRETED
-from .tile_lists import WORD, part_of
+from .tile_lists import WORD, all_edges, part_of, stages
 from .visibility import TILE, UNLIMITED
 
 WARP_ROWS = tl.constexpr(16)  # of one warp in the matrix units' layout: for what is kept of each, no other warp waits
@@ -39,10 +41,10 @@ def bits_set(x):
 
 
 @triton.jit
-def marks_of(qk, z_scale, threshold, weighs_all, EXACT: tl.constexpr):
+def marks_of(qk, z_scale, threshold, broken, EXACT: tl.constexpr):
     """Of a block of rows and keys with scores qk: ((groups of rows, words) bits of the keys that a row of the group
-    weighs, (groups,) bits of the rows that weigh a key). What `excess_of` takes the positive part of is negated here,
-    so that its sign is the mark: a key weighs by these bits if and only if it has an excess."""
+    weighs, (groups,) bits of the rows that weigh a key, or are broken). What `excess_of` takes the positive part of is
+    negated here, so that its sign is the mark: a key weighs by these bits if and only if it has an excess."""
     ROWS: tl.constexpr = qk.shape[0]
     WORDS: tl.constexpr = qk.shape[1] // WORD
     high, low = threshold.high[:, None], threshold.low[:, None]
@@ -51,44 +53,79 @@ def marks_of(qk, z_scale, threshold, weighs_all, EXACT: tl.constexpr):
     weighs = (below.to(tl.int32, bitcast=True) >> 31) & bit[None, :]
     words = any_bits(tl.reshape(weighs, [ROWS, WORDS, WORD]), 2)
     row_bit = tl.full([ROWS], 1, tl.int32) << (tl.arange(0, ROWS) % WARP_ROWS)
-    rows = tl.where((any_bits(words, 1) != 0) | weighs_all, row_bit, 0)
+    row_bits = tl.where((any_bits(words, 1) != 0) | broken, row_bit, 0)
     groups = tl.reshape(words, [ROWS // WARP_ROWS, WARP_ROWS, WORDS])
-    return any_bits(groups, 1), any_bits(tl.reshape(rows, [ROWS // WARP_ROWS, WARP_ROWS]), 1)
+    return any_bits(groups, 1), any_bits(tl.reshape(row_bits, [ROWS // WARP_ROWS, WARP_ROWS]), 1)
 
 
 @triton.jit
 def gathers(probe_counts, kv_head, gather_below):
-    """Whether of the probed keys of a key head (the heads of all sequences are counted) less than `gather_below` per
-    cent weigh, so that to gather them pays. 0 per cent: nothing was probed."""
+    """Whether of the probed keys of a key head (numbered through all sequences, see kv_head_of) less than
+    `gather_below` per cent weigh, so that to gather them pays. 0 per cent: nothing was probed."""
     weigh = tl.load(probe_counts + 2 * kv_head, mask=gather_below > 0, other=0)
     probed = tl.load(probe_counts + 2 * kv_head + 1, mask=gather_below > 0, other=0)
     return weigh.to(tl.int64) * 100 < probed.to(tl.int64) * gather_below
 
 
+class MarkedRows(NamedTuple):
+    """Where the marks of tiles are, two words each, and room for a list of the rows that they mark."""
+
+    marks: tl.tensor
+    stride: tl.tensor  # how many pairs of words a tile's marks are from the next one's
+    gathered: tl.tensor
+
+
 @triton.jit
-def list_marked(gathered, tiles, unused, marks, stride, start):
-    """Gathers the marked rows of the tiles of a list from the start-th on, as long as there is room: (how many, how
-    many of them in inner tiles, which come first, the tile to go on with). The list has `unused` entries after its
-    inner tiles. `marks` of a tile are two words, `stride` pairs of words apart from tile to tile."""
+def visit_rows(
+    add, sums, context, tile_list, unused, marked, ROWS: tl.constexpr, SHORT_EDGES: tl.constexpr, CODE,
+    GATHER: tl.constexpr,
+):  # fmt: skip
+    """Sums over all rows of the tiles of a list, or if GATHER over the marked ones; rows are of either side. The list
+    has `unused` entries after its inner tiles. At each step `add`, a function, is given the sums so far, ROWS rows as
+    load_rows takes them, the context, CODE and whether the other side may not see all of them; what it returns are the
+    sums from then on. SHORT_EDGES are pipelined as `stages` says, others as inner tiles are."""
+    start = 0
+    while start < tile_list.count:
+        if GATHER:
+            n, inner_n, start = list_marked(marked, tile_list, unused, start)
+        else:
+            n, inner_n, start = tile_list.count * TILE, tile_list.inner * TILE, tile_list.count
+        for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
+            begin, end = (inner_n // ROWS, tl.cdiv(n, ROWS)) if EDGE else (0, inner_n // ROWS)
+            entries = tile_list.entries + unused if EDGE else tile_list.entries
+            ahead = listed_step(marked.gathered, entries, begin, n, ROWS, GATHER)
+            for index in tl.range(begin, end, num_stages=stages(EDGE and SHORT_EDGES, CODE.ALPHA)):
+                first = first_of_step(ahead, index, ROWS, GATHER)
+                ahead = listed_step(marked.gathered, entries, index + 1, n, ROWS, GATHER)
+                sums = add(sums, first, context, CODE, EDGE)
+    return sums
+
+
+@triton.jit
+def list_marked(marked, tile_list, unused, start):
+    """Lists the marked rows of the tiles of a list from the start-th on, as long as there is room: (how many, how many
+    of them in inner tiles, which come first, the tile to go on with)."""
     n = 0
     inner_n = 0
     bit = tl.arange(0, WORD)
     below = (tl.full([WORD], 1, tl.int32) << bit) - 1
     half = tl.arange(0, TILE // WORD)
     tl.debug_barrier()  # the old list may still be read
-    while (start < tiles.count) & (n <= GATHER_ROOM - TILES_AT_ONCE * TILE):
+    while (start < tile_list.count) & (n <= GATHER_ROOM - TILES_AT_ONCE * TILE):
         index = start + tl.arange(0, TILES_AT_ONCE)
-        known = index < tiles.count
-        tile = tl.load(tiles.entries + index + tl.where(index < tiles.inner, 0, unused), mask=known, other=0)
-        place = (tile.to(tl.int64) * stride)[:, None] * (TILE // WORD) + half[None, :]
-        words = tl.reshape(tl.load(marks + place, mask=known[:, None], other=0), [TILES_AT_ONCE * TILE // WORD])
+        known = index < tile_list.count
+        place = tile_list.entries + index + tl.where(index < tile_list.inner, 0, unused)
+        tile = tl.load(place, mask=known, other=0)
+        place = (tile.to(tl.int64) * marked.stride)[:, None] * (TILE // WORD) + half[None, :]
+        words = tl.reshape(tl.load(marked.marks + place, mask=known[:, None], other=0), [TILES_AT_ONCE * TILE // WORD])
         first = tl.reshape(tile[:, None] * TILE + half[None, :] * WORD, [TILES_AT_ONCE * TILE // WORD])
         counts = bits_set(words)
         before = n + tl.cumsum(counts, 0) - counts
-        row_place = before[:, None] + bits_set(words[:, None] & below[None, :])
-        tl.store(gathered + row_place, first[:, None] + bit[None, :], mask=((words[:, None] >> bit[None, :]) & 1) != 0)
+        place = before[:, None] + bits_set(words[:, None] & below[None, :])
+        row = first[:, None] + bit[None, :]
+        tl.store(marked.gathered + place, row, mask=((words[:, None] >> bit[None, :]) & 1) != 0)
         of_tile = tl.sum(tl.reshape(counts, [TILES_AT_ONCE, TILE // WORD]), 1)
-        inner_n += tl.sum(tl.where(index < tiles.inner, of_tile, 0), 0)
+        inner_n += tl.sum(tl.where(index < tile_list.inner, of_tile, 0), 0)
         n += tl.sum(of_tile, 0)
         start += TILES_AT_ONCE
     tl.debug_barrier()  # what other threads wrote is read from here on
@@ -96,18 +133,18 @@ def list_marked(gathered, tiles, unused, marks, stride, start):
 
 
 @triton.jit
-def listed_step(gathered, tiles, index, count, ROWS: tl.constexpr, GATHER: tl.constexpr):
+def listed_step(gathered, entries, index, count, ROWS: tl.constexpr, GATHER: tl.constexpr):
     """What the index-th step of a loop over `count` rows takes: ROWS gathered ones, far beyond all rows where there is
-    none, or the tile that they are in. Read a step ahead, as in listed_tile."""
+    none, or the tile that they are in. Read a step ahead, as in visit_tiles."""
     first = index * ROWS
     if GATHER:
         place = tl.arange(0, ROWS)
         return tl.load(gathered + first + place, mask=place < count - first, other=UNLIMITED)
     else:
-        return tl.load(tiles + index // (TILE // ROWS), mask=first < count, other=0)
+        return tl.load(entries + index // (TILE // ROWS), mask=first < count, other=0)
 
 
 @triton.jit
-def rows_of_step(entry, index, ROWS: tl.constexpr, GATHER: tl.constexpr):
+def first_of_step(entry, index, ROWS: tl.constexpr, GATHER: tl.constexpr):
     """The rows of that step as load_rows takes them."""
     return entry if GATHER else entry * TILE + part_of(index, TILE // ROWS) * ROWS

@@ -9,6 +9,10 @@ from triton import knobs
 # The interpreter keeps bfloat16 as integers: products of them are garbage and casts cut bits off.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
+# Sums over a row are kept in so many parts, those of columns that are equal modulo it: in the matrix units' layout a
+# thread holds these columns itself.
+ROW_PARTS = tl.constexpr(8)
+
 
 class Matrix(NamedTuple):
     """Rows of all heads of a batch, and how many elements apart batches, heads and rows are."""
@@ -20,15 +24,27 @@ class Matrix(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of one head of a sequence, and which of them count: begin <= row < end (no lower bound if it is None),
-    with columns below `columns`. What is read elsewhere is zero, and nothing is written there. Made in the kernel
-    itself: Triton 3.6 can't return a tuple with a None in it."""
+    """The rows of one head of a sequence, and which of them count: those before `end`, with columns below `columns`.
+    What is read elsewhere is zero, and nothing is written there."""
 
     data: tl.tensor  # where row 0 is
     stride: tl.tensor
     columns: tl.tensor
-    begin: tl.tensor | None
     end: tl.tensor
+
+
+class RowsFrom(NamedTuple):
+    """Rows of which those before `begin` do not count either. A type of its own, with one part more: Triton 3.6 can't
+    return a tuple that has None for a bound that there is not."""
+
+    data: tl.tensor
+    stride: tl.tensor
+    columns: tl.tensor
+    end: tl.tensor
+    begin: tl.tensor
+
+
+BOUNDED_TWICE = tl.constexpr(len(RowsFrom._fields))  # by which code tells the two apart
 
 
 class Factor(NamedTuple):
@@ -36,7 +52,7 @@ class Factor(NamedTuple):
     it, and where it is from."""
 
     block: tl.tensor
-    rows: Rows
+    rows: Rows | RowsFrom
     first: tl.tensor
 
 
@@ -52,10 +68,25 @@ class Code(NamedTuple):
 
 
 @triton.jit
-def head_of(matrix, batch, head, offset):
-    """`data` and `stride` of Rows: those of a head, from row `offset` on."""
+def rows_of_head(matrix, batch, head, offset, columns, end):
+    """The Rows of a head, row 0 of which is row `offset` of the matrix."""
     start = batch * matrix.batch_stride + head * matrix.head_stride + offset * matrix.row_stride
-    return matrix.data + start, matrix.row_stride
+    return Rows(matrix.data + start, matrix.row_stride, columns, end)
+
+
+@triton.jit
+def rows_from(rows, begin, end):
+    """The same Rows, of which those count for which begin <= row < end."""
+    return RowsFrom(rows.data, rows.stride, rows.columns, end, begin)
+
+
+@triton.jit
+def columns_from(rows, column):
+    """The same Rows without the columns before one."""
+    if len(rows) == BOUNDED_TWICE:
+        return RowsFrom(rows.data + column, rows.stride, rows.columns - column, rows.end, rows.begin)
+    else:
+        return Rows(rows.data + column, rows.stride, rows.columns - column, rows.end)
 
 
 @triton.jit
@@ -68,13 +99,13 @@ def row_numbers(first, ROWS: tl.constexpr):
 def load_rows(rows, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """A (ROWS, BLOCK_D) block: rows first, first + 1, ..., or those that a vector `first` names. If not MASKED all are
     known to lie within begin and end. A row's place is 64 bits wide; offsets inside a block of neighbours are 32, which
-    the host sees to (kLongestRow in csrc/cuda/portable/call.cpp)."""
+    the host sees to (kMostApart in csrc/cuda/portable/call.cpp)."""
     column = tl.arange(0, BLOCK_D)
     mask = (column < rows.columns)[None, :]
     if MASKED:
         row = row_numbers(first, ROWS)
         mask = mask & (row < rows.end)[:, None]
-        if rows.begin is not None:
+        if len(rows) == BOUNDED_TWICE:
             mask = mask & (row >= rows.begin)[:, None]
     if len(first.shape) > 0:  # both factors fit 32 bits: one instruction
         place = (rows.data + column)[None, :] + (first.to(tl.int64) * rows.stride.to(tl.int32).to(tl.int64))[:, None]
@@ -97,9 +128,10 @@ def store_rows(rows, x, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_factor(rows, first, ROWS: tl.constexpr, CODE):
-    """The block of a Factor, which products read from shared memory: as it was loaded, since what is computed first
-    goes through registers again in every product. Nothing where products go by columns."""
-    return load_rows(rows, first, ROWS, CODE.BLOCK_D, True) if CODE.STEP_D == CODE.BLOCK_D else 0
+    """The Factor of the rows from `first` on. Products read its block from shared memory: as it was loaded, since what
+    is computed first goes through registers again in every product. There is none where products go by columns."""
+    block = load_rows(rows, first, ROWS, CODE.BLOCK_D, True) if CODE.STEP_D == CODE.BLOCK_D else 0
+    return Factor(block, rows, first)
 
 
 @triton.jit
@@ -112,8 +144,8 @@ def products(a, b, first, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, CODE, MASK
     else:
         found = tl.zeros([A_ROWS, B_ROWS], tl.float32)
         for column in range(0, a.rows.columns, CODE.STEP_D):
-            a_part = Rows(a.rows.data + column, a.rows.stride, a.rows.columns - column, a.rows.begin, a.rows.end)
-            b_part = Rows(b.data + column, b.stride, b.columns - column, b.begin, b.end)
+            a_part = columns_from(a.rows, column)
+            b_part = columns_from(b, column)
             a_block = load_rows(a_part, a.first, A_ROWS, CODE.STEP_D, True)
             b_block = load_rows(b_part, first, B_ROWS, CODE.STEP_D, MASKED)
             found = dot(a_block, tl.trans(b_block), found)
@@ -163,9 +195,9 @@ def any_row(x):
 
 @triton.jit
 def column_sums(x):
-    """Sums over the columns of (rows, columns) that are equal modulo 8: in the matrix units' layout a thread holds
-    these itself. A row's sum, which threads share, is then taken once, after a loop."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+    """The sums over the columns of (rows, columns) in ROW_PARTS parts. A row's sum, which threads share, is then taken
+    once, after a loop."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // ROW_PARTS, ROW_PARTS]), 1)
 
 
 @triton.jit

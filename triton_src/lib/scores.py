@@ -6,8 +6,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .entmax import ALPHA_1_5, ALPHA_2
-from .matrices import Factor, Rows, products, row_numbers
+from .entmax import fixed_alpha
+from .matrices import Factor, Rows, RowsFrom, products, row_numbers
 from .visibility import Band, Span, diagonal_of, visible_keys
 
 
@@ -23,14 +23,12 @@ class Scores(NamedTuple):
 
 
 class ScoreRules(NamedTuple):
-    """What the scores of some rows depend on beside the products: the numbers of the rows, the band of keys that they
-    see, which of them each row sees (None: to be found from the band where it is needed), and ALiBi's slope in units of
-    q.k. Made in the kernel itself, as Rows."""
+    """What the scores of some rows depend on beside the products; `score_rules` makes them."""
 
-    row: tl.tensor
+    row: tl.tensor  # the numbers of the rows
     band: Band
-    visible: Span | None
-    qk_slope: tl.tensor
+    visible: Span | None  # the keys that each row sees; None: to be found where they are needed
+    qk_slope: tl.tensor  # ALiBi's, in units of q.k
 
 
 class HeadScale(NamedTuple):
@@ -45,7 +43,7 @@ class QueryBlock(NamedTuple):
     """A block of queries against the keys of its head: what scores are made of, and turned into z by."""
 
     q: Factor
-    key_rows: Rows
+    key_rows: Rows | RowsFrom
     rules: ScoreRules
     scale: HeadScale
 
@@ -59,13 +57,20 @@ def z_scale_of(scale, alpha):
 
 @triton.jit
 def qk_slope_of(scores, batch, head, alpha, z_scale, ALPHA: tl.constexpr):
-    """A head's ALiBi slope, in units of q.k. Code for one alpha has none: its time is short."""
-    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
+    """A head's ALiBi slope, in units of q.k."""
+    if fixed_alpha(ALPHA):
         return 0.0
     else:
         given = scores.has_slopes != 0
         slope = tl.load(scores.slopes + batch * scores.slopes_batch_stride + head, mask=given, other=0.0)
         return slope * (alpha - 1.0) / z_scale
+
+
+@triton.jit
+def score_rules(row, band, visible, scale):
+    """The ScoreRules of rows by their numbers, in a head with a HeadScale, where it is known what they see. Without
+    that they are made in place: Triton 3.6 can't return a tuple that has None in it."""
+    return ScoreRules(row, band, visible, scale.qk_slope)
 
 
 @triton.jit
@@ -78,8 +83,8 @@ def scores_of(qk, rules, key, row_axis: tl.constexpr, ALPHA: tl.constexpr, EDGE:
 
 @triton.jit
 def subtract_alibi(qk, rules, key, row_axis: tl.constexpr, ALPHA: tl.constexpr):
-    """Scores lowered by the slope times the distance from the row's own place among the keys."""
-    if ALPHA == ALPHA_1_5 or ALPHA == ALPHA_2:  # noqa: SIM109
+    """Scores lowered by the slope times the distance from the row's diagonal."""
+    if fixed_alpha(ALPHA):
         return qk
     else:
         diagonal = tl.expand_dims(diagonal_of(rules.row, rules.band).to(tl.float32), 1 - row_axis)
@@ -91,9 +96,9 @@ def mask_scores(qk, rules, key, row_axis: tl.constexpr):
     """-inf for keys that a row does not see. One comparison for both ends: as an unsigned number what is before the
     first is above all."""
     visible = visible_keys(rules.row, rules.band) if rules.visible is None else rules.visible
-    place = tl.expand_dims(key, row_axis) - tl.expand_dims(visible.first, 1 - row_axis)
+    after_first = tl.expand_dims(key, row_axis) - tl.expand_dims(visible.first, 1 - row_axis)
     count = tl.expand_dims(tl.maximum(visible.end - visible.first, 0), 1 - row_axis)
-    return tl.where(place.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True), qk, float("-inf"))
+    return tl.where(after_first.to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True), qk, float("-inf"))
 
 
 @triton.jit

@@ -27,13 +27,13 @@ class TileList(NamedTuple):
 
 def count_tile_rows(rows: int, sequences: int | None = None) -> int:
     """Tile rows of a head with so many rows: those of one sequence, or of a packed batch of so many sequences. For
-    Python: saved_sizes in csrc/ops/attention.cpp says the same."""
+    Python: tile_row_count in csrc/ops/attention.cpp says the same."""
     tiles = -(-rows // TILE.value) if sequences is None else rows // TILE.value + sequences
     return 2 * -(-tiles // 2)
 
 
 def count_tile_words(keys: int) -> int:
-    """Words of a tile row with a bit for every tile of so many keys."""
+    """Words of a tile row with a bit for every tile of so many keys (saved_sizes in csrc/ops/attention.cpp)."""
     return 2 * -(-keys // (2 * WORD.value * TILE.value))
 
 
@@ -60,18 +60,31 @@ def tile_bit(words, tile, mask):
 
 
 @triton.jit
-def list_weighing(entries, bits, visible, ALPHA: tl.constexpr, every=1):
-    """The TileList of the visible tiles whose bit is set, or of `every` so many only one."""
+def list_tiles(is_wanted, context, entries, tiles_seen, ALPHA: tl.constexpr):
+    """The TileList of the visible tiles that are wanted: `is_wanted`, a function, is given tiles, their places in the
+    order of visit, which of these there are, and the context."""
     count = 0
     inner = 0
-    for start in range(0, visible.inner + visible.edge, LIST_CHUNK):
+    for start in range(0, tiles_seen.inner + tiles_seen.edge, LIST_CHUNK):
         index = start + tl.arange(0, LIST_CHUNK)
-        tile = ordered_tile(index, visible)
-        wanted = tile_bit(bits, tile, index < visible.inner + visible.edge) & (index % every == 0)
+        tile = ordered_tile(index, tiles_seen)
+        wanted = is_wanted(tile, index, index < tiles_seen.inner + tiles_seen.edge, context)
         count = append(entries, count, tile, wanted)
-        inner += tl.sum((wanted & (index < visible.inner)).to(tl.int32), 0)
+        inner += tl.sum((wanted & (index < tiles_seen.inner)).to(tl.int32), 0)
     tl.debug_barrier()  # what other threads wrote is read from here on
     return TileList(entries, 0 if all_edges(ALPHA) else inner, count)
+
+
+@triton.jit
+def list_weighing(entries, bits, tiles_seen, ALPHA: tl.constexpr, every=1):
+    """The TileList of the visible tiles whose bit is set, or of `every` so many visible ones only of one."""
+    return list_tiles(has_weight, (bits, every), entries, tiles_seen, ALPHA)
+
+
+@triton.jit
+def has_weight(tile, index, known, context):
+    bits, every = context
+    return tile_bit(bits, tile, known) & (index % every == 0)
 
 
 @triton.constexpr_function
@@ -88,18 +101,34 @@ def stages(EDGE, ALPHA):
 
 
 @triton.jit
-def steps(tiles, PARTS: tl.constexpr, EDGE: tl.constexpr):
+def steps(tile_list, PARTS: tl.constexpr, EDGE: tl.constexpr):
     """(first, end) of a loop's steps over the inner tiles of a list, or over those at an EDGE, if each takes PARTS."""
     if EDGE:
-        return tiles.inner * PARTS, tiles.count * PARTS
+        return tile_list.inner * PARTS, tile_list.count * PARTS
     else:
-        return 0, tiles.inner * PARTS
+        return 0, tile_list.inner * PARTS
+
+
+@triton.jit
+def visit_tiles(add, sums, context, tile_list, CODE):
+    """Sums over the keys of a TileList. At each step `add`, a function, is given the sums so far, a tile, the number of
+    the step, from which part_of tells which BLOCK_N keys of the tile to take, the context, CODE and whether rows may
+    not see all of the tile; what it returns are the sums from then on."""
+    PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
+    for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
+        begin, end = steps(tile_list, PARTS, EDGE)
+        # Read a step ahead: waiting for what addresses come from took a fifth of the time.
+        ahead = listed_tile(tile_list.entries, begin, end, PARTS)
+        for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
+            tile = ahead
+            ahead = listed_tile(tile_list.entries, index + 1, end, PARTS)
+            sums = add(sums, tile, index, context, CODE, EDGE)
+    return sums
 
 
 @triton.jit
 def listed_tile(entries, index, end, PARTS: tl.constexpr):
-    """The entry for the index-th step of a loop over a list, 0 from `end` on, where none is wanted. Loops read it a
-    step ahead: waiting for what addresses come from took a fifth of their time."""
+    """The entry for the index-th step of a loop over a list, 0 from `end` on, where none is wanted."""
     return tl.load(entries + index // PARTS, mask=index < end, other=0)
 
 

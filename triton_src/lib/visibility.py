@@ -80,7 +80,11 @@ def sequence_bounds(sequences, batch):
 @triton.jit
 def visible_keys(row, band):
     """The Span of keys that a row sees. Causal order, window and lengths are known here, and solved for the row in
-    `first_row_that_sees`; everything else asks these two."""
+    `first_row_that_sees`; everything else asks these two.
+
+    It must stay one interval whose ends never fall from a row to the next: `visible_tiles`, `keys_of_block` and
+    `list_query_tiles` look at the first and the last row of a block only. Masks of another shape need more than a
+    change here."""
     diagonal = diagonal_of(row, band)
     first = tl.maximum(diagonal - band.window_left, 0)
     end = tl.minimum(diagonal + band.window_right + 1, band.key_length)
@@ -89,7 +93,7 @@ def visible_keys(row, band):
 
 @triton.jit
 def diagonal_of(row, band):
-    """A row's own place among the keys."""
+    """The key that is a row's own: with equal lengths that of the same number."""
     return row + band.key_length - band.query_length
 
 
@@ -113,12 +117,11 @@ def visible_tiles(row, band, ROWS: tl.constexpr):
 
 
 @triton.jit
-def ordered_tile(index, tiles):
+def ordered_tile(index, tiles_seen):
     """The visible tiles in the order of visit: the inner ones, then those left of them, then those right of them."""
-    tile = tiles.first + index - tiles.inner
-    return tl.where(
-        index < tiles.inner, tiles.inner_first + index, tl.where(tile >= tiles.inner_first, tile + tiles.inner, tile)
-    )
+    inner_first, inner = tiles_seen.inner_first, tiles_seen.inner
+    edge = tiles_seen.first + index - inner
+    return tl.where(index < inner, inner_first + index, tl.where(edge >= inner_first, edge + inner, edge))
 
 
 @triton.jit
