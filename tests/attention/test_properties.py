@@ -40,8 +40,14 @@ def cases(draw):
     of_query = case["form"] in ("q_seqlens", "both", "packed")
     of_key = case["form"] in ("kv_seqlens", "both", "packed")
     q_lengths, k_lengths = (one_each(longest) if given else None for longest, given in ((m, of_query), (n, of_key)))
-    starts = one_each(n) if case["form"] != "packed" and draw(st.booleans()) else None
-    return dict(case, batch=batch, m=m, n=n, q_lengths=q_lengths, k_lengths=k_lengths, starts=starts)
+    return dict(case, batch=batch, m=m, n=n, q_lengths=q_lengths, k_lengths=k_lengths)
+
+
+@st.composite
+def cases_with_starts(draw):
+    """The same in the padded form, with a first key for each entry."""
+    case = draw(cases().filter(lambda case: case["form"] != "packed"))
+    return dict(case, starts=[draw(st.integers(0, case["n"])) for _ in range(case["batch"])])
 
 
 # Of the dense composition's error. Among hundreds of drawn cases some are ill-conditioned: near alpha = 2 a key at the
@@ -56,6 +62,15 @@ ROOM_CUDA = 40
 def test_every_combination(backend):
     @settings(UNTIMED, max_examples=backend.examples)
     @given(cases())
+    def holds(case):
+        check(backend, case)
+
+    holds()
+
+
+def test_every_combination_with_starts(backend):
+    @settings(UNTIMED, max_examples=backend.examples // 2)
+    @given(cases_with_starts())
     def holds(case):
         check(backend, case)
 
@@ -81,7 +96,7 @@ def check(backend, case):
         check_packed(inputs, lengths, times=times, room=room, **options)
         return
     for name, rows in (("q_seqlens", "q_lengths"), ("kv_seqlens", "k_lengths"), ("kv_starts", "starts")):
-        if case[rows] is not None:
+        if case.get(rows) is not None:
             options[name] = torch.tensor(case[rows], dtype=torch.int32, device=backend.device)
     inputs = make_inputs(case["batch"], m=case["m"], n=case["n"], **shape)
     check_gradients(entmax_attn, inputs, times=times, room=room, **options)
