@@ -102,19 +102,20 @@ MARK = Spec(
 
 
 @triton.jit
-def words_of_listed(key_marks, tile_list, start):
-    """(addresses, mask) of the marks of the keys of LIST_CHUNK tiles of a list, from the start-th on."""
+def words_of_listed(key_marks, word, tile_list, start):
+    """(addresses, mask) of the key marks of LIST_CHUNK tiles of a list, from the start-th on; `word` numbers a tile's
+    words."""
     index = start + tl.arange(0, LIST_CHUNK)
     tile = tl.load(tile_list.entries + index, mask=index < tile_list.count, other=0)
-    word = tl.arange(0, TILE // WORD)
     return key_marks + tile[:, None] * (TILE // WORD) + word[None, :], (index < tile_list.count)[:, None]
 
 
 @triton.jit
 def clear_key_marks(key_marks, tile_list):
     """No bits for the tiles of a list: those that weigh are added to them."""
+    word = tl.arange(0, TILE // WORD)
     for start in range(0, tile_list.count, LIST_CHUNK):
-        place, mask = words_of_listed(key_marks, tile_list, start)
+        place, mask = words_of_listed(key_marks, word, tile_list, start)
         tl.store(place, tl.zeros([LIST_CHUNK, TILE // WORD], tl.int32), mask=mask)
     tl.debug_barrier()
 
@@ -122,9 +123,10 @@ def clear_key_marks(key_marks, tile_list):
 @triton.jit
 def count_key_marks(key_marks, tile_list):
     """How many keys are marked in the tiles of a list."""
+    word = tl.arange(0, TILE // WORD)
     count = 0
     for start in range(0, tile_list.count, LIST_CHUNK):
-        place, mask = words_of_listed(key_marks, tile_list, start)
+        place, mask = words_of_listed(key_marks, word, tile_list, start)
         count += tl.sum(tl.sum(bits_set(tl.load(place, mask=mask, other=0)), 1), 0)
     return count
 

@@ -122,8 +122,8 @@ def list_marked(marked, tile_list, unused, start):
         counts = bits_set(words)
         before = n + tl.cumsum(counts, 0) - counts
         place = before[:, None] + bits_set(words[:, None] & below[None, :])
-        row = first[:, None] + bit[None, :]
-        tl.store(marked.gathered + place, row, mask=((words[:, None] >> bit[None, :]) & 1) != 0)
+        is_marked = ((words[:, None] >> bit[None, :]) & 1) != 0
+        tl.store(marked.gathered + place, first[:, None] + bit[None, :], mask=is_marked)
         of_tile = tl.sum(tl.reshape(counts, [TILES_AT_ONCE, TILE // WORD]), 1)
         inner_n += tl.sum(tl.where(index < tile_list.inner, of_tile, 0), 0)
         n += tl.sum(of_tile, 0)
