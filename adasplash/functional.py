@@ -52,7 +52,7 @@ def _call(op, function, kinds, tensors, alpha, is_causal, scale, window, options
         if type(scale) is not float:
             check(function, "scale", SCALE, scale)
             if isinstance(scale, Tensor):
-                tensors, scale = (_scaled(tensors[0], scale), *tensors[1:]), 1.0
+                tensors, scale = (scaled(tensors[0], scale), *tensors[1:]), 1.0
         given["scale"] = scale
     if isinstance(alpha, Tensor):
         overload = op.per_head
@@ -70,7 +70,7 @@ def _call(op, function, kinds, tensors, alpha, is_causal, scale, window, options
         explain(function, error, values, op.__name__, names)
 
 
-def _scaled(query: Tensor, scale: Tensor) -> Tensor:
+def scaled(query: Tensor, scale: Tensor) -> Tensor:
     """Query times a scale, which gives the scale its gradient. As a number, no type of its own."""
     return query * scale.reshape(()) if isinstance(query, Tensor) else query
 

@@ -22,6 +22,7 @@ from adasplash._arguments import (
     check,
     explain,
 )
+from adasplash.functional import scaled
 
 _TILE = 64  # kTile of csrc/ops/attention.h
 # support_capacity on the CPU; the CUDA kernels make no lists. It is less than autograd's 128, which is in
@@ -234,8 +235,8 @@ class _Call:
             *((name, OPTIONAL_TENSOR, given) for name, given in options.items()),
         ):  # fmt: skip
             check(function, name, kind, given)
-        if isinstance(scale, Tensor):  # as entmax_attn does
-            query, scale = query * scale.reshape(()), 1.0
+        if isinstance(scale, Tensor):
+            query, scale = scaled(query, scale), 1.0
         query, key, value = _autocast(query, key, value)
         try:
             self.row_state, self.support, tiles = saved_by_forward(
