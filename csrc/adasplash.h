@@ -34,6 +34,9 @@ namespace adasplash {
 //   kv_starts              (B,) int32 or int64: the first key of each batch entry, for caches and batches that are
 //                          padded on the left. kv_seqlens then says where its keys end; N is their difference, and j
 //                          is counted from the start. An entry whose start is not before its end sees nothing.
+//   dropout_p, dropout_seed  the share of weights that become zero, 0 or more and below 1, while the others are divided
+//                          by 1 - dropout_p; and one int64 on query's device, from which alone it follows which ones.
+//                          Without a seed dropout_p must be 0.
 ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                      double alpha = 1.5, bool is_causal = false,
                                      std::optional<double> scale = std::nullopt,
@@ -41,10 +44,11 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& kv_seqlens = std::nullopt,
                                      c10::IntArrayRef window = {-1, -1},
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
-                                     const std::optional<at::Tensor>& kv_starts = std::nullopt);
+                                     const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
+                                     const std::optional<at::Tensor>& dropout_seed = std::nullopt);
 
-// The same with one alpha for each head, a tensor of shape (H,) or (), float32, float64 or of query's type. Values from
-// 1.01 to 2; differentiable in alpha too.
+// The same with one alpha for each head, a tensor of shape (H,) or (), float32, float64 or of query's type. Values are
+// 1 or from 1.01 to 2; differentiable in alpha too.
 ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                      const at::Tensor& alpha, bool is_causal = false,
                                      std::optional<double> scale = std::nullopt,
@@ -52,7 +56,8 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& kv_seqlens = std::nullopt,
                                      c10::IntArrayRef window = {-1, -1},
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
-                                     const std::optional<at::Tensor>& kv_starts = std::nullopt);
+                                     const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
+                                     const std::optional<at::Tensor>& dropout_seed = std::nullopt);
 
 // The same for sequences of different lengths, packed behind each other without padding:
 //
@@ -60,19 +65,22 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
 //
 // Sequence b has the queries cu_seqlens_q[b] ... cu_seqlens_q[b + 1] - 1, and keys by cu_seqlens_k likewise; both are
 // (B + 1,), int32 or int64, and go from 0 to the number of tokens. max_seqlen_q and max_seqlen_k bound the lengths.
-// alpha is from 1.01 to 2.
 ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                             const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha = 1.5,
                                             bool is_causal = false, std::optional<double> scale = std::nullopt,
                                             c10::IntArrayRef window = {-1, -1},
-                                            const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+                                            const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+                                            double dropout_p = 0,
+                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt);
 ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                             const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
                                             bool is_causal = false, std::optional<double> scale = std::nullopt,
                                             c10::IntArrayRef window = {-1, -1},
-                                            const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+                                            const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+                                            double dropout_p = 0,
+                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt);
 
 // The activation alone: entmax of the scores along one dimension of `input`, which may have any shape; as
 // torch.softmax, with exact zeros. Fully masked rows (all -infinity) give zeros; a NaN or +infinity makes its row NaN.

@@ -138,7 +138,7 @@ at::Tensor entmax(const at::Tensor& input, Alpha alpha, int64_t dim) {
   if (dim < 0) dim += dims;
   ActivationAlpha row_alpha;
   if constexpr (std::is_same_v<Alpha, double>) {
-    check_alpha("entmax", alpha, /*softmax_elsewhere=*/true);
+    check_alpha("entmax", alpha, /*takes_softmax=*/true);
     if (alpha == 1) return at::softmax(input, dim).contiguous();
     row_alpha.number = alpha;
   } else {

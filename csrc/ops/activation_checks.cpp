@@ -16,7 +16,7 @@ void check_activation_input(const char* op, const at::Tensor& input) {
 void check_activation(const char* op, const at::Tensor& input, const ActivationAlpha& alpha) {
   check_activation_input(op, input);
   TORCH_CHECK(input.dim() >= 1, op, ": input must have at least one dimension, got none");
-  if (!alpha.per_row) return check_alpha(op, alpha.number);
+  if (!alpha.per_row) return check_alpha(op, alpha.number, /*takes_softmax=*/false);
   const at::Tensor& row_alpha = *alpha.per_row;
   check_type_and_device(op, "row_alpha", row_alpha, sum_type(input), input.device());
   const auto sizes = row_sizes(input);

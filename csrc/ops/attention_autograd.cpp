@@ -113,15 +113,10 @@ void refuse_forward_mode(const at::Tensor& tensor) {
                               "entmax_attn: forward-mode AD is not supported; use reverse mode");
 }
 
-void check_public(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                  const AttentionOptions& options) {
-  check_attention(public_name(options), query, key, value, options, /*softmax_elsewhere=*/!options.packed());
-}
-
 at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const AttentionOptions& options) {
-  check_public(query, key, value, options);
-  if (is_softmax(options)) return softmax_attn(query, key, value, options);
+  check_attention(public_name(options), query, key, value, options);
+  if (torch_serves(query, key, value, options)) return softmax_attn(query, key, value, options);
   bool training = false;
   for (const auto& t : {query, key, value, options.head_alpha.value_or(at::Tensor())}) {
     refuse_forward_mode(t);
@@ -137,8 +132,8 @@ at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, co
 
 at::Tensor attention_inference(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const AttentionOptions& options) {
-  check_public(query, key, value, options);
-  if (is_softmax(options)) return softmax_attn(query, key, value, options);
+  check_attention(public_name(options), query, key, value, options);
+  if (torch_serves(query, key, value, options)) return softmax_attn(query, key, value, options);
   return std::get<0>(call_forward(query, key, value, options, kInference));
 }
 

@@ -74,8 +74,8 @@ void check_seqlens(const char* op, const char* name, const OptionalTensor& lengt
 }
 
 void check_attention_alpha(const char* op, const AttentionShape& shape, const at::Tensor& query,
-                           const AttentionOptions& options, bool softmax_elsewhere) {
-  if (!options.head_alpha) return check_alpha(op, options.alpha, softmax_elsewhere);
+                           const AttentionOptions& options) {
+  if (!options.head_alpha) return check_alpha(op, options.alpha, /*takes_softmax=*/true);
   const at::Tensor& alpha = *options.head_alpha;
   TORCH_CHECK(alpha.defined(), op, ": alpha must be a number or a tensor, got none");
   check_dense(op, "alpha", alpha, alpha.dim() == 0 ? 0 : 1, "(heads,), or none", query);
@@ -99,6 +99,18 @@ void check_alibi_slopes(const char* op, const AttentionShape& shape, const at::T
   }
 }
 
+void check_dropout(const char* op, const at::Tensor& query, const AttentionOptions& options) {
+  TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op,
+              ": dropout_p must be 0 or more and less than 1, got ", options.dropout_p);
+  TORCH_CHECK(options.dropout_p == 0 || options.dropout_seed, op,
+              ": dropout_p above 0 needs dropout_seed, one int64 on query's device, got none");
+  if (!options.dropout_seed) return;
+  const at::Tensor& seed = *options.dropout_seed;
+  check_dense(op, "dropout_seed", seed, seed.dim() == 0 ? 0 : 1, "of one number, or none", query);
+  check_size(op, "dropout_seed", "size", seed.sym_numel(), "one number's", 1);
+  TORCH_CHECK(seed.scalar_type() == at::kLong, op, ": dropout_seed must be int64, got ", seed.scalar_type());
+}
+
 void check_like(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
                 c10::SymIntArrayRef sizes, const at::Tensor& query) {
   check_type_and_device(op, name, tensor, type, query.device());
@@ -120,14 +132,13 @@ void check_type_and_device(const char* op, const char* name, const at::Tensor& t
               tensor.scalar_type(), " tensor on ", tensor.device());
 }
 
-void check_alpha(const char* op, double alpha, bool softmax_elsewhere) {
-  TORCH_CHECK((alpha == 1 && softmax_elsewhere) || (alpha >= kMinAlpha && alpha <= 2), op, ": alpha must be ",
-              softmax_elsewhere ? "1 or " : "", "from ", kMinAlpha, " to 2, got ", std::setprecision(12), alpha,
-              alpha == 1 ? "; softmax is available in the padded form only, as entmax_attn" : "");
+void check_alpha(const char* op, double alpha, bool takes_softmax) {
+  TORCH_CHECK((alpha == 1 && takes_softmax) || (alpha >= kMinAlpha && alpha <= 2), op, ": alpha must be ",
+              takes_softmax ? "1 or " : "", "from ", kMinAlpha, " to 2, got ", std::setprecision(12), alpha);
 }
 
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                     const AttentionOptions& options, bool softmax_elsewhere) {
+                     const AttentionOptions& options) {
   TORCH_CHECK(query.defined(), op, ": query must be a tensor, got none");
   check_type(op, "query", query);
   check_tensor(op, "query", "(batch, heads, queries, head_dim)", "(tokens, heads, head_dim)", query, query, options);
@@ -150,7 +161,7 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
               ": query's number of heads must be a multiple of key's and value's, got ", shape.heads, " and ",
               shape.kv_heads);
 
-  check_attention_alpha(op, shape, query, options, softmax_elsewhere);
+  check_attention_alpha(op, shape, query, options);
   if (options.scale) {
     const double scale = query.scalar_type() == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
     TORCH_CHECK(std::isfinite(scale), op, ": scale must be finite in ", row_state_type(query), ", got ",
@@ -163,6 +174,7 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
               ": window (left, right) must be 0 or more each, or -1 for no limit, got (", options.window[0], ", ",
               options.window[1], ")");
   check_alibi_slopes(op, shape, query, options);
+  check_dropout(op, query, options);
 }
 
 void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

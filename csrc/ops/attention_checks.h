@@ -16,12 +16,12 @@ void check_type(const char* op, const char* name, const at::Tensor& tensor);
 void check_type_and_device(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
                            at::Device device);
 
-// Throws unless alpha is in its range. alpha = 1 passes only where `softmax_elsewhere`: no kernel of ours computes it.
-void check_alpha(const char* op, double alpha, bool softmax_elsewhere = false);
+// Throws unless alpha is in its range. alpha = 1 passes only where the op computes softmax or knows who does.
+void check_alpha(const char* op, double alpha, bool takes_softmax);
 
 // Throws unless the arguments fit the contract. What lengths and an alpha tensor hold is not looked at.
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                     const AttentionOptions& options, bool softmax_elsewhere = false);
+                     const AttentionOptions& options);
 
 // Throws unless the saved tensors and grad_out are of the shapes that the forward returned.
 void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

@@ -31,9 +31,13 @@ struct AttentionOptions {
   std::array<int64_t, 2> window = {-1, -1};  // (left, right), inclusive; -1 is unlimited
   OptionalTensor alibi_slopes;               // (H,) or (B, H) float32
   OptionalTensor kv_starts;                  // (B,), padded form: the first key of each entry
+  double dropout_p = 0;                      // the share of weights that become zero
+  OptionalTensor dropout_seed;               // one int64, from which it follows which ones
 
   // Whether this is the packed form, whose sequences stand behind each other in one dimension of tokens.
   bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
+  // Whether this is softmax in all heads. Heads of head_alpha may be, which only the backend sees.
+  bool softmax() const { return !head_alpha && alpha == 1; }
 };
 
 // What a type of member is in a schema, and as an argument of a C++ function behind that schema.
@@ -96,11 +100,14 @@ inline constexpr Option kMaxSeqlenK("max_seqlen_k", &AttentionOptions::max_seqle
 inline constexpr Option kWindow("window", &AttentionOptions::window, "[-1, -1]");
 inline constexpr Option kAlibiSlopes("alibi_slopes", &AttentionOptions::alibi_slopes, "None");
 inline constexpr Option kKvStarts("kv_starts", &AttentionOptions::kv_starts, "None");
+inline constexpr Option kDropoutP("dropout_p", &AttentionOptions::dropout_p, "0.");
+inline constexpr Option kDropoutSeed("dropout_seed", &AttentionOptions::dropout_seed, "None");
 
 // The public ops: what follows alpha, of which all but the first are taken by name only. The packed form has its
 // lengths, which have no defaults, before alpha.
-inline constexpr std::tuple kPaddedOptions(kIsCausal, kScale, kQSeqlens, kKvSeqlens, kWindow, kAlibiSlopes, kKvStarts);
-inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlopes);
+inline constexpr std::tuple kPaddedOptions(kIsCausal, kScale, kQSeqlens, kKvSeqlens, kWindow, kAlibiSlopes, kKvStarts,
+                                           kDropoutP, kDropoutSeed);
+inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlopes, kDropoutP, kDropoutSeed);
 
 // The private pair, which serves the padded and the packed form, alpha as a number (head_alpha absent) and per head.
 // Files saved by users look options up by place and by name, so the first list never changes; it has no defaults here.
@@ -108,7 +115,7 @@ inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlo
 // arguments, with their defaults: files from before them leave them out.
 inline constexpr std::tuple kFirstOptions(kHeadAlpha, kAlpha, kIsCausal, kScale, kQSeqlens, kKvSeqlens, kCuSeqlensQ,
                                           kCuSeqlensK, kMaxSeqlenQ, kMaxSeqlenK, kWindow, kAlibiSlopes);
-inline constexpr std::tuple kLaterOptions(kKvStarts);
+inline constexpr std::tuple kLaterOptions(kKvStarts, kDropoutP, kDropoutSeed);
 inline constexpr std::tuple kAllOptions = std::tuple_cat(kFirstOptions, kLaterOptions);
 
 // Whether the private pair hands on every option of a list; one that it does not would be lost on the way.
