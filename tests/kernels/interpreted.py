@@ -46,6 +46,7 @@ class Result(NamedTuple):
     dq: Tensor | None = None
     dk: Tensor | None = None
     dv: Tensor | None = None
+    alpha_terms: Tensor | None = None  # of each row; empty where alpha is a number
 
 
 def matrix(x: Tensor) -> Matrix:
@@ -53,11 +54,17 @@ def matrix(x: Tensor) -> Matrix:
     return Matrix(x, 0, x.stride(1), x.stride(0)) if x.dim() == 3 else Matrix(x, *x.stride()[:3])
 
 
+def alpha_argument(alpha: float | Tensor) -> Alpha:
+    if isinstance(alpha, Tensor):
+        return Alpha(alpha.float(), entmax.ALPHA_PER_HEAD.value, 0.0)
+    return Alpha(torch.zeros(1), entmax.ALPHA_NUMBER.value, alpha)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: float = 1.5,
+    alpha: float | Tensor = 1.5,
     is_causal: bool = False,
     *,
     grad: Tensor | None = None,
@@ -72,7 +79,7 @@ def attention(
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
     ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
     (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
-    cu_seqlens_k, longest query, longest key)."""
+    cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
@@ -102,7 +109,7 @@ def attention(
     call = Call(
         queries=Sequences(given[0], kinds[0], rows_q, longest_q, tile_rows),
         keys=Sequences(given[1], kinds[1], rows_k, longest_k, key_tile_rows),
-        alpha=Alpha(none, entmax.ALPHA_NUMBER.value, alpha),
+        alpha=alpha_argument(alpha),
         scores=Scores(
             slopes=none,
             slopes_batch_stride=0,
@@ -118,7 +125,7 @@ def attention(
         head_dim=head_dim,
         value_dim=value_dim,
     )
-    alpha_code = alpha_code or {1.5: "1_5", 2.0: "2"}.get(alpha, "any")
+    alpha_code = alpha_code or {1.5: "1_5", 2.0: "2"}.get(0 if isinstance(alpha, Tensor) else alpha, "any")
     block_d = max(16, 1 << (max(head_dim, value_dim) - 1).bit_length())
 
     def launch(name, block_m=TILE, block_n=tiles.walk, every=1, constants=None, **arguments):
@@ -156,6 +163,7 @@ def attention(
     if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
         dk.zero_(), dv.zero_()
     row_terms = torch.full((*row_state.shape[:-1], 4), garbage)
+    alpha_terms = torch.full(row_state.shape[:-1] if isinstance(alpha, Tensor) else (0,), garbage)
     tile_lists.fill_(1 << 30)
     key_marks = torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32)
     row_marks = torch.full((*tile_lists.shape, 4), -1, dtype=torch.int16)
@@ -186,7 +194,7 @@ def attention(
             out=matrix(out),
             grad_query=matrix(dq),
             row_terms=row_terms,
-            alpha_terms=torch.zeros(0),
+            alpha_terms=alpha_terms,
             row_state=row_state,
             tiles=bits,
             tile_lists=tile_lists,
@@ -210,4 +218,4 @@ def attention(
             **probe,
             constants=dict(GATHER=gather),
         )
-    return Result(out, row_state, bits, dq, dk, dv)
+    return Result(out, row_state, bits, dq, dk, dv, alpha_terms)

@@ -11,6 +11,9 @@ of gap = tau - row_max:
   1. sums over the row at gap, and a step towards the solution, until the next step arrives (mostly once);
   2. the output, divided by the sum of the weights it was made with. That sum also tells whether gap was good enough for
      the type: where it was not, the output is made again, a step further, and if need be sums again.
+
+For alpha = 1 every key that a row sees has weight, and there is nothing to look for: `softmax` makes the output in one
+pass over the visible tiles.
 """
 
 from typing import NamedTuple
@@ -28,15 +31,18 @@ from ..lib.call import (
     tile_row_of,
 )
 from ..lib.entmax import (
+    ALPHA_1,
     ALPHA_1_5,
     ALPHA_2,
     ALPHA_ANY,
+    LOG2_E,
     Threshold,
     column_counts,
     excess_of,
     newton_step,
     threshold_of,
     threshold_step,
+    weigh,
     weights,
 )
 from ..lib.marks import WARP_ROWS
@@ -115,6 +121,17 @@ def attend(
     margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
     entries = tile_lists + tile_row * key_tiles
 
+    if ALPHA == ALPHA_ANY:  # noqa: SIM102
+        if scale.alpha == 1.0:
+            SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
+            weighted, sum_p, row_max = softmax(queries, value_rows, tiles_seen, SOFTMAX_CODE)
+            sound = sees & (tl.abs(row_max) < float("inf"))
+            gap = tl.where(sound, tl.maximum(tl.log(sum_p), 0.0), float("inf"))
+            row_max = tl.where(sound, row_max, 0.0)
+            store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
+            store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, tiles_seen, True)
+            return
+
     row_max, gap = scan(queries, sees, tiles_seen, margins, SCAN_CODE)
     # Rows that see a NaN or an infinite score are broken, and all rows where alpha is NaN: their output is NaN.
     sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
@@ -124,13 +141,7 @@ def attend(
     candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
     weighted, sum_p, gap = solve(queries, value_rows, row_max, gap, sound, candidates, margins, CODE)
 
-    broken = sees & ~sound
-    row_max = tl.where(broken, float("nan"), row_max)
-    tl.store(row_state + 2 * row, row_max, mask=row < at.queries.extent)
-    tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), gap), mask=row < at.queries.extent)
-    weighted *= (1.0 / tl.where(sound & (sum_p > 0.0), sum_p, 1.0))[:, None]
-    weighted = tl.where(broken[:, None], float("nan"), weighted)
-    store_rows(out_rows, weighted, first_row, BLOCK_M, BLOCK_D)
+    broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
     store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, tiles_seen, any_row(broken))
 
 
@@ -336,11 +347,10 @@ def sum_weights(queries, threshold, candidates, CODE):
             first_key = ahead * TILE + part_of(index, PARTS) * CODE.BLOCK_N
             ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
             qk = block_scores(queries, first_key, CODE, EDGE)
-            excess = excess_of(qk, queries.scale.z, threshold, 0, CODE.EXACT)
-            p, u = weights(excess, queries.scale.alpha, CODE.ALPHA, CODE.EXACT)
+            p, u = weigh(qk, queries.scale, threshold, 0, CODE)
             part_p, lost = kahan_add(part_p, lost, column_sums(p), CODE.EXACT)
             if CODE.ALPHA == ALPHA_2:
-                part_n += column_counts(excess)
+                part_n += column_counts(p)
             else:
                 part_u += column_sums(u)
     sum_p = tl.sum(part_p, 1)
@@ -375,8 +385,7 @@ def add_values(sums, tile, index, context, CODE, EDGE: tl.constexpr):
     part_u = sums.u
     first_key = tile * TILE + part_of(index, PARTS) * CODE.BLOCK_N
     qk = block_scores(queries, first_key, CODE, EDGE)
-    excess = excess_of(qk, queries.scale.z, threshold, 0, CODE.EXACT)
-    p, u = weights(excess, queries.scale.alpha, CODE.ALPHA, CODE.EXACT)
+    p, u = weigh(qk, queries.scale, threshold, 0, CODE)
     v = load_rows(value_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
     weighted = dot(cast(p, v.dtype), v, sums.p_v)
     here = column_sums(p)
@@ -389,6 +398,51 @@ def add_values(sums, tile, index, context, CODE, EDGE: tl.constexpr):
     weight = tl.maximum(weight, tl.max(here, 1))  # as integers, which order as numbers from 0 on do
     tl.store(margins + tile, (weight > 0).to(tl.int16))
     return ValueSums(weighted, part_p, part_u, lost, weight)
+
+
+# ---- alpha = 1 -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def softmax(queries, value_rows, tiles_seen, CODE):
+    """(sum p v, sum p, row_max) of each row with p = e^(z - row_max). Of the keys so far: where a row's maximum grows,
+    what was summed is made smaller."""
+    PARTS: tl.constexpr = TILE // CODE.BLOCK_N
+    row_max = tl.full([CODE.BLOCK_M], float("-inf"), tl.float32)
+    weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
+    part_p = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
+    lost = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
+    for index in tl.range((tiles_seen.inner + tiles_seen.edge) * PARTS):
+        first_key = tiles_seen.first * TILE + index * CODE.BLOCK_N
+        qk = block_scores(queries, first_key, CODE, True)
+        here = max_or_nan(qk, 1) * queries.scale.z
+        grown = tl.maximum(row_max, here, propagate_nan=tl.PropagateNan.ALL)
+        base = tl.where(grown == float("-inf"), 0.0, grown)  # while a row has seen nothing
+        shrink = tl.exp2((row_max - base) * LOG2_E)[:, None]
+        row_max = grown
+        p, _ = weigh(qk, queries.scale, threshold_of(base, tl.zeros_like(base), CODE.EXACT), 0, CODE)
+        part_p, lost = kahan_add(part_p * shrink, lost * shrink, column_sums(p), CODE.EXACT)
+        v = load_rows(value_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, True)
+        weighted = dot(cast(p, v.dtype), v, weighted * shrink)
+    return weighted, tl.sum(part_p, 1), row_max
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE):
+    """row_state and the output of rows, from the weighted values and the sum of their weights. Returns which of them
+    are broken: they see keys and are not sound."""
+    row = first_row + tl.arange(0, CODE.BLOCK_M)
+    broken = sees & ~sound
+    row_max = tl.where(broken, float("nan"), row_max)
+    tl.store(row_state + 2 * row, row_max, mask=row < out_rows.end)
+    tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), gap), mask=row < out_rows.end)
+    weighted *= (1.0 / tl.where(sound & (sum_p > 0.0), sum_p, 1.0))[:, None]
+    weighted = tl.where(broken[:, None], float("nan"), weighted)
+    store_rows(out_rows, weighted, first_row, CODE.BLOCK_M, CODE.BLOCK_D)
+    return broken
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, query_rows_of
-from ..lib.entmax import excess_of, weights
+from ..lib.entmax import ALPHA_1, ALPHA_ANY, weigh
 from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
     Code,
@@ -23,7 +23,7 @@ from ..lib.matrices import (
     store_rows,
 )
 from ..lib.scores import HeadScale, ScoreRules, scores_of
-from ..lib.tile_lists import LIST_CHUNK, WORD, TileList, all_edges, append, first_tile_row
+from ..lib.tile_lists import LIST_CHUNK, WORD, TileList, all_edges, append, first_tile_row, list_where
 from ..lib.visibility import TILE, first_row_that_sees, sequence_bounds, visible_keys
 from ..spec import CALL, MATRIX, Spec
 from .grad_query import load_terms
@@ -110,6 +110,11 @@ def grad_key_value(
         unused = query_tiles - weighing.count
         marked = MarkedRows(marks, key_tiles, gathered)
         context = (held, member_rows, at.band)
+        if ALPHA == ALPHA_ANY:
+            SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
+            listed = list_where(weighing, scale.alpha == 1.0)
+            sums = visit_rows(add_queries, sums, context, listed, unused, marked, BLOCK_M, True, SOFTMAX_CODE, GATHER)
+            weighing = list_where(weighing, scale.alpha != 1.0)
         sums = visit_rows(add_queries, sums, context, weighing, unused, marked, BLOCK_M, True, CODE, GATHER)
         query_data += query.head_stride
         grad_out_data += grad_out.head_stride
@@ -179,7 +184,7 @@ def add_queries(sums, first_row, context, CODE, EDGE: tl.constexpr):
     qk = products(held.k, head.query_rows, first_row, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
     rules = ScoreRules(row_numbers(first_row, CODE.BLOCK_M), band, None, scale.qk_slope)
     qk = scores_of(qk, rules, held.key_number, 1, CODE.ALPHA, EDGE)
-    p, u = weights(excess_of(qk, scale.z, terms.threshold, 1, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
+    p, u = weigh(qk, scale, terms.threshold, 1, CODE)
     p = p * terms.normaliser[None, :] if CODE.EXACT else p + terms.normaliser[None, :]
     if EDGE:
         p = tl.where(qk == float("-inf"), 0.0, p)

@@ -1,6 +1,6 @@
 """The gradient of query, over what holds weight and nothing else. No atomics on gradients: every one has one writer.
 
-With u_j = p_j^(2-alpha) on the support, dp_j = dO.v_j and delta = sum u dp / sum u,
+With u_j = p_j^(2-alpha) on the support (u_j = p_j for alpha = 1), dp_j = dO.v_j and delta = sum u dp / sum u,
     ds_j = u_j (dp_j - delta),   dq = scale sum_j ds_j k_j,   dk_j = scale sum_rows ds_j q,   dv_j = sum_rows p_j dO.
 grad_query finds delta and dq in one pass, since dq / scale = sum u dp k - delta sum u k. So that this difference does
 not cancel, a number of the row near delta is taken off dp first: dp_shift = dO.out, which is sum p dp where delta has u
@@ -23,14 +23,16 @@ from ..lib.call import (
     tile_row_of,
 )
 from ..lib.entmax import (
+    ALPHA_1,
     ALPHA_ANY,
     ALPHA_NUMBER,
     Threshold,
     alpha_term,
-    excess_of,
+    fixed_alpha,
     load_thresholds,
     log2,
-    weights,
+    softmax_alpha_term,
+    weigh,
 )
 from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
@@ -49,7 +51,7 @@ from ..lib.matrices import (
     store_rows,
 )
 from ..lib.scores import QueryBlock, block_scores, score_rules
-from ..lib.tile_lists import WORD, list_weighing
+from ..lib.tile_lists import WORD, list_weighing, list_where
 from ..lib.visibility import TILE, keys_of_block, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
 
@@ -133,8 +135,13 @@ def grad_query(
     dp_shift = output_products(do, out_rows, CODE)
     largest_term = term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT)
     held = BackwardBlock(queries, threshold, do, value_rows, dp_shift, largest_term, call.alpha.source)
-    sums = sum_keys(held, weighing, MarkedRows(marks, 1, gathered), CODE, GATHER)
-
+    marked = MarkedRows(marks, 1, gathered)
+    sums = zero_sums(CODE)
+    if ALPHA == ALPHA_ANY:
+        SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
+        sums = sum_keys(sums, held, list_where(weighing, scale.alpha == 1.0), marked, SOFTMAX_CODE, GATHER)
+        weighing = list_where(weighing, scale.alpha != 1.0)
+    sums = sum_keys(sums, held, weighing, marked, CODE, GATHER)
     store_sums(sums, held, gap, state_row, call.scores.scale, grad_query_rows, row_terms, alpha_terms, CODE)
 
 
@@ -159,11 +166,15 @@ GRAD_QUERY = Spec(
 
 
 @triton.jit
-def sum_keys(held, weighing, marked, CODE, GATHER: tl.constexpr):
-    """The Sums over the tiles of a list, or over what is marked in them."""
+def zero_sums(CODE):
     narrow = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
     wide = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
-    sums = Sums(narrow, narrow, narrow, narrow, narrow, narrow, wide, wide)
+    return Sums(narrow, narrow, narrow, narrow, narrow, narrow, wide, wide)
+
+
+@triton.jit
+def sum_keys(sums, held, weighing, marked, CODE, GATHER: tl.constexpr):
+    """The Sums with those over the tiles of a list, or over what is marked in them."""
     # Steps of a whole tile (D = 64) are faster with as many stages at edges (docs/notes/2026-11-26-kernel-tuning.md).
     SHORT_EDGES: tl.constexpr = CODE.BLOCK_N < TILE
     return visit_rows(add_keys, sums, held, weighing, 0, marked, CODE.BLOCK_N, SHORT_EDGES, CODE, GATHER)
@@ -175,7 +186,7 @@ def add_keys(sums, first_key, held, CODE, EDGE: tl.constexpr):
     queries, scale = held.queries, held.queries.scale
     k = load_rows(queries.key_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
     qk = block_scores(queries, first_key, CODE, EDGE)  # of the same rows of keys: one load for both
-    p, u = weights(excess_of(qk, scale.z, held.threshold, 0, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
+    p, u = weigh(qk, scale, held.threshold, 0, CODE)
     dp = products(held.do, held.value_rows, first_key, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
     sum_p, lost, sum_u_term, sum_u_dp_term = sums.p, sums.lost, sums.u_term, sums.u_dp_term
     if CODE.EXACT:
@@ -185,9 +196,12 @@ def add_keys(sums, first_key, held, CODE, EDGE: tl.constexpr):
     if EDGE:
         u_dp = tl.where(u == 0.0, 0.0, u_dp)  # 0 * NaN
     sum_u_dp = sums.u_dp + column_sums(u_dp)
-    if CODE.ALPHA == ALPHA_ANY:  # noqa: SIM102
+    if not fixed_alpha(CODE.ALPHA):  # noqa: SIM102
         if held.alpha_source != ALPHA_NUMBER:
-            term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - held.largest_term[:, None]
+            if CODE.ALPHA == ALPHA_1:
+                term = softmax_alpha_term(p, qk, scale.z, held.threshold, CODE.EXACT)
+            else:
+                term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - held.largest_term[:, None]
             sum_u_term += column_sums(u * term)
             sum_u_dp_term += column_sums(u_dp * term)
     sum_u_dp_k = dot(cast(u_dp, k.dtype), k, sums.u_dp_k)
@@ -215,7 +229,7 @@ def store_sums(sums, held, gap, state_row, scale, grad_query_rows, row_terms, al
     place = row_terms + 4 * (state_row + row)
     delta = tl.where(sees, shifted_delta + held.dp_shift, 0.0)
     store_terms(place, RowTerms(held.threshold, delta, normaliser), row < grad_query_rows.end)
-    if CODE.ALPHA == ALPHA_ANY:  # noqa: SIM102
+    if not fixed_alpha(CODE.ALPHA):  # noqa: SIM102
         if held.alpha_source != ALPHA_NUMBER:
             of_alpha = tl.sum(sums.u_dp_term, 1) - shifted_delta * tl.sum(sums.u_term, 1)
             of_alpha = tl.where(sees, of_alpha, 0.0)
@@ -237,8 +251,8 @@ def output_products(do, out_rows, CODE):
 @triton.jit
 def term_of_largest_weight(gap, alpha, ALPHA: tl.constexpr, EXACT: tl.constexpr):
     """What a row's largest weight, (-gap)^(1/(alpha-1)), has for alpha_term, which is taken off all: as sum ds = 0 only
-    rounding changes, and where weights are nearly equal so are the terms."""
-    if ALPHA == ALPHA_ANY:
+    rounding changes, and where weights are nearly equal so are the terms. Of no use for alpha = 1, where it is 0."""
+    if not fixed_alpha(ALPHA):
         return alpha_term(-gap, log2(-gap, EXACT) / (alpha - 1.0), alpha)
     else:
         return gap  # code for one alpha has no gradient of it

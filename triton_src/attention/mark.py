@@ -19,7 +19,7 @@ from ..lib.call import (
     query_rows_of,
     tile_row_of,
 )
-from ..lib.entmax import load_thresholds
+from ..lib.entmax import load_thresholds, mark_threshold
 from ..lib.marks import PROBE_EVERY, WARP_ROWS, bits_set, gathers, marks_of
 from ..lib.matrices import Code, load_factor
 from ..lib.scores import QueryBlock, block_scores, score_rules
@@ -63,6 +63,7 @@ def mark(
     q = load_factor(query_rows, first_row, BLOCK_M, CODE)
     threshold, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
+    threshold = mark_threshold(threshold, scale.alpha, ALPHA)
     queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
 
     tile_row = tile_row_of(call, at, first_row)

@@ -93,7 +93,7 @@ def band_of(call, queries, keys):
 @triton.jit
 def head_scale(call, batch, head, ALPHA: tl.constexpr):
     alpha = alpha_of_head(call.alpha, head, ALPHA)
-    z_scale = z_scale_of(call.scores.scale, alpha)
+    z_scale = z_scale_of(call.scores.scale, alpha, ALPHA)
     return HeadScale(alpha, z_scale, qk_slope_of(call.scores, batch, head, alpha, z_scale, ALPHA))
 
 

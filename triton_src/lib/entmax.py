@@ -2,6 +2,9 @@
 
 The notation is that of docs/architecture.md: z = (alpha - 1) * score, row_max is a row's largest z,
 gap = tau - row_max, excess = [z - tau]+, p = excess^(1/(alpha-1)) a weight, and u = p^(2-alpha).
+
+For alpha = 1, softmax, z = score, tau is the logarithm of a row's sum of e^z, and p = u = e^(z - tau). With these all
+that follows from weights is as for other alphas.
 """
 
 from typing import NamedTuple
@@ -13,9 +16,11 @@ from triton.language.extra import libdevice
 from .matrices import INTERPRETED, column_sums
 
 # Which code serves an alpha: two values have code of their own, everything else goes through powers at run time.
+# ALPHA_1 is part of the code for any alpha, which branches to it for the heads whose alpha is 1.
 ALPHA_ANY = tl.constexpr(0)
 ALPHA_1_5 = tl.constexpr(1)
 ALPHA_2 = tl.constexpr(2)
+ALPHA_1 = tl.constexpr(3)
 
 # Where alpha is (AlphaSource in csrc/cuda/embedded.h says the same).
 ALPHA_NUMBER = tl.constexpr(0)
@@ -25,12 +30,14 @@ ALPHA_PER_HEAD = tl.constexpr(2)
 LEAST_ALPHA = tl.constexpr(1.0078125)  # 1.01 as bfloat16 rounds it, which a tensor of that type holds
 
 LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+BELOW_ALL = tl.constexpr(-3e38)  # below every score but that of a hidden key
 
 
 @triton.constexpr_function
 def fixed_alpha(ALPHA):
-    """Whether code is for one alpha. Such code does not look for another, and has no ALiBi: its time is short."""
-    return ALPHA != ALPHA_ANY
+    """Whether a variant is for one alpha. Its code does not look for another, and has no ALiBi: its time is short."""
+    return ALPHA in (ALPHA_1_5, ALPHA_2)
 
 
 class Alpha(NamedTuple):
@@ -57,12 +64,22 @@ def alpha_or_nan(alpha):
 
 @triton.jit
 def alpha_of_head(alpha, head, ALPHA: tl.constexpr):
-    """A head's alpha."""
+    """A head's alpha, which may be 1."""
     if fixed_alpha(ALPHA):
         return alpha.number
     else:
         place = tl.where(alpha.source == ALPHA_PER_HEAD, head, 0)
-        return alpha_or_nan(tl.load(alpha.per_head + place, mask=alpha.source != ALPHA_NUMBER, other=alpha.number))
+        given = tl.load(alpha.per_head + place, mask=alpha.source != ALPHA_NUMBER, other=alpha.number)
+        return tl.where(given == 1.0, given, alpha_or_nan(given))
+
+
+@triton.jit
+def rate_of(alpha, ALPHA: tl.constexpr):
+    """What makes z of a score: alpha - 1, and 1 for alpha = 1."""
+    if fixed_alpha(ALPHA):
+        return alpha - 1.0
+    else:
+        return tl.where(alpha == 1.0, 1.0, alpha - 1.0)
 
 
 @triton.jit
@@ -71,6 +88,16 @@ def threshold_of(row_max, gap, EXACT: tl.constexpr):
         return Threshold(row_max, gap)
     else:
         return Threshold(row_max + gap, gap)
+
+
+@triton.jit
+def mark_threshold(threshold, alpha, ALPHA: tl.constexpr):
+    """The Threshold above which a key weighs. For alpha = 1 every key does that a row sees."""
+    if fixed_alpha(ALPHA):
+        return threshold
+    else:
+        softmax = alpha == 1.0
+        return Threshold(tl.where(softmax, BELOW_ALL, threshold.high), tl.where(softmax, 0.0, threshold.low))
 
 
 @triton.jit
@@ -106,6 +133,26 @@ def weights(excess, alpha, ALPHA: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def softmax_weights(qk, z_scale, threshold, row_axis: tl.constexpr, EXACT: tl.constexpr):
+    """e^(z - tau) of scores as `excess_of` takes them."""
+    high, low = tl.expand_dims(threshold.high, 1 - row_axis), tl.expand_dims(threshold.low, 1 - row_axis)
+    if EXACT:
+        return tl.exp2(((qk * z_scale - high) - low) * LOG2_E)
+    else:  # one multiply-add a score
+        return tl.exp2(qk * (z_scale * LOG2_E) - high * LOG2_E)
+
+
+@triton.jit
+def weigh(qk, scale, threshold, row_axis: tl.constexpr, CODE):
+    """(p, u) of scores in units of q.k, whose rows lie along `row_axis`, of a head with a HeadScale."""
+    if CODE.ALPHA == ALPHA_1:
+        p = softmax_weights(qk, scale.z, threshold, row_axis, CODE.EXACT)
+        return p, p
+    else:
+        return weights(excess_of(qk, scale.z, threshold, row_axis, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
+
+
+@triton.jit
 def is_positive(x):
     """1 where x > 0, else 0, for x >= 0: one saturating multiplication instead of a comparison and a selection."""
     return tl.minimum(tl.maximum(x * 1e30, 0.0), 1.0)
@@ -130,6 +177,16 @@ def alpha_term(p, log, alpha):
     series = 1 / 2 + x * (1 / 3 + x * (1 / 8 + x * (1 / 30 + x * (1 / 144 + x * (1 / 840 + x * (1 / 5760))))))
     closed = tl.exp2(x / LN_2) * (1.0 - x) - 1.0
     return tl.where(tl.abs(x) < 0.5, -x * x * series, closed) / (rate * rate)
+
+
+@triton.jit
+def softmax_alpha_term(p, qk, z_scale, threshold, EXACT: tl.constexpr):
+    """The same at alpha = 1, to which -(ln p)^2 / 2 is the limit. gap^2 / 2 is put to it, as any c will do: with
+    x = z - row_max = ln p + gap that leaves -x (x - 2 gap) / 2, where nothing cancels if weights are nearly equal."""
+    high, gap = threshold.high[:, None], threshold.low[:, None]
+    x = qk * z_scale - high if EXACT else (qk * z_scale - high) + gap
+    x = tl.where(p == 0.0, 0.0, x)  # where it may be -inf
+    return x * (gap - 0.5 * x)
 
 
 @triton.jit

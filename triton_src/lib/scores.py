@@ -6,7 +6,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .entmax import fixed_alpha
+from .entmax import fixed_alpha, rate_of
 from .matrices import Factor, Rows, RowsFrom, products, row_numbers
 from .visibility import Band, Span, diagonal_of, visible_keys
 
@@ -49,10 +49,10 @@ class QueryBlock(NamedTuple):
 
 
 @triton.jit
-def z_scale_of(scale, alpha):
-    """(alpha - 1) * |scale|, by which q.k becomes z: for a negative scale the kernels are given -query, so that q.k
-    orders keys as z does. Never quite zero, so that the -inf of a hidden key stays -inf."""
-    return tl.maximum(tl.abs(scale) * (alpha - 1.0), 1e-30)
+def z_scale_of(scale, alpha, ALPHA: tl.constexpr):
+    """(alpha - 1) * |scale|, for alpha = 1 |scale|, by which q.k becomes z: for a negative scale the kernels are given
+    -query, so that q.k orders keys as z does. Never quite zero, so that the -inf of a hidden key stays -inf."""
+    return tl.maximum(tl.abs(scale) * rate_of(alpha, ALPHA), 1e-30)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def qk_slope_of(scores, batch, head, alpha, z_scale, ALPHA: tl.constexpr):
     else:
         given = scores.has_slopes != 0
         slope = tl.load(scores.slopes + batch * scores.slopes_batch_stride + head, mask=given, other=0.0)
-        return slope * (alpha - 1.0) / z_scale
+        return slope * rate_of(alpha, ALPHA) / z_scale
 
 
 @triton.jit

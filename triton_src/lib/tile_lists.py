@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .entmax import ALPHA_ANY
+from .entmax import fixed_alpha
 from .visibility import LENGTHS_PACKED, TILE, ordered_tile
 
 WORD = tl.constexpr(32)  # tile bits in a word
@@ -87,17 +87,24 @@ def has_weight(tile, index, known, context):
     return tile_bit(bits, tile, known) & (index % every == 0)
 
 
+@triton.jit
+def list_where(tile_list, condition):
+    """A TileList, or an empty one unless a condition holds: where two codes are for one list, each under a condition of
+    its own, sums go through both, and need not come out of a branch."""
+    return TileList(tile_list.entries, tile_list.inner, tl.where(condition, tile_list.count, 0))
+
+
 @triton.constexpr_function
 def all_edges(ALPHA):
     """1 in code that treats every tile as one at an edge: half the code, where hiding keys is little of the time."""
-    return 1 if ALPHA == ALPHA_ANY else 0
+    return 0 if fixed_alpha(ALPHA) else 1
 
 
 @triton.constexpr_function
 def stages(EDGE, ALPHA):
     """How deep a loop over tiles is pipelined; None: as the variant says. Over edges it is mostly a step or two, and a
     deeper one only begins and ends for longer. For any alpha all tiles count as edges."""
-    return 2 if EDGE and ALPHA != ALPHA_ANY else None
+    return 2 if EDGE and fixed_alpha(ALPHA) else None
 
 
 @triton.jit
