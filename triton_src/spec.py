@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .lib.call import Call
+from .lib.dropout import Dropout
 from .lib.entmax import Alpha
 from .lib.matrices import Matrix
 from .lib.scores import Scores
@@ -35,6 +36,7 @@ CALL = Call(
     scores=Scores(
         slopes="*fp32", slopes_batch_stride="i64", has_slopes="i32", scale="fp32", window_left="i32", window_right="i32"
     ),
+    dropout=Dropout(seed="*i64", threshold="i32", scale="fp32", first_batch="i32", first_head="i32"),
     state_batch_stride="i64",
     heads="i32",
     group="i32",

@@ -25,6 +25,7 @@ from bench.lib.inputs import make_grad, make_inputs
 from . import variants
 from .compile import compile_variant
 from .launchers import packing
+from .lib.dropout import Dropout
 from .lib.entmax import ALPHA_NUMBER
 from .lib.marks import GATHER_ROOM
 from .lib.tile_lists import count_tile_rows, count_tile_words
@@ -107,10 +108,11 @@ class Problem:
             "gathered": torch.empty(batch, heads, tile_rows, GATHER_ROOM.value, dtype=torch.int32, **like),
             "tiles": torch.zeros(batch, heads, tile_rows, count_tile_words(length), dtype=torch.int32, **like),
         }  # fmt: skip
-        # What is not asked for here: lengths, alphas and slopes in memory, the gradient of alpha, a probe.
+        # What is not asked for here: lengths, alphas and slopes in memory, dropout, the gradient of alpha, a probe.
         absent = (
             "call.queries.lengths", "call.keys.lengths", "call.alpha.per_head", "call.scores.slopes",
             "call.scores.slopes_batch_stride", "call.scores.has_slopes", "alpha_terms", "probe_from",
+            *(f"call.dropout.{part}" for part in Dropout._fields),
         )  # fmt: skip
         self.values = dict.fromkeys((*absent, *(name for name, _ in APPENDED)), 0)
         for name, x in self.tensors.items():

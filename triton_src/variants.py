@@ -3,8 +3,9 @@ generated from it. Their tile shapes, warps and stages are data, in tiles.json.
 
 A variant is (kernel, element type, padded head size, code for an alpha), and of two kernels whether they walk tiles or
 gather what is marked. Everything else is a run-time value: causal, window, lengths, grouped queries, scale, M and N,
-head sizes below the padded one; and, in the code for any alpha, alpha itself, its gradient and ALiBi, which the code
-for one alpha leaves out to stay short. All take rows that start at multiples of ALIGNMENT, which the host sees to.
+head sizes below the padded one; and, in the code for any alpha, alpha itself, its gradient, ALiBi and dropout, all of
+which the code for one alpha leaves out to stay short. All take rows that start at multiples of ALIGNMENT, which the
+host sees to.
 """
 
 import functools

@@ -13,7 +13,7 @@ namespace adasplash::cuda {
 namespace {
 
 const Implementation& implementation_for(const AttentionInputs& inputs) {
-  const auto& [op, query, key, value, options] = inputs;
+  const auto& [op, query, key, value, options, first] = inputs;
   return choose_implementation(
       op, {query.device(), query.scalar_type(), query.sizes().back(), value.sizes().back(), options});
 }
@@ -55,9 +55,10 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
   if (out.numel() == 0) return result;
 
   for (const Part& part : Part::all(inputs, implementation.forward_scratch(inputs, training))) {
-    implementation.forward({inputs.op, part.queries(query), part.keys(key), part.keys(value), part.options(options)},
-                           {part.queries(out), training ? part.rows(row_state) : at::Tensor(),
-                            training ? part.rows(tiles) : at::Tensor()});
+    implementation.forward(
+        {inputs.op, part.queries(query), part.keys(key), part.keys(value), part.options(options), part.first()},
+        {part.queries(out), training ? part.rows(row_state) : at::Tensor(),
+         training ? part.rows(tiles) : at::Tensor()});
   }
   return result;
 }
@@ -86,11 +87,12 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
   }
   if (heads > 0) {
     for (const Part& part : Part::all(inputs, implementation.backward_scratch(inputs))) {
-      implementation.backward({inputs.op, part.queries(query), part.keys(key), part.keys(value), part.options(options)},
-                              {part.queries(grad_out), part.rows(row_state), part.rows(tiles),
-                               saved.out ? OptionalTensor(part.queries(*saved.out)) : std::nullopt},
-                              {part.queries(grad_query), part.keys(grad_key), part.keys(grad_value),
-                               options.head_alpha ? part.rows(alpha_terms) : alpha_terms});
+      implementation.backward(
+          {inputs.op, part.queries(query), part.keys(key), part.keys(value), part.options(options), part.first()},
+          {part.queries(grad_out), part.rows(row_state), part.rows(tiles),
+           saved.out ? OptionalTensor(part.queries(*saved.out)) : std::nullopt},
+          {part.queries(grad_query), part.keys(grad_key), part.keys(grad_value),
+           options.head_alpha ? part.rows(alpha_terms) : alpha_terms});
     }
   }
   if (options.head_alpha) sum_alpha_terms(alpha_terms, grad_alpha);

@@ -26,11 +26,17 @@ struct CallKind {
   const AttentionOptions& options;
 };
 
+// Where a part of a call stands in it: the numbers of its first batch entry and of its first query head.
+struct FirstHead {
+  int64_t entry = 0, head = 0;
+};
+
 // The inputs of an op, or those of a part of one (part.h). They refer to what lives as long as the call.
 struct AttentionInputs {
   const char* op;  // for messages
   const at::Tensor &query, &key, &value;
   const AttentionOptions& options;
+  FirstHead first = {};
 };
 
 // Where the forward writes: every row that a sequence has. Tokens of the packed form that no sequence has, and tile

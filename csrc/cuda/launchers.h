@@ -47,12 +47,22 @@ struct Scores {
   Exactly<int32_t> window_right;
 };
 
+// Which weights are dropped: those with 32 random bits below a threshold, none if that is 0.
+struct Dropout {
+  Exactly<const int64_t*> seed;
+  Exactly<int32_t> threshold;
+  Exactly<float> scale;
+  Exactly<int32_t> first_batch;
+  Exactly<int32_t> first_head;
+};
+
 // The shape and options of a call, which all kernels of attention take.
 struct Call {
   Sequences queries;
   Sequences keys;
   Alpha alpha;
   Scores scores;
+  Dropout dropout;
   Exactly<int64_t> state_batch_stride;
   Exactly<int32_t> heads;
   Exactly<int32_t> group;
@@ -77,7 +87,7 @@ struct AttendArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 304);
+static_assert(sizeof(AttendArguments) == 328);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -98,7 +108,7 @@ struct MarkArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(MarkArguments) == 264);
+static_assert(sizeof(MarkArguments) == 288);
 inline void mark(const Variant& variant, const Place& place, int64_t programs,
                  const MarkArguments& arguments) {
   launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
@@ -124,7 +134,7 @@ struct GradQueryArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 408);
+static_assert(sizeof(GradQueryArguments) == 432);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -148,7 +158,7 @@ struct GradKeyValueArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 392);
+static_assert(sizeof(GradKeyValueArguments) == 416);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);

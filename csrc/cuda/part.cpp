@@ -33,7 +33,7 @@ int64_t bytes_of_key_head(const AttentionInputs& inputs, int64_t batch, int64_t 
 }  // namespace
 
 std::vector<Part> Part::all(const AttentionInputs& inputs, const Scratch& scratch) {
-  const auto& [op, query, key, value, options] = inputs;
+  const auto& [op, query, key, value, options, first] = inputs;
   Part part;
   const bool packed = part.packed_ = options.packed();
   const int64_t sequences = AttentionShape::of(query, key, value, options).batch.expect_int();

@@ -20,6 +20,7 @@ class Part {
   at::Tensor keys(const at::Tensor& t) const { return narrowed(t, 1, 1); }
   at::Tensor rows(const at::Tensor& t) const { return narrowed(t, packed_ ? 0 : 1, group_); }
   AttentionOptions options(const AttentionOptions& whole) const;
+  FirstHead first() const { return {first_entry_, first_kv_head_ * group_}; }
 
  private:
   at::Tensor narrowed(const at::Tensor& t, int64_t head_dimension, int64_t heads_a_kv_head) const;

@@ -20,6 +20,7 @@ sys.path.append(str(ROOT))
 from triton_src import variants
 from triton_src.lib import entmax, marks, visibility
 from triton_src.lib.call import Call
+from triton_src.lib.dropout import Dropout
 from triton_src.lib.entmax import Alpha
 from triton_src.lib.matrices import Matrix
 from triton_src.lib.scores import Scores
@@ -60,6 +61,12 @@ def alpha_argument(alpha: float | Tensor) -> Alpha:
     return Alpha(torch.zeros(1), entmax.ALPHA_NUMBER.value, alpha)
 
 
+def dropout_argument(p: float, seed: int, first: tuple[int, int]) -> Dropout:
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    bits = threshold - (threshold >> 31 << 32)
+    return Dropout(torch.tensor([seed]), bits, 1 / (1 - p), *first)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -72,6 +79,8 @@ def attention(
     window: tuple[int, int] = (-1, -1),
     lengths: tuple[Tensor | None, Tensor | None] = (None, None),
     offsets: tuple[Tensor, Tensor, int, int] | None = None,
+    dropout: tuple[float, int] = (0.0, 0),
+    first: tuple[int, int] = (0, 0),
     alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
@@ -79,7 +88,8 @@ def attention(
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
     ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
     (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
-    cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient."""
+    cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
+    `dropout` is (p, seed), and `first` the first batch entry and head among those of the whole call."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
@@ -118,6 +128,7 @@ def attention(
             window_left=left,
             window_right=0 if is_causal else right,
         ),
+        dropout=dropout_argument(*dropout, first),
         state_batch_stride=state_batch,
         heads=heads,
         group=heads // kv_heads,
@@ -125,7 +136,8 @@ def attention(
         head_dim=head_dim,
         value_dim=value_dim,
     )
-    alpha_code = alpha_code or {1.5: "1_5", 2.0: "2"}.get(0 if isinstance(alpha, Tensor) else alpha, "any")
+    special = not isinstance(alpha, Tensor) and not dropout[0]
+    alpha_code = alpha_code or ({1.5: "1_5", 2.0: "2"}.get(alpha, "any") if special else "any")
     block_d = max(16, 1 << (max(head_dim, value_dim) - 1).bit_length())
 
     def launch(name, block_m=TILE, block_n=tiles.walk, every=1, constants=None, **arguments):

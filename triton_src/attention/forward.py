@@ -30,6 +30,7 @@ from ..lib.call import (
     query_rows_of,
     tile_row_of,
 )
+from ..lib.dropout import Dropout, RowWords, drop, row_words
 from ..lib.entmax import (
     ALPHA_1,
     ALPHA_1_5,
@@ -49,6 +50,7 @@ from ..lib.marks import WARP_ROWS
 from ..lib.matrices import (
     ROW_PARTS,
     Code,
+    RowsFrom,
     any_row,
     cast,
     column_sums,
@@ -57,6 +59,7 @@ from ..lib.matrices import (
     load_factor,
     load_rows,
     max_or_nan,
+    row_numbers,
     rows_from,
     store_rows,
 )
@@ -118,13 +121,14 @@ def attend(
     keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
     tile_row = tile_row_of(call, at, first_row)
+    values = ValueBlock(value_rows, call.dropout, row_words(call.dropout, batch, head, row, ALPHA))
     margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
     entries = tile_lists + tile_row * key_tiles
 
     if ALPHA == ALPHA_ANY:  # noqa: SIM102
         if scale.alpha == 1.0:
             SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
-            weighted, sum_p, row_max = softmax(queries, value_rows, tiles_seen, SOFTMAX_CODE)
+            weighted, sum_p, row_max = softmax(queries, values, tiles_seen, SOFTMAX_CODE)
             sound = sees & (tl.abs(row_max) < float("inf"))
             gap = tl.where(sound, tl.maximum(tl.log(sum_p), 0.0), float("inf"))
             row_max = tl.where(sound, row_max, 0.0)
@@ -139,7 +143,7 @@ def attend(
     gap = tl.where(sound, gap, float("inf"))  # rows that see nothing, and broken ones, weigh nothing below
     tl.debug_barrier()  # what other threads wrote is read from here on
     candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
-    weighted, sum_p, gap = solve(queries, value_rows, row_max, gap, sound, candidates, margins, CODE)
+    weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, CODE)
 
     broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
     store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, tiles_seen, any_row(broken))
@@ -284,10 +288,10 @@ def a_step_away(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def solve(queries, value_rows, row_max, gap, sound, candidates, margins, CODE):
+def solve(queries, values, row_max, gap, sound, candidates, margins, CODE):
     """(the weighted values, the sum of their weights, gap) of each row, as the file's head says. The gap is a step
     ahead of the one that the values were weighted at."""
-    DTYPE: tl.constexpr = value_rows.data.dtype.element_ty
+    DTYPE: tl.constexpr = values.rows.data.dtype.element_ty
     weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
     sum_p = tl.zeros([CODE.BLOCK_M], tl.float32)
     sum_u = tl.zeros([CODE.BLOCK_M], tl.float32)
@@ -315,7 +319,7 @@ def solve(queries, value_rows, row_max, gap, sound, candidates, margins, CODE):
 
         # 2. The output, and its sums.
         threshold = threshold_of(row_max, gap, CODE.EXACT)
-        weighted, sum_p, here_u = weigh_values(queries, value_rows, threshold, candidates, margins, CODE)
+        weighted, sum_p, here_u = weigh_values(queries, values, threshold, candidates, margins, CODE)
         if CODE.ALPHA != ALPHA_ANY:
             here_u = sum_u + slope_u * sum_p
         if CODE.ALPHA == ALPHA_1_5:  # u <= -gap, so this is a bound: no step passes row_max, settled support or not
@@ -357,6 +361,14 @@ def sum_weights(queries, threshold, candidates, CODE):
     return sum_p, tl.sum(part_n, 1).to(tl.float32) if CODE.ALPHA == ALPHA_2 else tl.sum(part_u, 1)
 
 
+class ValueBlock(NamedTuple):
+    """What a block of rows weighs: values, of which it drops some."""
+
+    rows: RowsFrom
+    dropout: Dropout
+    words: RowWords
+
+
 class ValueSums(NamedTuple):
     """Sums over a row's keys; but for the first in ROW_PARTS parts."""
 
@@ -368,26 +380,25 @@ class ValueSums(NamedTuple):
 
 
 @triton.jit
-def weigh_values(queries, value_rows, threshold, candidates, margins, CODE):
+def weigh_values(queries, values, threshold, candidates, margins, CODE):
     """(sum p v, sum p, sum u) of each row, the last in the code for any alpha alone. The margins of a tile become 1 if
     its keys weigh for any of their rows, else 0."""
     zeros = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
     weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
     sums = ValueSums(weighted, zeros, zeros, zeros, tl.zeros([TILE // WARP_ROWS], tl.int32))
-    sums = visit_tiles(add_values, sums, (queries, value_rows, threshold, margins), candidates, CODE)
+    sums = visit_tiles(add_values, sums, (queries, values, threshold, margins), candidates, CODE)
     return sums.p_v, tl.sum(sums.p, 1), tl.sum(sums.u, 1)
 
 
 @triton.jit
 def add_values(sums, tile, index, context, CODE, EDGE: tl.constexpr):
-    queries, value_rows, threshold, margins = context
+    queries, values, threshold, margins = context
     PARTS: tl.constexpr = TILE // CODE.BLOCK_N
     part_u = sums.u
     first_key = tile * TILE + part_of(index, PARTS) * CODE.BLOCK_N
     qk = block_scores(queries, first_key, CODE, EDGE)
     p, u = weigh(qk, queries.scale, threshold, 0, CODE)
-    v = load_rows(value_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
-    weighted = dot(cast(p, v.dtype), v, sums.p_v)
+    weighted = add_weighted(sums.p_v, p, values, first_key, CODE, EDGE)
     here = column_sums(p)
     part_p, lost = kahan_add(sums.p, sums.lost, here, CODE.EXACT)
     if CODE.ALPHA == ALPHA_ANY:
@@ -400,11 +411,19 @@ def add_values(sums, tile, index, context, CODE, EDGE: tl.constexpr):
     return ValueSums(weighted, part_p, part_u, lost, weight)
 
 
+@triton.jit
+def add_weighted(total, p, values, first_key, CODE, EDGE: tl.constexpr):
+    """The sum of weighted values with those of some more keys."""
+    v = load_rows(values.rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
+    p = drop(p, values.dropout, values.words, row_numbers(first_key, CODE.BLOCK_N), CODE)
+    return dot(cast(p, v.dtype), v, total)
+
+
 # ---- alpha = 1 -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def softmax(queries, value_rows, tiles_seen, CODE):
+def softmax(queries, values, tiles_seen, CODE):
     """(sum p v, sum p, row_max) of each row with p = e^(z - row_max). Of the keys so far: where a row's maximum grows,
     what was summed is made smaller."""
     PARTS: tl.constexpr = TILE // CODE.BLOCK_N
@@ -422,8 +441,7 @@ def softmax(queries, value_rows, tiles_seen, CODE):
         row_max = grown
         p, _ = weigh(qk, queries.scale, threshold_of(base, tl.zeros_like(base), CODE.EXACT), 0, CODE)
         part_p, lost = kahan_add(part_p * shrink, lost * shrink, column_sums(p), CODE.EXACT)
-        v = load_rows(value_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, True)
-        weighted = dot(cast(p, v.dtype), v, weighted * shrink)
+        weighted = add_weighted(weighted * shrink, p, values, first_key, CODE, True)
     return weighted, tl.sum(part_p, 1), row_max
 
 

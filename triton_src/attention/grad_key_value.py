@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, query_rows_of
-from ..lib.entmax import ALPHA_1, ALPHA_ANY, weigh
+from ..lib.dropout import Dropout, is_kept, row_words
+from ..lib.entmax import ALPHA_1, ALPHA_ANY, fixed_alpha, weigh
 from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
     Code,
@@ -51,6 +52,9 @@ class HeadRows(NamedTuple):
     grad_out_rows: RowsFrom
     row_terms: tl.tensor
     scale: HeadScale
+    dropout: Dropout
+    batch: tl.tensor
+    head: tl.tensor
 
 
 @triton.jit
@@ -105,7 +109,7 @@ def grad_key_value(
         scale = head_scale(call, batch, at.head + member, ALPHA)
         member_query = RowsFrom(query_data, query_rows.stride, call.head_dim, queries.length, sees_first)
         member_grad_out = RowsFrom(grad_out_data, grad_out_rows.stride, call.value_dim, queries.length, sees_first)
-        member_rows = HeadRows(member_query, member_grad_out, row_terms, scale)
+        member_rows = HeadRows(member_query, member_grad_out, row_terms, scale, call.dropout, batch, at.head + member)
         weighing = list_query_tiles(entries, query_tiles, tiles, call.tile_words, key_tile, at.band, CODE)
         unused = query_tiles - weighing.count
         marked = MarkedRows(marks, key_tiles, gathered)
@@ -188,8 +192,16 @@ def add_queries(sums, first_row, context, CODE, EDGE: tl.constexpr):
     p = p * terms.normaliser[None, :] if CODE.EXACT else p + terms.normaliser[None, :]
     if EDGE:
         p = tl.where(qk == float("-inf"), 0.0, p)
-    dv = dot(cast(p, do.dtype), do, sums.dv)
+    if fixed_alpha(CODE.ALPHA):
+        dv = dot(cast(p, do.dtype), do, sums.dv)
     dp = products(held.v, head.grad_out_rows, first_row, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
+    if not fixed_alpha(CODE.ALPHA):
+        if head.dropout.threshold != 0:  # one branch for both, p and dp
+            words = row_words(head.dropout, head.batch, head.head, rules.row, CODE.ALPHA)
+            kept = is_kept(head.dropout, words, held.key_number, 1)
+            p = tl.where(kept, p * head.dropout.scale, 0.0)
+            dp = tl.where(kept, dp * head.dropout.scale, 0.0)
+        dv = dot(cast(p, do.dtype), do, sums.dv)
     ds = u * (dp - terms.delta[None, :])
     if EDGE:
         ds = tl.where(qk == float("-inf"), 0.0, ds)  # 0 * NaN

@@ -5,6 +5,8 @@ With u_j = p_j^(2-alpha) on the support (u_j = p_j for alpha = 1), dp_j = dO.v_j
 grad_query finds delta and dq in one pass, since dq / scale = sum u dp k - delta sum u k. So that this difference does
 not cancel, a number of the row near delta is taken off dp first: dp_shift = dO.out, which is sum p dp where delta has u
 for p.
+
+With dropout the weights p_j of values, here and in dp_j, become what `drop` makes of them; thresholds and u_j stay.
 """
 
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from ..lib.call import (
     query_rows_of,
     tile_row_of,
 )
+from ..lib.dropout import Dropout, RowWords, drop, row_words
 from ..lib.entmax import (
     ALPHA_1,
     ALPHA_ANY,
@@ -47,6 +50,7 @@ from ..lib.matrices import (
     load_factor,
     load_rows,
     products,
+    row_numbers,
     rows_from,
     store_rows,
 )
@@ -68,6 +72,8 @@ class BackwardBlock(NamedTuple):
     dp_shift: tl.tensor
     largest_term: tl.tensor
     alpha_source: tl.tensor
+    dropout: Dropout
+    words: RowWords
 
 
 class Sums(NamedTuple):
@@ -134,7 +140,10 @@ def grad_query(
     queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
     dp_shift = output_products(do, out_rows, CODE)
     largest_term = term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT)
-    held = BackwardBlock(queries, threshold, do, value_rows, dp_shift, largest_term, call.alpha.source)
+    words = row_words(call.dropout, batch, head, row, ALPHA)
+    held = BackwardBlock(
+        queries, threshold, do, value_rows, dp_shift, largest_term, call.alpha.source, call.dropout, words
+    )
     marked = MarkedRows(marks, 1, gathered)
     sums = zero_sums(CODE)
     if ALPHA == ALPHA_ANY:
@@ -188,6 +197,7 @@ def add_keys(sums, first_key, held, CODE, EDGE: tl.constexpr):
     qk = block_scores(queries, first_key, CODE, EDGE)  # of the same rows of keys: one load for both
     p, u = weigh(qk, scale, held.threshold, 0, CODE)
     dp = products(held.do, held.value_rows, first_key, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
+    dp = drop(dp, held.dropout, held.words, row_numbers(first_key, CODE.BLOCK_N), CODE)
     sum_p, lost, sum_u_term, sum_u_dp_term = sums.p, sums.lost, sums.u_term, sums.u_dp_term
     if CODE.EXACT:
         sum_p, lost = kahan_add(sum_p, lost, column_sums(p), True)

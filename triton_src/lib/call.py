@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .dropout import Dropout
 from .entmax import Alpha, alpha_of_head
 from .matrices import Rows, rows_of_head
 from .scores import HeadScale, Scores, qk_slope_of, z_scale_of
@@ -23,6 +24,7 @@ class Call(NamedTuple):
     keys: Sequences
     alpha: Alpha
     scores: Scores
+    dropout: Dropout
     state_batch_stride: tl.tensor  # rows of row_state from a sequence to the next; 0 if packed
     heads: tl.tensor
     group: tl.tensor  # query heads per key head

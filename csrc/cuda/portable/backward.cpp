@@ -22,7 +22,7 @@ constexpr int64_t kSmallHead = 64;
 // The per cent that kernels take; 0 if there is nothing to probe. It follows from the largest lengths that there may
 // be; for each sequence the kernel that probes looks at its own.
 int32_t gather_below(const AttentionInputs& inputs) {
-  const auto& [op, query, key, value, options] = inputs;
+  const auto& [op, query, key, value, options, first] = inputs;
   const int64_t rows = options.packed() ? 0 : 2;
   const auto shorter = std::min(longest_sequence(options, options.max_seqlen_q, query.size(rows)).expect_int(),
                                 longest_sequence(options, options.max_seqlen_k, key.size(rows)).expect_int());

@@ -135,8 +135,21 @@ Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const Attenti
   };
 }
 
+// Without dropout the threshold is 0, and nothing reads the seed.
+Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options) {
+  const double p = options.dropout_p;
+  const auto threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
+  return {
+      .seed = threshold ? options.dropout_seed->const_data_ptr<int64_t>() : nullptr,
+      .threshold = static_cast<int32_t>(threshold),
+      .scale = static_cast<float>(1 / (1 - p)),
+      .first_batch = static_cast<int32_t>(first.entry),
+      .first_head = static_cast<int32_t>(first.head),
+  };
+}
+
 Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) {
-  const auto& [op, query, key, value, options] = inputs;
+  const auto& [op, query, key, value, options, first] = inputs;
   const auto shape = AttentionShape::of(query, key, value, options);
   const int64_t batch = shape.batch.expect_int(), kv_heads = shape.kv_heads.expect_int();
   const int32_t queries = checked_count(op, "the number of queries", shape.queries),
@@ -147,6 +160,7 @@ Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) 
       .keys = sequences_argument(tensors.key_lengths, keys, options.max_seqlen_k, batch, options),
       .alpha = alpha_argument(tensors.alphas, options),
       .scores = scores_argument(tensors.slopes, query.sizes().back(), options),
+      .dropout = dropout_argument(first, options),
       .state_batch_stride = options.packed() ? int64_t{0} : int64_t{heads} * queries,
       .heads = heads,
       .group = static_cast<int32_t>(heads / kv_heads),
@@ -204,7 +218,7 @@ PreparedCall::PreparedCall(const AttentionInputs& inputs)
 const Variant& PreparedCall::variant(Kernel kernel, bool gather) const {
   // The code for any alpha is also the only code for some options: every option that the code for 1.5 and 2 does not
   // have (triton_src/lib/scores.py) must be named here, or a call with it and such an alpha would run as if without it.
-  const bool general = tensors_.alphas.defined() || tensors_.slopes.defined();
+  const bool general = tensors_.alphas.defined() || tensors_.slopes.defined() || arguments.dropout.threshold.value != 0;
   return find_variant(kernel, query.scalar_type(), std::max(arguments.head_dim.value, arguments.value_dim.value),
                       general ? AlphaCode::kAny : alpha_code(arguments.alpha.number.value), place.device, gather);
 }

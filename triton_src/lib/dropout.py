@@ -1,0 +1,73 @@
+"""Dropout: which weights become zero. It is decided for each weight by its place in the whole call and a seed alone, so
+that forward and backward, tiles and gathered keys, padded and packed batches, GPU and CPU drop the same ones:
+
+    (first, second, _, _) = Philox4x32-10(key = the seed's low and high word, counter = (row, head, batch entry, 0))
+    x = mix(key number ^ first),  x = mix(x + second),  dropped if x < threshold
+
+with rows and keys counted from the start of their sequence. Philox is that of Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3" (2011), mix is Ellis' lowbias32. Philox for each weight would take several times as long; and after
+one mix with a word of the row, two rows that have similar words would drop the same weights in another order."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .entmax import fixed_alpha
+
+
+class Dropout(NamedTuple):
+    """Which weights are dropped: those with 32 random bits below a threshold, none if that is 0."""
+
+    seed: tl.tensor  # where it is
+    threshold: tl.tensor  # the bits of a number without sign
+    scale: tl.tensor  # of weights that are kept
+    first_batch: tl.tensor  # the launch's first batch entry and head among those of the whole call
+    first_head: tl.tensor
+
+
+class RowWords(NamedTuple):
+    """The random words of some rows."""
+
+    first: tl.tensor
+    second: tl.tensor
+
+
+@triton.jit
+def row_words(dropout, batch, head, row, ALPHA: tl.constexpr):
+    """The RowWords of rows by their numbers, in code that has dropout and if there is any."""
+    first = tl.zeros(row.shape, tl.uint32)
+    second = tl.zeros(row.shape, tl.uint32)
+    if not fixed_alpha(ALPHA):  # noqa: SIM102
+        if dropout.threshold != 0:
+            call_head = (dropout.first_head + head).to(tl.int32)
+            call_batch = (dropout.first_batch + batch).to(tl.int32)
+            first, second, _, _ = tl.philox(tl.load(dropout.seed), row, call_head, call_batch, 0)
+    return RowWords(first, second)
+
+
+@triton.jit
+def is_kept(dropout, words, key, row_axis: tl.constexpr):
+    """Of which keys (a vector of their numbers) the weights are kept, in rows along `row_axis`."""
+    first, second = tl.expand_dims(words.first, 1 - row_axis), tl.expand_dims(words.second, 1 - row_axis)
+    x = mix(tl.expand_dims(key, row_axis).to(tl.uint32, bitcast=True) ^ first)
+    return mix(x + second) >= dropout.threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def mix(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def drop(x, dropout, words, key, CODE):
+    """x, which has a number for each of the rows' weights of some keys, as dropout leaves it: zero where a weight is
+    dropped, larger where it is kept."""
+    if not fixed_alpha(CODE.ALPHA):  # noqa: SIM102
+        if dropout.threshold != 0:
+            x = tl.where(is_kept(dropout, words, key, 0), x * dropout.scale, 0.0)
+    return x
