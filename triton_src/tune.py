@@ -40,6 +40,7 @@ COMPARED = {  # of what each kernel writes; a kernel that is missing here is an 
     "mark": ("key_marks", "row_marks"),
     "grad_query": ("grad_query", "row_terms"),
     "grad_key_value": ("grad_key", "grad_value"),
+    "count_support": ("support_size", "largest_weight"),
 }
 
 
@@ -106,6 +107,9 @@ class Problem:
             "row_marks": torch.zeros(batch, heads, tile_rows, tiles, 4, dtype=torch.int16, **like),
             "probe_counts": torch.tensor([0, 1], dtype=torch.int32, **like).repeat(batch * heads),  # none of one probed
             "gathered": torch.empty(batch, heads, tile_rows, GATHER_ROOM.value, dtype=torch.int32, **like),
+            "support_size": torch.empty(batch, heads, length, dtype=torch.int32, **like),
+            "largest_weight": torch.empty(batch, heads, length, **like),
+            "tile_counts": torch.zeros(batch, heads, 2, dtype=torch.int64, **like),
             "tiles": torch.zeros(batch, heads, tile_rows, count_tile_words(length), dtype=torch.int32, **like),
         }  # fmt: skip
         # What is not asked for here: lengths, alphas and slopes in memory, dropout, the gradient of alpha, a probe.
@@ -130,7 +134,8 @@ class Problem:
             "call.alpha.source": ALPHA_NUMBER.value, "call.alpha.number": case.alpha,
             "call.scores.scale": head_dim**-0.5, "call.scores.window_left": UNLIMITED.value,
             "call.scores.window_right": 0 if case.causal else UNLIMITED.value,
-            "call.state_batch_stride": heads * length, "call.heads": heads, "call.group": 1,
+            "counts_batch_stride": 2 * heads, "call.state_batch_stride": heads * length, "call.heads": heads,
+            "call.group": 1,
             "call.tile_words": self.tensors["tiles"].shape[3], "call.head_dim": head_dim, "call.value_dim": head_dim,
         }  # fmt: skip
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .activation import ACTIVATE, ACTIVATE_GRAD
+from .attention.count import COUNT_SUPPORT
 from .attention.forward import ATTEND
 from .attention.grad_key_value import GRAD_KEY_VALUE
 from .attention.grad_query import GRAD_QUERY
@@ -29,7 +30,7 @@ ARCHS = tuple(SHARED_KIB)
 
 ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
 
-ATTENTION = {spec.name: spec for spec in (ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE)}
+ATTENTION = {spec.name: spec for spec in (ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE, COUNT_SUPPORT)}
 ACTIVATION = {spec.name: spec for spec in (ACTIVATE, ACTIVATE_GRAD)}
 KERNELS: dict[str, Spec] = ATTENTION | ACTIVATION
 

@@ -164,6 +164,26 @@ inline void grad_key_value(const Variant& variant, const Place& place, int64_t p
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
 }
 
+struct CountSupportArguments {
+  Matrix query;
+  Matrix key;
+  Exactly<const float*> row_state;
+  Exactly<const int32_t*> tiles;
+  Exactly<int32_t*> tile_lists;
+  Exactly<int32_t*> support_size;
+  Exactly<float*> largest_weight;
+  Exactly<int64_t*> tile_counts;
+  Exactly<int64_t> counts_batch_stride;
+  Call call;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(CountSupportArguments) == 288);
+inline void count_support(const Variant& variant, const Place& place, int64_t programs,
+                          const CountSupportArguments& arguments) {
+  launch(Kernel::kCountSupport, variant, place, programs, &arguments, sizeof arguments);
+}
+
 struct ActivateArguments {
   Exactly<const void*> input;
   Exactly<void*> out;
