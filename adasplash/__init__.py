@@ -27,7 +27,7 @@ from adasplash.compat import (  # noqa: E402
 )
 from adasplash.flops import register as _register_flops  # noqa: E402
 from adasplash.functional import entmax_attn, entmax_attn_varlen  # noqa: E402
-from adasplash.inspect import AttentionStats, attention_stats, attention_weights  # noqa: E402
+from adasplash.inspect import attention_stats, attention_weights  # noqa: E402
 from adasplash.losses import (  # noqa: E402
     Entmax15Loss,
     EntmaxLoss,
@@ -40,6 +40,7 @@ from adasplash.modules import EntmaxAttention  # noqa: E402
 from adasplash.multihead import EntmaxMultiheadAttention  # noqa: E402
 from adasplash.onnx import register as _register_onnx  # noqa: E402
 from adasplash.sharding import register as _register_sharding  # noqa: E402
+from adasplash.summary import AttentionStats, entmax_attn_summary, entmax_attn_varlen_summary  # noqa: E402
 
 _register_flops()
 _register_onnx()
@@ -65,7 +66,9 @@ __all__ = [
     "entmax15",
     "entmax15_loss",
     "entmax_attn",
+    "entmax_attn_summary",
     "entmax_attn_varlen",
+    "entmax_attn_varlen_summary",
     "entmax_loss",
     "ops_to_save",
     "sparsemax",

@@ -61,7 +61,7 @@ def explain(
         if not _fits(wanted, value):
             raise TypeError(f"{function}: {names.get(name, name)} must be {wanted}, got {describe(value)}") from None
     message = str(error)
-    found = re.match(rf"_?{op}(_forward)?: ", message)
+    found = re.match(rf"_?{op}(_forward|_summary)?: ", message)
     if not found or (function == op and not found.group(1) and not names):
         raise error
     said = message[found.end() :]

@@ -13,6 +13,7 @@ from torch import Tensor
 from adasplash._arguments import (
     BOOL,
     LENGTH,
+    NUMBER,
     NUMBER_OR_TENSOR,
     OPTIONAL_TENSOR,
     SCALE,
@@ -33,13 +34,16 @@ _PACKED = {
 }
 
 
-def _call(op, function, kinds, tensors, alpha, is_causal, scale, window, options, names=None):
+def _call(
+    op, function, kinds, tensors, alpha, is_causal, scale, window, options, dropout_p, dropout_seed, names=None
+):  # fmt: skip
     """An eager call of an op (``OpOverloadPacket``), by the overload that takes this alpha and with the options that
     say something: torch tries overloads that are not named in turn and reads all options, which on small tensors takes
     as long as the op does.
 
     Errors name `function`; `names` are its names for arguments, where they are not the op's. What the op takes in
     silence for something else is refused before, all the rest only where the op has failed."""
+    options = {**options, "dropout_seed": dropout_seed}
     given = {name: option for name, option in options.items() if option is not None}
     if type(is_causal) is not bool:
         check(function, "is_causal", BOOL, is_causal)
@@ -54,6 +58,12 @@ def _call(op, function, kinds, tensors, alpha, is_causal, scale, window, options
             if isinstance(scale, Tensor):
                 tensors, scale = (scaled(tensors[0], scale), *tensors[1:]), 1.0
         given["scale"] = scale
+    if type(dropout_p) is not float:
+        check(function, "dropout_p", NUMBER, dropout_p)
+    if dropout_p != 0:
+        given["dropout_p"] = dropout_p
+        if dropout_seed is None and isinstance(tensors[0], Tensor):
+            given["dropout_seed"] = draw_seed(tensors[0])
     if isinstance(alpha, Tensor):
         overload = op.per_head
     else:
@@ -67,7 +77,7 @@ def _call(op, function, kinds, tensors, alpha, is_causal, scale, window, options
     except (RuntimeError, TypeError) as error:
         values = {name: (kind, value) for (name, kind), value in zip(kinds.items(), tensors, strict=True)}
         values |= {name: (OPTIONAL_TENSOR, value) for name, value in options.items()}
-        explain(function, error, values, op.__name__, names)
+        explain(function, error, values, op.__name__.removesuffix("_summary"), names)
 
 
 def scaled(query: Tensor, scale: Tensor) -> Tensor:
@@ -75,20 +85,43 @@ def scaled(query: Tensor, scale: Tensor) -> Tensor:
     return query * scale.reshape(()) if isinstance(query, Tensor) else query
 
 
+def draw_seed(query: Tensor) -> Tensor:
+    """A seed for dropout, from torch's generator for query's device."""
+    return torch.randint_like(query.new_empty([], dtype=torch.int64), 9223372036854775807)
+
+
 def attend(
     function, query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts=None,
-    names=None,
+    dropout_p=0.0, dropout_seed=None, names=None, op=None,
 ):  # fmt: skip
-    """``entmax_attn`` in eager code, on behalf of a public function."""
+    """``entmax_attn``, or another op that takes its arguments, in eager code, on behalf of a public function."""
     options = {
         "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts
     }  # fmt: skip
-    op = torch.ops.adasplash.entmax_attn
-    out = _call(op, function, _PADDED, (query, key, value), alpha, is_causal, scale, window, options, names)
+    op = torch.ops.adasplash.entmax_attn if op is None else op
+    out = _call(
+        op, function, _PADDED, (query, key, value), alpha, is_causal, scale, window, options, dropout_p, dropout_seed,
+        names,
+    )  # fmt: skip
     one_sided = (q_seqlens is None) != (kv_seqlens is None) and kv_starts is None
     if is_causal and one_sided and not torch.compiler.is_compiling():
         _warn_of_one_sided_lengths(function, query, key, "q_seqlens" if kv_seqlens is None else "kv_seqlens")
     return out
+
+
+def attend_packed(
+    function, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale,
+    window, alibi_slopes, dropout_p, dropout_seed, op,
+):  # fmt: skip
+    """``entmax_attn_varlen``, or another op that takes its arguments, likewise."""
+    if type(max_seqlen_q) is bool or type(max_seqlen_k) is bool:  # the op takes True for 1
+        check(function, "max_seqlen_q", LENGTH, max_seqlen_q)
+        check(function, "max_seqlen_k", LENGTH, max_seqlen_k)
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k))
+    options = {"alibi_slopes": alibi_slopes}
+    return _call(
+        op, function, _PACKED, tensors, alpha, is_causal, scale, window, options, dropout_p, dropout_seed
+    )  # fmt: skip
 
 
 _warned: set[str] = set()
@@ -125,6 +158,8 @@ def entmax_attn(
     window: Tuple[int, int] = (-1, -1),  # noqa: UP006
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
     kv_starts: Optional[Tensor] = None,  # noqa: UP045
+    dropout_p: float = 0.0,
+    dropout_seed: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """Attention whose weights are the α-entmax of the scaled scores: exactly zero for most keys.
 
@@ -152,11 +187,11 @@ def entmax_attn(
         key: (B, H_kv, N, D), of query's type and device; H is a multiple of H_kv, and H / H_kv neighbouring query
             heads share one head of key and value.
         value: (B, H_kv, N, D_v). D and D_v are from 1 to 256.
-        alpha: a number, or a tensor of shape (H,) or () for α per head, through which gradients flow too. A number is 1
-            or from 1.01 to 2; larger is sparser. 2 is sparsemax. 1 is softmax, which goes to torch's
-            ``scaled_dot_product_attention``, takes no option below but ``scale`` and needs D_v = D, and M = N if
-            causal. A tensor is float32, float64 or of query's type, on query's device, with values from 1.01 to 2:
-            others are an error on the CPU and NaN on the GPU.
+        alpha: a number, or a tensor of shape (H,) or () for α per head, through which gradients flow too. Values are 1
+            or from 1.01 to 2; larger is sparser. 2 is sparsemax. 1 is softmax: as a number and without options that
+            torch lacks it goes to torch's ``scaled_dot_product_attention``; docs/contract.md says when. Between 1 and
+            1.01 there is nothing, and a schedule steps over it. A tensor is float32, float64 or of query's type, on
+            query's device; values out of range are an error on the CPU and NaN on the GPU.
         is_causal: query i sees the keys up to i + N − M: the mask is aligned bottom right, as in flash-attn, so that
             the last query sees every key.
         scale: factor of the scores, 1/√D unless given: a number, or a tensor of one element, () or (1,), through which
@@ -180,6 +215,12 @@ def entmax_attn(
             may hold anything: nothing reads them, and their gradients are zeros. An entry whose start is not before its
             end sees nothing. Queries have no start: what their rows in front give, where those are padding, is the
             caller's to ignore.
+        dropout_p: the share of weights that become zero, 0 or more and below 1; the others are divided by
+            1 − dropout_p. It is applied whenever it is given: in evaluation give 0.
+        dropout_seed: one int64, () or (1,), on query's device, from which alone it follows which weights those are: the
+            same for the same seed, batch entry, query head, query and key, counted from the start of its sequence, on
+            every device and in the packed form too. Drawn from torch's generator (``torch.manual_seed``) unless given;
+            the ops in ``torch.ops`` draw none and need it where dropout_p is not 0.
 
     Returns:
         (B, H, M, D_v), contiguous, in query's type. A query that sees no key gives zeros. Differentiable once in
@@ -204,6 +245,8 @@ def entmax_attn(
                 window=window,
                 alibi_slopes=alibi_slopes,
                 kv_starts=kv_starts,
+                dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
             )
         return attend(
             "entmax_attn",
@@ -218,7 +261,11 @@ def entmax_attn(
             window,
             alibi_slopes,
             kv_starts,
+            dropout_p,
+            dropout_seed,
         )
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = draw_seed(query)
     factor: Optional[float] = None  # noqa: UP045
     if isinstance(scale, Tensor):
         query, factor = query * scale.reshape([]), 1.0
@@ -238,6 +285,8 @@ def entmax_attn(
             window=list(window),
             alibi_slopes=alibi_slopes,
             kv_starts=kv_starts,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
         )
     else:
         return torch.ops.adasplash.entmax_attn(
@@ -252,6 +301,8 @@ def entmax_attn(
             window=list(window),
             alibi_slopes=alibi_slopes,
             kv_starts=kv_starts,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
         )
 
 
@@ -268,6 +319,8 @@ def entmax_attn_varlen(
     scale: Union[float, Tensor, None] = None,  # noqa: UP007
     window: Tuple[int, int] = (-1, -1),  # noqa: UP006
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
+    dropout_p: float = 0.0,
+    dropout_seed: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """``entmax_attn`` for a batch of sequences of different lengths, packed behind each other without padding.
 
@@ -286,11 +339,12 @@ def entmax_attn_varlen(
             of one integer, which is then read on the host; torch.compile breaks the graph there unless
             ``torch._dynamo.config.capture_scalar_outputs`` is set.
         max_seqlen_k: the number of keys of the longest sequence, or more; likewise.
-        alpha: as in ``entmax_attn``, but not 1.
+        alpha: as in ``entmax_attn``.
         is_causal: as in ``entmax_attn``, where M and N are the lengths of the sequence; so for the options below.
         scale: as in ``entmax_attn``.
         window: (left, right), inclusive, −1 for no limit.
         alibi_slopes: (H,) or (B, H), float32, on query's device.
+        dropout_p, dropout_seed: as in ``entmax_attn``; a batch entry is a sequence here.
 
     Returns:
         (T_q, H, D_v), contiguous, in query's type. Differentiable once in query, key, value and, where they are
@@ -300,20 +354,12 @@ def entmax_attn_varlen(
         TypeError, RuntimeError, NotImplementedError: as in ``entmax_attn``.
     """
     if not torch.jit.is_scripting():
-        if type(max_seqlen_q) is bool or type(max_seqlen_k) is bool:  # the op takes True for 1
-            check("entmax_attn_varlen", "max_seqlen_q", LENGTH, max_seqlen_q)
-            check("entmax_attn_varlen", "max_seqlen_k", LENGTH, max_seqlen_k)
-        return _call(
-            torch.ops.adasplash.entmax_attn_varlen,
-            "entmax_attn_varlen",
-            _PACKED,
-            (query, key, value, cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k)),
-            alpha,
-            is_causal,
-            scale,
-            window,
-            {"alibi_slopes": alibi_slopes},
-        )
+        return attend_packed(
+            "entmax_attn_varlen", query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha,
+            is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, torch.ops.adasplash.entmax_attn_varlen,
+        )  # fmt: skip
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = draw_seed(query)
     factor: Optional[float] = None  # noqa: UP045
     if isinstance(scale, Tensor):
         query, factor = query * scale.reshape([]), 1.0
@@ -333,6 +379,8 @@ def entmax_attn_varlen(
             scale=factor,
             window=list(window),
             alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
         )
     else:
         return torch.ops.adasplash.entmax_attn_varlen(
@@ -348,4 +396,6 @@ def entmax_attn_varlen(
             scale=factor,
             window=list(window),
             alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
         )

@@ -1,13 +1,13 @@
 """What a call attended to: ``attention_stats`` and ``attention_weights``.
 
-Both run the op's forward, which says of each row what its maximum and threshold are, on the CPU also which keys have
-weight if they are few, and of each 64×64 tile whether it holds weight. Scores of those keys, and for rows without a
-list those of the tiles, are computed again, in float64 and plain torch, a bounded number at a time.
+The first is made of the op that returns a summary. The second runs the op's forward, which says of each row what its
+maximum and threshold are, on the CPU also which keys have weight if they are few, and of each 64×64 tile whether it
+holds weight. Scores of those keys, and for rows without a list those of the tiles, are computed again, in float64 and
+plain torch, a bounded number at a time.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from adasplash._arguments import (
     check,
     explain,
 )
-from adasplash.functional import scaled
+from adasplash.functional import attend, scaled
+from adasplash.summary import AttentionStats, stats_of
 
 _TILE = 64  # kTile of csrc/ops/attention.h
 # support_capacity on the CPU; the CUDA kernels make no lists. It is less than autograd's 128, which is in
@@ -33,29 +34,6 @@ _LIST_LENGTH = 64
 # What is computed at a time, at a float64 for each score 4 MiB; the keys of the lists take 32 MiB at the most.
 _TILES_AT_ONCE = 128
 _LISTS_AT_ONCE = 256
-
-
-class AttentionStats(NamedTuple):
-    """Facts about the rows of an attention matrix that was never built; (B, H, M) unless said otherwise.
-
-    ``tau``, ``maximum`` and ``gap`` are the kernel's own, in units of z = (α−1) · score: a key has weight if its z is
-    above tau. They are float32, and float64 for float64 queries. The kernel works with ``maximum`` and ``gap``; where
-    scores are large and close to each other, one float32 for ``tau`` says less than the two.
-    """
-
-    #: The threshold, maximum + gap. ∞ for a row that sees no key, NaN for a NaN row.
-    tau: Tensor
-    #: The row's largest z. 0 for a row that sees no key, NaN for a NaN row.
-    maximum: Tensor
-    #: tau − maximum, from −1 to 0. ∞ for a row that sees no key, NaN for a NaN row.
-    gap: Tensor
-    #: How many keys have weight, int64. 0 for a row that sees no key and for a NaN row.
-    support_size: Tensor
-    #: The largest weight, in tau's type. 0 for a row that sees no key, NaN for a NaN row.
-    largest_weight: Tensor
-    #: (B, H), float64: the share of tiles without any weight among the 64×64 tiles in which some query sees some key.
-    #: 0 where no tile is visible. What a NaN row sees counts as having weight.
-    empty_tiles: Tensor
 
 
 @torch.no_grad()
@@ -74,12 +52,12 @@ def attention_stats(
 ) -> AttentionStats:
     """Threshold, support size and largest weight of every row of ``entmax_attn(query, key, value, ...)``.
 
-    The M×N matrix is not built: beyond the result it takes some numbers a row (of int32, 64 on the CPU), one byte a
-    64×64 tile and a constant. Nothing is differentiable. It waits for the device.
+    :func:`adasplash.entmax_attn_summary` without its output, which is computed all the same: where that is wanted too,
+    call that.
 
     Args:
-        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes: as in ``entmax_attn``,
-            under autocast too, except that alpha = 1 is refused: softmax gives weight to every key.
+        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts: as in
+            ``entmax_attn``, under autocast too.
 
     Returns:
         :class:`AttentionStats`.
@@ -87,27 +65,11 @@ def attention_stats(
     Raises:
         TypeError, RuntimeError: an argument does not fit; the message names it.
     """
-    call = _Call(
-        "attention_stats", query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens,
-        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes, kv_starts=kv_starts,
+    _, *facts = attend(
+        "attention_stats", query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes,
+        kv_starts, op=torch.ops.adasplash.entmax_attn_summary,
     )  # fmt: skip
-    count = torch.zeros(call.rows, dtype=torch.int64, device=query.device)
-    total = torch.zeros(call.rows, dtype=torch.float64, device=query.device)
-    largest = torch.zeros_like(total)
-    for row, _, weight in call.weights():
-        count.index_add_(0, row, torch.ones_like(row))
-        total.index_add_(0, row, weight)
-        largest.scatter_reduce_(0, row, weight, "amax")
-    largest = torch.where(count > 0, largest / total, 0).masked_fill(call.gap.isnan(), torch.nan)
-    maximum, gap = call.row_state.unbind(-1)
-    return AttentionStats(
-        tau=maximum + gap,
-        maximum=maximum.clone(),
-        gap=gap.clone(),
-        support_size=call.by_query(count),
-        largest_weight=call.by_query(largest).to(gap.dtype),
-        empty_tiles=call.empty_tiles(),
-    )
+    return stats_of(alpha, *facts)
 
 
 @torch.no_grad()
@@ -133,8 +95,8 @@ def attention_weights(
     sum. They differ from those that the kernel used by its rounding of the scores.
 
     Args:
-        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes: as in ``entmax_attn``,
-            under autocast too, except that alpha = 1 is refused: softmax gives weight to every key.
+        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts: as in
+            ``entmax_attn``, under autocast too. For α = 1 the result holds every weight that its type can hold.
 
     Returns:
         Sparse CSR tensor (B·H·M, N) with int64 indices and ascending columns. Row (b·H + h)·M + i belongs to query i of
@@ -257,6 +219,7 @@ class _Call:
         self.batch, self.heads, self.queries, head_dim = query.shape
         self.scale = head_dim**-0.5 if scale is None else scale
         self.alpha = torch.as_tensor(alpha, dtype=torch.float64, device=device).expand(self.heads)
+        self.rate = torch.where(self.alpha == 1, 1, self.alpha - 1)  # of softmax z is the score
         self.slopes = None
         if alibi_slopes is not None:
             self.slopes = alibi_slopes.double().expand(self.batch, self.heads)
@@ -312,17 +275,6 @@ class _Call:
         """A number for each row, in the shape (B, H, M)."""
         return numbers.reshape(self.batch, self.heads, self.padded)[:, :, : self.queries]
 
-    def empty_tiles(self) -> Tensor:
-        """(B, H): the share of visible tiles that hold no weight."""
-        tiles = (self.batch, self.heads, self.padded // _TILE, _TILE)
-        begin, end = self.begin.reshape(tiles), self.end.reshape(tiles)
-        # The rows of a tile stand side by side, so what they see together has no holes.
-        sees = begin < end
-        first = torch.where(sees, begin, self.key.shape[2]).amin(-1) // _TILE
-        last = torch.where(sees, end - 1, -1).amax(-1).div(_TILE, rounding_mode="floor")
-        visible = (last - first + 1).clamp(min=0).sum(-1).double()
-        return torch.where(visible > 0, 1 - self.tile_has_weight.sum((2, 3)) / visible, 0)
-
     def scores(self, row: Tensor, key: Tensor) -> Tensor:
         """z (T, I, J) of rows (T, I) and keys (T, J), each of T within one head; −∞ where a row does not see a key."""
         b, h = row[:, :1] // self.padded // self.heads, row[:, :1] // self.padded % self.heads
@@ -330,9 +282,9 @@ class _Call:
         queries = self.query[b, h, (row % self.padded).clamp(max=self.queries - 1)].double()
         column = (key + self.first_key[b, 0]).clamp(0, self.key.shape[2] - 1)
         keys = self.key[b, kv_head, column].double()
-        z = (queries * ((self.alpha[h] - 1) * self.scale)[..., None]) @ keys.transpose(1, 2)
+        z = (queries * (self.rate[h] * self.scale)[..., None]) @ keys.transpose(1, 2)
         if self.slopes is not None:
-            slope = (self.alpha[h] - 1) * self.slopes[b, h]
+            slope = self.rate[h] * self.slopes[b, h]
             z -= slope[..., None] * (self.place[row][..., None] - key[:, None]).abs()
         z.masked_fill_(key[:, None] < self.begin[row][..., None], -torch.inf)
         return z.masked_fill_(key[:, None] >= self.end[row][..., None], -torch.inf)
@@ -376,11 +328,14 @@ class _Call:
             yield (b * self.heads + h) * self.padded + i * _TILE + within, j * _TILE + within
 
     def above(self, row: Tensor, key: Tensor, z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, key and weight of what is above its row's tau (T, I) and can be held in the result's type."""
-        piece, i, j = (z > tau[..., None]).nonzero(as_tuple=True)
-        row, key = row[piece, i], key[piece, j]
-        head = row // self.padded % self.heads
-        weight = (z[piece, i, j] - tau[piece, i]).pow(1 / (self.alpha[head] - 1))
+        """Row, key and weight of what is above its row's tau (T, I), for α = 1 of all that is seen, and can be held in
+        the result's type."""
+        softmax = self.alpha[row // self.padded % self.heads] == 1
+        least = torch.where(softmax & ~tau.isnan(), -torch.inf, tau)
+        piece, i, j = (z > least[..., None]).nonzero(as_tuple=True)
+        row, key, above = row[piece, i], key[piece, j], z[piece, i, j] - tau[piece, i]
+        power = above.clamp(min=0).pow(1 / self.rate[row // self.padded % self.heads])
+        weight = torch.where(softmax[piece, i], above.exp(), power)
         held = weight >= torch.finfo(self.row_state.dtype).tiny
         return row[held], key[held], weight[held]
 

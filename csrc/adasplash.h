@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #define ADASPLASH_API __attribute__((visibility("default")))
 
@@ -81,6 +82,47 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
                                             const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                             double dropout_p = 0,
                                             const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+
+// The same, and what it attended to: the output, of the bits of the ops above and differentiable as theirs; and of each
+// row, (B, H, M), packed (H, T_q), without a gradient:
+//
+//   support_size    int32: how many keys have weight
+//   largest_weight  float32, float64 for float64 tensors, as the two below: the largest weight
+//   maximum         the largest (alpha - 1) * score; for alpha = 1 the largest score
+//   gap             tau less maximum; for alpha = 1 the log of the sum of exp(score - maximum)
+//   empty_tiles     (B, H) float64: the share of tiles of 64 x 64 without weight among those that are seen
+//
+// A row that sees no key has (0, 0, 0, infinity), one that is NaN (0, NaN, NaN, NaN). Dropout is of the output alone.
+using AttentionSummary = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+ADASPLASH_API AttentionSummary entmax_attn_summary(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double alpha = 1.5, bool is_causal = false,
+    std::optional<double> scale = std::nullopt, const std::optional<at::Tensor>& q_seqlens = std::nullopt,
+    const std::optional<at::Tensor>& kv_seqlens = std::nullopt, c10::IntArrayRef window = {-1, -1},
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+    const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
+    const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+ADASPLASH_API AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key,
+                                                   const at::Tensor& value, const at::Tensor& alpha,
+                                                   bool is_causal = false, std::optional<double> scale = std::nullopt,
+                                                   const std::optional<at::Tensor>& q_seqlens = std::nullopt,
+                                                   const std::optional<at::Tensor>& kv_seqlens = std::nullopt,
+                                                   c10::IntArrayRef window = {-1, -1},
+                                                   const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+                                                   const std::optional<at::Tensor>& kv_starts = std::nullopt,
+                                                   double dropout_p = 0,
+                                                   const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
+    const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha = 1.5,
+    bool is_causal = false, std::optional<double> scale = std::nullopt, c10::IntArrayRef window = {-1, -1},
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
+    const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
+    const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
+    bool is_causal = false, std::optional<double> scale = std::nullopt, c10::IntArrayRef window = {-1, -1},
+    const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
+    const std::optional<at::Tensor>& dropout_seed = std::nullopt);
 
 // The activation alone: entmax of the scores along one dimension of `input`, which may have any shape; as
 // torch.softmax, with exact zeros. Fully masked rows (all -infinity) give zeros; a NaN or +infinity makes its row NaN.

@@ -16,8 +16,8 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/call.h"
 #include "cpu/kernels.h"
-#include "cpu/options.h"
 #include "cpu/tasks.h"
 #include "cpu/types.h"
 #include "ops/attention_checks.h"
@@ -26,95 +26,6 @@ namespace adasplash {
 namespace {
 
 using namespace cpu;
-
-// The kernels read rows through BLAS: dense, not overlapping, with a stride that fits an int.
-at::Tensor with_dense_rows(const at::Tensor& t) {
-  const bool dense = (t.size(3) <= 1 || t.stride(3) == 1) &&
-                     (t.size(2) <= 1 || (t.stride(2) >= t.size(3) && t.stride(2) <= INT32_MAX));
-  return dense ? t : t.contiguous();
-}
-
-// Rows from `first` on of one head of a tensor (entries, heads, rows, width).
-template <typename T>
-Rows<T> rows_of(const at::Tensor& t, int64_t entry, int64_t h, int64_t first) {
-  // A single row's stride may be anything; BLAS still wants one that a row fits in.
-  const int64_t stride = t.size(2) <= 1 ? std::max<int64_t>(t.size(3), 1) : t.stride(2);
-  const int64_t offset = entry * t.stride(0) + h * t.stride(1) + first * stride;
-  if constexpr (std::is_const_v<T>) {
-    return {t.const_data_ptr<std::remove_const_t<T>>() + offset, stride};
-  } else {
-    return {t.mutable_data_ptr<T>() + offset, stride};
-  }
-}
-
-// One call's tensors and options, from which the description of each head is filled in.
-template <typename T>
-struct Call {
-  using A = Accumulate<T>;
-
-  Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options,
-       const SavedForBackward& saved)
-      : sequences(sequences_of(q, k, options)),
-        query(with_dense_rows(by_head(q, options))),
-        key(with_dense_rows(by_head(k, options))),
-        value(with_dense_rows(by_head(v, options))),
-        heads(query.size(1)),
-        kv_heads(key.size(1)),
-        group(heads / std::max<int64_t>(kv_heads, 1)),
-        options_(options),
-        alphas_(alphas_of(heads, options)),
-        slopes_(slopes_of(sequences.size(), heads, options)),
-        training_(saved.row_state.dim() > 1),
-        row_state_(saved.row_state.contiguous()),
-        support_(saved.support.contiguous()),
-        tiles_(saved.tiles.contiguous()) {}
-
-  // Causal heads have their longest blocks of queries last; those go first.
-  Blocks query_blocks() const { return {sequences, &Sequence::queries, heads, kQueryBlock, /*last_first=*/true}; }
-  Blocks key_blocks() const { return {sequences, &Sequence::keys, kv_heads, kKeyBlock, /*last_first=*/false}; }
-
-  int64_t rows() const { return query.size(0) * heads * query.size(2); }
-  // Where a head's rows start in what has the rows of all of them, head by head.
-  int64_t first_row(const Sequence& s, int64_t h) const {
-    return (s.entry * heads + h) * query.size(2) + s.first_query;
-  }
-
-  void describe(size_t sequence, int64_t h, Head<T, A>& head) const {
-    const Sequence& s = sequences[sequence];
-    head.query = rows_of<const T>(query, s.entry, h, s.first_query);
-    head.key = rows_of<const T>(key, s.entry, h / group, s.first_key);
-    head.value = rows_of<const T>(value, s.entry, h / group, s.first_key);
-    head.queries = s.queries;
-    head.keys = s.keys;
-    head.head_dim = query.size(3);
-    head.value_dim = value.size(3);
-    const auto [left, right] = options_.window;
-    if (left >= 0) head.window_left = std::min(left, kUnlimited);
-    if (right >= 0) head.window_right = std::min(right, kUnlimited);
-    if (options_.is_causal) head.window_right = 0;
-    head.alpha = alphas_[h];
-    head.scale = options_.scale.value_or(1 / std::sqrt(static_cast<double>(head.head_dim)));
-    if (!slopes_.empty()) head.slope = slopes_[sequence * heads + h];
-    if (training_) {
-      head.capacity = support_.size(-1);
-      head.tile_words = tiles_.size(-1);
-      head.row_state = row_state_.mutable_data_ptr<A>() + first_row(s, h) * 2;
-      head.support = support_.mutable_data_ptr<int32_t>() + first_row(s, h) * head.capacity;
-      head.tiles = tiles_.mutable_data_ptr<int32_t>() +
-                   ((s.entry * heads + h) * tiles_.size(-2) + s.first_tile_row) * head.tile_words;
-    }
-  }
-
-  const std::vector<Sequence> sequences;
-  const at::Tensor query, key, value;
-  const int64_t heads, kv_heads, group;
-
- private:
-  const AttentionOptions& options_;
-  const std::vector<double> alphas_, slopes_;
-  const bool training_;
-  const at::Tensor row_state_, support_, tiles_;
-};
 
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const AttentionOptions& options, const c10::SymInt& support_capacity) {

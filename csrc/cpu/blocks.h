@@ -35,6 +35,30 @@ inline void multiply(Rows<const A> left, int64_t rows, A scale, Rows<const T> ri
   }
 }
 
+// Rows of key or value in type A, with zeros in the place of those that are not finite: 0 * NaN must not reach sums of
+// rows that give them no weight. Calls broken(e, row) for each of these. `converted` has room for the rows.
+template <typename A, typename T, typename F>
+inline Rows<const A> finite_rows(Rows<const T> rows, Interval keys, int64_t n, A* converted, const F& broken) {
+  for (int64_t e = 0; e < keys.size(); ++e) {
+    A* row = converted + e * n;
+    convert(rows[keys.begin + e], n, row);
+    if (all_finite(row, n)) continue;
+    broken(e, row);
+    std::fill_n(row, n, A(0));
+  }
+  return {converted, n};
+}
+
+// Multiplies what is there for n keys of query i by what dropout does to their weights; key_of(e) is the e-th key.
+template <typename A, typename F>
+inline void drop(const Dropout& dropout, int64_t i, int64_t n, const F& key_of, A* x) {
+  if (!dropout.given()) return;
+  const RowDropout row = dropout.of_row(i);
+  const A kept = static_cast<A>(dropout.kept);
+  const auto count = static_cast<int32_t>(n);
+  for (int32_t e = 0; e < count; ++e) x[e] = row.drops(key_of(e)) ? A(0) : x[e] * kept;
+}
+
 // The tile bits of one row of 64 x 64 tiles; none are kept in inference.
 class TileBits {
  public:

@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-// This file is compiled for every instruction set; a function that is not inlined would be shared by all of them, in
-// whichever version the linker keeps.
-#define ADASPLASH_INLINE [[gnu::always_inline]] inline
+#include "cpu/dropout.h"
 
 namespace adasplash::cpu {
 
@@ -40,6 +38,7 @@ struct Head {
   // How far a query sees from its own place; is_causal is folded in.
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   double alpha, scale, slope = 0;  // slope: ALiBi's, zero without it
+  Dropout dropout;
 
   // Saved by the forward. No lists where capacity is 0; nothing at all where row_state is null (inference).
   A* row_state = nullptr;      // (queries, 2): max and gap
@@ -63,9 +62,11 @@ struct Head {
     return Interval{of.begin - window_right - place(0), of.end + window_left - place(0)}.clip(0, queries);
   }
 
+  // z = rate * score; for softmax, which alpha = 1 is, z is the score itself.
+  ADASPLASH_INLINE double rate() const { return alpha == 1 ? 1 : alpha - 1; }
   // z = z_scale * q.k - z_slope * |place - key| (scores.h)
-  ADASPLASH_INLINE A z_scale() const { return static_cast<A>((alpha - 1) * scale); }
-  ADASPLASH_INLINE A z_slope() const { return static_cast<A>((alpha - 1) * slope); }
+  ADASPLASH_INLINE A z_scale() const { return static_cast<A>(rate() * scale); }
+  ADASPLASH_INLINE A z_slope() const { return static_cast<A>(rate() * slope); }
 };
 
 template <typename T, typename A>
@@ -78,6 +79,7 @@ template <typename A>
 struct RowTerms {
   static constexpr int32_t kDense = -1;  // as count: the row has no list
 
+  A growth;       // of the row's products with keys (scores.h)
   A max, gap;     // of the row's list, as the backward computes its scores
   A normaliser;   // 1 / sum(p), one but for the rounding of the gap
   A delta;        // sum(u dp) / sum(u)
@@ -90,6 +92,17 @@ struct BackwardHead : Head<T, A> {
   Rows<T> dq;                        // (queries, head_dim)
   RowTerms<A>* row_terms = nullptr;  // (queries,)
   double* alpha_terms = nullptr;     // (queries,): each row's part of dalpha; null where nobody asks for it
+};
+
+template <typename T, typename A>
+struct SummaryHead : Head<T, A> {
+  int32_t* support_size = nullptr;  // (queries,)
+  A* largest_weight = nullptr;      // (queries,)
+};
+
+// Tiles of keys in a row of tiles.
+struct TileCounts {
+  int64_t visible = 0, weighing = 0;
 };
 
 // Block shapes. They never depend on threads or on other heads and sequences, as BLAS bits depend on the block's shape;

@@ -2,6 +2,8 @@
 #include "cpu/activation_rows.h"
 #include "cpu/backward_block.h"
 #include "cpu/forward_block.h"
+#include "cpu/softmax_block.h"
+#include "cpu/summary_block.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
@@ -9,10 +11,14 @@ namespace {
 
 template <typename T, typename A>
 void forward(const ForwardHead<T, A>& head, int64_t first_query, char* scratch) {
-  with_weights<A>(head.alpha, [&](const auto& weights) {
-    Arena arena(scratch);
-    ForwardBlock(head, first_query, weights, arena).run();
-  });
+  Arena arena(scratch);
+  if (head.alpha == 1) return SoftmaxBlock<T, A>(head, first_query, arena).run();
+  with_weights<A>(head.alpha, [&](const auto& weights) { ForwardBlock(head, first_query, weights, arena).run(); });
+}
+
+template <typename A, typename F>
+void with_softmax_or_weights(double alpha, const F& f) {
+  alpha == 1 ? f(Softmax<A>()) : with_weights<A>(alpha, f);
 }
 
 template <typename A>
@@ -25,7 +31,7 @@ int64_t forward_scratch(int64_t head_dim, int64_t value_dim) {
 template <typename T, typename A>
 bool backward_query(const BackwardHead<T, A>& head, int64_t first_query, char* scratch) {
   if (!read_lists(head, first_query, std::min(kQueryBlock, head.queries - first_query))) return false;
-  with_weights<A>(head.alpha, [&](const auto& weights) {
+  with_softmax_or_weights<A>(head.alpha, [&](const auto& weights) {
     Arena arena(scratch);
     BackwardBuffers<A> buffers(head.head_dim, head.value_dim, head.capacity, arena);
     BackwardBlock(head, first_query, weights, buffers).query_pass();
@@ -53,7 +59,7 @@ void backward_key(const BackwardHead<T, A>* heads, int64_t group, int64_t first_
   }
   for (int64_t g = 0; g < group; ++g) {
     const auto& head = heads[g];
-    with_weights<A>(head.alpha, [&](const auto& weights) {
+    with_softmax_or_weights<A>(head.alpha, [&](const auto& weights) {
       const Interval queries = head.watchers(keys);
       for (int64_t first = queries.begin / kQueryBlock * kQueryBlock; first < queries.end; first += kQueryBlock) {
         BackwardBlock(head, first, weights, buffers).key_pass(keys);
@@ -72,6 +78,19 @@ template <typename A>
 int64_t backward_scratch(int64_t head_dim, int64_t value_dim, int64_t capacity) {
   Arena counting(nullptr);
   BackwardBuffers<A>(head_dim, value_dim, capacity, counting);
+  return counting.used();
+}
+
+template <typename T, typename A>
+TileCounts summarize(const SummaryHead<T, A>& head, int64_t first_query, char* scratch) {
+  Arena arena(scratch);
+  return SummaryBlock<T, A>(head, first_query, arena).run();
+}
+
+template <typename A>
+int64_t summarize_scratch(int64_t head_dim) {
+  Arena counting(nullptr);
+  SummaryBuffers<A>(head_dim, counting);
   return counting.used();
 }
 
@@ -115,9 +134,10 @@ int64_t activate_backward_scratch(int64_t n) {
 
 template <typename T, typename A>
 const Kernels<T, A>& table() {
-  static constexpr Kernels<T, A> kernels = {forward<T, A>,       forward_scratch<A>,      backward_query<T, A>,
-                                            backward_key<T, A>,  backward_scratch<A>,     activate<T, A>,
-                                            activate_scratch<A>, activate_backward<T, A>, activate_backward_scratch<A>};
+  static constexpr Kernels<T, A> kernels = {
+      forward<T, A>,       forward_scratch<A>,      backward_query<T, A>,        backward_key<T, A>,
+      backward_scratch<A>, summarize<T, A>,         summarize_scratch<A>,        activate<T, A>,
+      activate_scratch<A>, activate_backward<T, A>, activate_backward_scratch<A>};
   return kernels;
 }
 

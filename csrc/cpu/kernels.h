@@ -28,6 +28,10 @@ struct Kernels {
                        char* scratch);
   int64_t (*backward_scratch)(int64_t head_dim, int64_t value_dim, int64_t capacity);
 
+  // What the rows of the query block that starts at `first_query` attended to, from what the forward saved.
+  TileCounts (*summarize)(const SummaryHead<T, A>& head, int64_t first_query, char* scratch);
+  int64_t (*summarize_scratch)(int64_t head_dim);
+
   // The activation of rows [begin, end) of n > 0 scores each, which lie one after the other.
   void (*activate)(const T* input, int64_t n, RowAlpha<A> alpha, int64_t begin, int64_t end, T* out, char* scratch);
   int64_t (*activate_scratch)(int64_t n);

@@ -89,12 +89,18 @@ std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options) {
   // The least alpha as float32 or a shorter type holds it.
   const double least = at::scalar_tensor(kMinAlpha, at::kFloat).to(options.head_alpha->scalar_type()).item<double>();
   for (size_t h = 0; h < alphas.size(); ++h) {
-    TORCH_CHECK(alphas[h] >= least && alphas[h] <= 2, public_name(options), ": alpha as a tensor must be from ",
-                kMinAlpha, " to 2, got ", alphas[h], " at [", h, "]",
-                alphas[h] == 1 ? "; alpha = 1 (softmax) is available as a number only" : "");
+    TORCH_CHECK(alphas[h] == 1 || (alphas[h] >= least && alphas[h] <= 2), public_name(options),
+                ": alpha as a tensor must be 1 or from ", kMinAlpha, " to 2, got ", alphas[h], " at [", h, "]");
   }
   if (options.head_alpha->dim() == 0) alphas.resize(heads, alphas[0]);
   return alphas;
+}
+
+Dropout dropout_of(const AttentionOptions& options) {
+  if (options.dropout_p == 0) return {};
+  return {.seed = static_cast<uint64_t>(options.dropout_seed->item<int64_t>()),
+          .threshold = Dropout::threshold_of(options.dropout_p),
+          .kept = 1 / (1 - options.dropout_p)};
 }
 
 std::vector<double> slopes_of(int64_t sequences, int64_t heads, const AttentionOptions& options) {

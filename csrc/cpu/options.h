@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/dropout.h"
 #include "ops/attention.h"
 
 namespace adasplash::cpu {
@@ -27,6 +28,9 @@ std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& ke
 
 // One a head. Throws where a value of the tensor is not in range.
 std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options);
+
+// Dropout but for the head and the sequence. Reads the seed.
+Dropout dropout_of(const AttentionOptions& options);
 
 // One a sequence and head, sequence by sequence; empty without ALiBi.
 std::vector<double> slopes_of(int64_t sequences, int64_t heads, const AttentionOptions& options);

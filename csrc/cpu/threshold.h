@@ -1,6 +1,7 @@
 // From z to weights: p = excess^r with r = 1/(alpha-1) and excess = [z - tau]+ = [(z - max) - gap]+, and the gap = tau
 // - max at which the weights of a row sum to one. All of it is written with u = excess^(r-1) = p^(2-alpha), which is
-// also what the backward needs: p = excess u, and d(sum p)/d tau = -r sum u.
+// also what the backward needs: p = excess u, and d(sum p)/d tau = -r sum u. Softmax, the limit alpha = 1, has an
+// exponential for the power, p = exp(z - max - gap), whose gap = log sum exp(z - max) takes no steps; its u is p.
 #pragma once
 
 #include "cpu/vector.h"
@@ -12,6 +13,7 @@ inline namespace CPU_CAPABILITY {
 // has no kink at excess = 0 (alpha <= 1.5), where Newton steps converge quadratically across the edge of the support.
 template <typename A>
 struct Entmax15 {
+  static constexpr bool softmax = false;
   static constexpr bool smooth = true;
   Vec<A> u(const Vec<A>& excess) const { return excess; }
   double power_2_minus_alpha(double p) const { return std::sqrt(p); }
@@ -19,6 +21,7 @@ struct Entmax15 {
 
 template <typename A>
 struct Sparsemax {
+  static constexpr bool softmax = false;
   static constexpr bool smooth = false;
   Vec<A> u(const Vec<A>& excess) const { return Vec<A>::blendv(Vec<A>(0), Vec<A>(1), excess > Vec<A>(0)); }
   double power_2_minus_alpha(double) const { return 1; }
@@ -26,6 +29,7 @@ struct Sparsemax {
 
 template <typename A>
 struct EntmaxAny {
+  static constexpr bool softmax = false;
   explicit EntmaxAny(double alpha)
       : smooth(alpha <= 1.5), r_less_one(static_cast<A>(1 / (alpha - 1) - 1)), rest(2 - alpha) {}
   Vec<A> u(const Vec<A>& excess) const {
@@ -36,6 +40,11 @@ struct EntmaxAny {
   bool smooth;
   A r_less_one;
   double rest;
+};
+
+template <typename A>
+struct Softmax {
+  static constexpr bool softmax = true;
 };
 
 template <typename A, typename F>
@@ -70,9 +79,43 @@ struct AlphaFactor {
   A max, largest, log_largest;
 };
 
+// The same for softmax, in the limit from above: dalpha = sum u psi (dp - delta), psi = -ln^2 p / 2 up to a constant of
+// the row. As ln p = (z - max) - gap, a constant of gap^2 / 2 leaves a product that does not cancel in flat rows.
+template <typename A>
+struct SoftmaxAlphaFactor {
+  SoftmaxAlphaFactor(A max, A gap) : max(max), gap(gap) {}
+
+  Vec<A> operator()(const Vec<A>& z) const {
+    const Vec<A> x = z - Vec<A>(max);
+    return Vec<A>(A(-0.5)) * x * (x - Vec<A>(2 * gap));
+  }
+
+  A max, gap;
+};
+
+template <typename A, typename Weights>
+using AlphaFactorOf = std::conditional_t<Weights::softmax, SoftmaxAlphaFactor<A>, AlphaFactor<A>>;
+
 template <typename A>
 inline Vec<A> excess_of(const Vec<A>& z, A max, A gap) {
   return at::vec::maximum((z - Vec<A>(max)) - Vec<A>(gap), Vec<A>(0));
+}
+
+// A key's weight, and u.
+template <typename A>
+struct Weighed {
+  Vec<A> p, u;
+};
+
+template <typename A, typename Weights>
+inline Weighed<A> weigh(const Weights& weights, const Vec<A>& z, A max, A gap) {
+  if constexpr (Weights::softmax) {
+    const Vec<A> p = ((z - Vec<A>(max)) - Vec<A>(gap)).exp();
+    return {p, p};
+  } else {
+    const Vec<A> excess = excess_of(z, max, gap), u = weights.u(excess);
+    return {excess * u, u};
+  }
 }
 
 struct Sums {
@@ -119,13 +162,13 @@ inline bool step_on(const Weights& weights, const Sums& sums, A& gap) {
 }
 
 // Turns n padded z into weights, in place, and returns their sum. Where many weights of a row are far below its
-// maximum, the gap's last bit alone moves that sum by more than the contract allows, so results are divided by it.
+// maximum, the gap's last bit alone moves that sum by more than the contract allows, so results are divided by it. Of
+// softmax a gap of 0 gives weights before they are normalised.
 template <typename A, typename Weights>
 inline double to_weights(const Weights& weights, A* z, int64_t n, A max, A gap) {
   Vec<A> sum(0);
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const Vec<A> excess = excess_of(Vec<A>::loadu(z + i), max, gap);
-    const Vec<A> p = excess * weights.u(excess);
+    const Vec<A> p = weigh(weights, Vec<A>::loadu(z + i), max, gap).p;
     p.store(z + i);
     sum = sum + p;
   }

@@ -89,6 +89,25 @@ inline void add_scaled(A weight, const T* x, int64_t n, A* y) {
   });
 }
 
+// x *= factor
+template <typename A>
+inline void scale_by(A factor, int64_t n, A* x) {
+  if (factor == 1) return;
+  const Vec<A> f(factor);
+  for_lanes<A>(n, [&](int64_t i, int64_t lanes) { store(load<A>(x + i, lanes) * f, x + i, lanes); });
+}
+
+// Whether n elements are all finite: what is not leaves NaN of itself less itself.
+template <typename A>
+inline bool all_finite(const A* x, int64_t n) {
+  Vec<A> sum(0);
+  for_lanes<A>(n, [&](int64_t i, int64_t lanes) {
+    const Vec<A> v = load<A>(x + i, lanes);
+    sum = sum + (v - v);
+  });
+  return sum_lanes(sum) == 0;
+}
+
 // y = sum of weights[i] * rows[index[i]], with the sums kept in registers.
 template <typename A, typename T>
 inline void weighted_sum(const A* weights, const int32_t* index, int64_t count, Rows<const T> rows, int64_t n, A* y) {

@@ -48,6 +48,54 @@ at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, co
                  is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
 }
 
+AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                     double alpha, bool is_causal, std::optional<double> scale,
+                                     const std::optional<at::Tensor>& q_seqlens,
+                                     const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
+                                     const std::optional<at::Tensor>& alibi_slopes,
+                                     const std::optional<at::Tensor>& kv_starts, double dropout_p,
+                                     const std::optional<at::Tensor>& dropout_seed) {
+  static const auto op = find_op<PaddedSignature<double, AttentionSummary>>("adasplash::entmax_attn_summary");
+  return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
+                 dropout_p, dropout_seed);
+}
+
+AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                     const at::Tensor& alpha, bool is_causal, std::optional<double> scale,
+                                     const std::optional<at::Tensor>& q_seqlens,
+                                     const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
+                                     const std::optional<at::Tensor>& alibi_slopes,
+                                     const std::optional<at::Tensor>& kv_starts, double dropout_p,
+                                     const std::optional<at::Tensor>& dropout_seed) {
+  static const auto op =
+      find_op<PaddedSignature<PerHead, AttentionSummary>>("adasplash::entmax_attn_summary", "per_head");
+  return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
+                 dropout_p, dropout_seed);
+}
+
+AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                            const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                            c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha,
+                                            bool is_causal, std::optional<double> scale, c10::IntArrayRef window,
+                                            const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
+                                            const std::optional<at::Tensor>& dropout_seed) {
+  static const auto op = find_op<PackedSignature<double, AttentionSummary>>("adasplash::entmax_attn_varlen_summary");
+  return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+}
+
+AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                            const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                            c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
+                                            bool is_causal, std::optional<double> scale, c10::IntArrayRef window,
+                                            const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
+                                            const std::optional<at::Tensor>& dropout_seed) {
+  static const auto op =
+      find_op<PackedSignature<PerHead, AttentionSummary>>("adasplash::entmax_attn_varlen_summary", "per_head");
+  return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+}
+
 at::Tensor entmax(const at::Tensor& input, double alpha, int64_t dim) {
   static const auto op = find_op<at::Tensor(const at::Tensor&, double, int64_t)>("adasplash::entmax");
   return op.call(input, alpha, dim);

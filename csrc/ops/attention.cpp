@@ -9,12 +9,6 @@ namespace {
 
 c10::SymInt ceil_div(const c10::SymInt& n, int64_t d) { return (n + (d - 1)) / d; }
 
-// Calls an op with what several tuples hold, one behind the other.
-template <typename Op, typename... Tuples>
-auto call_with(const Op& op, const Tuples&... arguments) {
-  return std::apply([&](const auto&... argument) { return op.call(argument...); }, std::tuple_cat(arguments...));
-}
-
 }  // namespace
 
 // Tile rows and words come in pairs: torch.compile would guard on a size that can be 1, and compile again for sequences

@@ -1,16 +1,21 @@
-// entmax_attn and entmax_attn_varlen above their two private ops: the Autograd kernel, which saves what the backward
-// needs, and the kernel for where no autograd key is set (inference mode), which saves nothing.
+// entmax_attn, entmax_attn_varlen and the two that add a summary, above the private ops: the Autograd kernels, which
+// save what the backward needs, and the kernels for where no autograd key is set (inference mode).
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/clamp_min.h>
+#include <ATen/ops/div.h>
+#include <ATen/ops/sub.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <type_traits>
+#include <utility>
 
 #include "cuda/ops.h"
 #include "ops/attention.h"
 #include "ops/attention_checks.h"
 #include "ops/softmax.h"
+#include "ops/summary.h"
 
 namespace adasplash {
 namespace {
@@ -89,22 +94,25 @@ class EntmaxAttnBackward : public torch::autograd::Function<EntmaxAttnBackward> 
   }
 };
 
+// What is saved goes to `told` too, where somebody asks for it.
 class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
  public:
   static Variable forward(AutogradContext* ctx, const Variable& query, const Variable& key, const Variable& value,
-                          const OptionalTensor& /*head_alpha*/, const AttentionOptions& options) {
+                          const OptionalTensor& /*head_alpha*/, const AttentionOptions& options,
+                          SavedForBackward* told) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, row_state, support, tiles] = call_forward(query, key, value, options, support_capacity(query));
     const auto kept_out = cuda::serves(query.device()) ? OptionalTensor(out) : std::nullopt;
-    SavedCall::save(ctx, query, key, value,
-                    {.row_state = row_state, .support = support, .tiles = tiles, .out = kept_out}, options);
+    const SavedForBackward saved{.row_state = row_state, .support = support, .tiles = tiles, .out = kept_out};
+    SavedCall::save(ctx, query, key, value, saved, options);
+    if (told != nullptr) *told = saved;
     return out;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const auto [query, key, value, saved, options] = SavedCall::load(ctx);
     const auto g = EntmaxAttnBackward::apply(grad[0], query, key, value, options.head_alpha, saved, options);
-    return {g[0], g[1], g[2], options.head_alpha ? g[3] : Variable(), Variable()};
+    return {g[0], g[1], g[2], options.head_alpha ? g[3] : Variable(), Variable(), Variable()};
   }
 };
 
@@ -113,10 +121,9 @@ void refuse_forward_mode(const at::Tensor& tensor) {
                               "entmax_attn: forward-mode AD is not supported; use reverse mode");
 }
 
-at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                              const AttentionOptions& options) {
-  check_attention(public_name(options), query, key, value, options);
-  if (torch_serves(query, key, value, options)) return softmax_attn(query, key, value, options);
+// Whether the call is to be recorded. Throws where it could not be.
+bool is_training(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                 const AttentionOptions& options) {
   bool training = false;
   for (const auto& t : {query, key, value, options.head_alpha.value_or(at::Tensor())}) {
     refuse_forward_mode(t);
@@ -125,7 +132,16 @@ at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, co
   training &= at::GradMode::is_enabled();
   TORCH_CHECK(!at::GradMode::is_enabled() || !options.alibi_slopes || !options.alibi_slopes->requires_grad(),
               public_name(options), ": alibi_slopes have no gradient; detach them");
-  if (training) return EntmaxAttn::apply(query, key, value, options.head_alpha, options);
+  return training;
+}
+
+at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              const AttentionOptions& options) {
+  check_attention(public_name(options), query, key, value, options);
+  if (torch_serves(query, key, value, options)) return softmax_attn(query, key, value, options);
+  if (is_training(query, key, value, options)) {
+    return EntmaxAttn::apply(query, key, value, options.head_alpha, options, nullptr);
+  }
   at::AutoDispatchBelowADInplaceOrView guard;
   return std::get<0>(call_forward(query, key, value, options, kInference));
 }
@@ -137,19 +153,66 @@ at::Tensor attention_inference(const at::Tensor& query, const at::Tensor& key, c
   return std::get<0>(call_forward(query, key, value, options, kInference));
 }
 
-using AttentionKernel = at::Tensor (*)(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                       const AttentionOptions&);
+// What is told of a call beside its output, from what its forward saved.
+AttentionSummary with_summary(const at::Tensor& out, const at::Tensor& query, const at::Tensor& key,
+                              const SavedForBackward& saved, const AttentionOptions& options) {
+  auto [support_size, largest_weight, tile_counts] = call_summary(query, key, saved, options);
+  const at::Tensor visible = tile_counts.select(-1, 0), weighing = tile_counts.select(-1, 1);
+  const at::Tensor empty_tiles = at::div(at::sub(visible, weighing).to(at::kDouble), at::clamp_min(visible, 1));
+  return {out,
+          support_size,
+          largest_weight,
+          saved.row_state.select(-1, 0).clone(),
+          saved.row_state.select(-1, 1).clone(),
+          empty_tiles};
+}
+
+// The forward of ours, for its output and for what it saves.
+std::pair<at::Tensor, SavedForBackward> forward_and_saved(const at::Tensor& query, const at::Tensor& key,
+                                                          const at::Tensor& value, const AttentionOptions& options) {
+  auto [out, row_state, support, tiles] = call_forward(query, key, value, options, support_capacity(query));
+  return {out, {.row_state = row_state, .support = support, .tiles = tiles, .out = {}}};
+}
+
+// The output is that of the op without a summary, torch's where torch serves; dropout is of the output alone.
+AttentionSummary summary_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                  const AttentionOptions& options) {
+  check_attention(summary_name(options), query, key, value, options);
+  at::Tensor out;
+  SavedForBackward saved;
+  if (torch_serves(query, key, value, options)) {
+    out = softmax_attn(query, key, value, options);
+  } else if (is_training(query, key, value, options)) {
+    out = EntmaxAttn::apply(query, key, value, options.head_alpha, options, &saved);
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  if (!saved.row_state.defined()) {
+    at::Tensor ours;
+    std::tie(ours, saved) = forward_and_saved(query, key, value, options);
+    if (!out.defined()) out = ours;
+  }
+  return with_summary(out, query, key, saved, options);
+}
+
+AttentionSummary summary_inference(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                   const AttentionOptions& options) {
+  check_attention(summary_name(options), query, key, value, options);
+  const auto [ours, saved] = forward_and_saved(query, key, value, options);
+  const bool by_torch = torch_serves(query, key, value, options);
+  return with_summary(by_torch ? softmax_attn(query, key, value, options) : ours, query, key, saved, options);
+}
 
 void set_alpha(AttentionOptions& o, double alpha) { o.alpha = alpha; }
 void set_alpha(AttentionOptions& o, const at::Tensor& alpha) { o.head_alpha = alpha; }
 
-// A public op over a kernel: what is registered has the signature that options.h makes for it.
-template <AttentionKernel kernel, typename Signature>
+// A public op over a kernel, a function of query, key, value and the options: what is registered has the signature that
+// options.h makes for it.
+template <auto kernel, typename Signature>
 struct PaddedOp;
-template <AttentionKernel kernel, typename Alpha, typename... Options>
-struct PaddedOp<kernel, at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, Alpha, Options...)> {
-  static at::Tensor call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Alpha alpha,
-                         Options... options) {
+template <auto kernel, typename Result, typename Alpha, typename... Options>
+struct PaddedOp<kernel, Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, Alpha, Options...)> {
+  static Result call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Alpha alpha,
+                     Options... options) {
     AttentionOptions o;
     set_alpha(o, alpha);
     set_options(o, kPaddedOptions, options...);
@@ -157,14 +220,14 @@ struct PaddedOp<kernel, at::Tensor(const at::Tensor&, const at::Tensor&, const a
   }
 };
 
-template <AttentionKernel kernel, typename Signature>
+template <auto kernel, typename Signature>
 struct PackedOp;
-template <AttentionKernel kernel, typename Alpha, typename... Options>
-struct PackedOp<kernel, at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                   const at::Tensor&, c10::SymInt, c10::SymInt, Alpha, Options...)> {
-  static at::Tensor call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                         const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
-                         c10::SymInt max_seqlen_k, Alpha alpha, Options... options) {
+template <auto kernel, typename Result, typename Alpha, typename... Options>
+struct PackedOp<kernel, Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const at::Tensor&, c10::SymInt, c10::SymInt, Alpha, Options...)> {
+  static Result call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                     const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
+                     c10::SymInt max_seqlen_k, Alpha alpha, Options... options) {
     AttentionOptions o;
     set_alpha(o, alpha);
     o.cu_seqlens_q = cu_seqlens_q;
@@ -176,13 +239,18 @@ struct PackedOp<kernel, at::Tensor(const at::Tensor&, const at::Tensor&, const a
   }
 };
 
-// Registers both overloads of both ops.
-template <AttentionKernel kernel>
+// Registers both overloads of all four ops.
+template <auto attention, auto summary>
 void implement(torch::Library& m) {
-  m.impl("entmax_attn", PaddedOp<kernel, PaddedSignature<double>>::call);
-  m.impl("entmax_attn.per_head", PaddedOp<kernel, PaddedSignature<PerHead>>::call);
-  m.impl("entmax_attn_varlen", PackedOp<kernel, PackedSignature<double>>::call);
-  m.impl("entmax_attn_varlen.per_head", PackedOp<kernel, PackedSignature<PerHead>>::call);
+  m.impl("entmax_attn", PaddedOp<attention, PaddedSignature<double>>::call);
+  m.impl("entmax_attn.per_head", PaddedOp<attention, PaddedSignature<PerHead>>::call);
+  m.impl("entmax_attn_varlen", PackedOp<attention, PackedSignature<double>>::call);
+  m.impl("entmax_attn_varlen.per_head", PackedOp<attention, PackedSignature<PerHead>>::call);
+  using S = AttentionSummary;
+  m.impl("entmax_attn_summary", PaddedOp<summary, PaddedSignature<double, S>>::call);
+  m.impl("entmax_attn_summary.per_head", PaddedOp<summary, PaddedSignature<PerHead, S>>::call);
+  m.impl("entmax_attn_varlen_summary", PackedOp<summary, PackedSignature<double, S>>::call);
+  m.impl("entmax_attn_varlen_summary.per_head", PackedOp<summary, PackedSignature<PerHead, S>>::call);
 }
 
 // The backward op called by hand, as an exported training graph does.
@@ -198,9 +266,12 @@ BackwardResult backward_autograd(const at::Tensor& grad_out, const at::Tensor& q
 
 TORCH_LIBRARY_IMPL(adasplash, Autograd, m) {
   using namespace adasplash;
-  implement<attention_autograd>(m);
+  implement<attention_autograd, summary_autograd>(m);
   m.impl("_entmax_attn_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_entmax_attn_summary", torch::autograd::autogradNotImplementedFallback());
   m.impl("_entmax_attn_backward", backward_op<backward_autograd>);
 }
 
-TORCH_LIBRARY_IMPL(adasplash, CompositeExplicitAutograd, m) { adasplash::implement<adasplash::attention_inference>(m); }
+TORCH_LIBRARY_IMPL(adasplash, CompositeExplicitAutograd, m) {
+  adasplash::implement<adasplash::attention_inference, adasplash::summary_inference>(m);
+}

@@ -177,18 +177,23 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
   check_dropout(op, query, options);
 }
 
-void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                    const SavedForBackward& saved, const AttentionOptions& options) {
-  constexpr const char* op = "_entmax_attn_backward";
-  check_attention(op, query, key, value, options);
+void check_saved(const char* op, const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,
+                 const AttentionOptions& options) {
   TORCH_CHECK(saved.support.dim() == query.dim(), op, ": support must have ", query.dim(), " dimensions ",
               options.packed() ? "(heads, queries, capacity)" : "(batch, heads, queries, capacity)", ", got sizes ",
               saved.support.sym_sizes(), "; a forward for inference saves nothing to go back from");
-  check_like(op, "grad_out", grad_out, query.scalar_type(), out_sizes(query, value), query);
   const SavedSizes sizes = saved_sizes(query, key, options, saved.support.sym_size(-1));
   check_like(op, "row_state", saved.row_state, row_state_type(query), sizes.row_state, query);
   check_like(op, "support", saved.support, at::kInt, sizes.support, query);
   check_like(op, "tiles", saved.tiles, at::kInt, sizes.tiles, query);
+}
+
+void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                    const SavedForBackward& saved, const AttentionOptions& options) {
+  constexpr const char* op = "_entmax_attn_backward";
+  check_attention(op, query, key, value, options);
+  check_saved(op, query, key, saved, options);
+  check_like(op, "grad_out", grad_out, query.scalar_type(), out_sizes(query, value), query);
   if (saved.out) check_like(op, "out", *saved.out, query.scalar_type(), out_sizes(query, value), query);
 }
 

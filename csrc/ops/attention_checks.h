@@ -23,6 +23,10 @@ void check_alpha(const char* op, double alpha, bool takes_softmax);
 void check_attention(const char* op, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const AttentionOptions& options);
 
+// Throws unless what a forward for these arguments saved has the shapes that it returned.
+void check_saved(const char* op, const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,
+                 const AttentionOptions& options);
+
 // Throws unless the saved tensors and grad_out are of the shapes that the forward returned.
 void check_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                     const SavedForBackward& saved, const AttentionOptions& options);

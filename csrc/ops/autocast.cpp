@@ -14,10 +14,10 @@ namespace {
 // A function of adasplash.h with its first three tensors cast; the others, `rest`, are handed on.
 template <c10::DeviceType device, auto function>
 struct Autocast;
-template <c10::DeviceType device, typename... Rest,
-          at::Tensor (*function)(const at::Tensor&, const at::Tensor&, const at::Tensor&, Rest...)>
+template <c10::DeviceType device, typename Result, typename... Rest,
+          Result (*function)(const at::Tensor&, const at::Tensor&, const at::Tensor&, Rest...)>
 struct Autocast<device, function> {
-  static at::Tensor call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Rest... rest) {
+  static Result call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Rest... rest) {
     const auto cast = [](const at::Tensor& t) {
       return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
     };
@@ -35,6 +35,14 @@ void implement_attention(torch::Library& m) {
   m.impl("entmax_attn_varlen", Autocast<device, static_cast<PackedSignature<double>*>(entmax_attn_varlen)>::call);
   m.impl("entmax_attn_varlen.per_head",
          Autocast<device, static_cast<PackedSignature<PerHead>*>(entmax_attn_varlen)>::call);
+  using S = AttentionSummary;
+  m.impl("entmax_attn_summary", Autocast<device, static_cast<PaddedSignature<double, S>*>(entmax_attn_summary)>::call);
+  m.impl("entmax_attn_summary.per_head",
+         Autocast<device, static_cast<PaddedSignature<PerHead, S>*>(entmax_attn_summary)>::call);
+  m.impl("entmax_attn_varlen_summary",
+         Autocast<device, static_cast<PackedSignature<double, S>*>(entmax_attn_varlen_summary)>::call);
+  m.impl("entmax_attn_varlen_summary.per_head",
+         Autocast<device, static_cast<PackedSignature<PerHead, S>*>(entmax_attn_varlen_summary)>::call);
 }
 
 template <typename Alpha>

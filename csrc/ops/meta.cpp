@@ -5,6 +5,7 @@
 #include "ops/activation_checks.h"
 #include "ops/attention.h"
 #include "ops/attention_checks.h"
+#include "ops/summary.h"
 
 namespace adasplash {
 namespace {
@@ -19,6 +20,13 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
   check_backward(grad_out, query, key, value, saved, options);
   return allocate_backward(query, key, value, options);
+}
+
+SummaryResult summary(const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,
+                      const AttentionOptions& options) {
+  check_attention("_entmax_attn_summary", query, key, key, options);
+  check_saved("_entmax_attn_summary", query, key, saved, options);
+  return allocate_summary(query, key, saved, options);
 }
 
 at::Tensor activation(const at::Tensor& input, const ActivationAlpha& alpha) {
@@ -39,6 +47,7 @@ TORCH_LIBRARY_IMPL(adasplash, Meta, m) {
   using namespace adasplash;
   m.impl("_entmax_attn_forward", forward_op<forward>);
   m.impl("_entmax_attn_backward", backward_op<backward>);
+  m.impl("_entmax_attn_summary", summary_op<summary>);
   m.impl("_entmax_forward", activation_op<activation>);
   m.impl("_entmax_backward", activation_backward_op<activation_backward>);
 }

@@ -162,15 +162,15 @@ template <typename List>
 struct SignatureWith;
 template <typename... T>
 struct SignatureWith<const std::tuple<Option<T>...>> {
-  template <typename... Before>
-  using Behind = at::Tensor(Before..., OptionArgument<T>...);
+  template <typename Result, typename... Before>
+  using Behind = Result(Before..., OptionArgument<T>...);
 };
-template <typename Alpha>
-using PaddedSignature =
-    SignatureWith<decltype(kPaddedOptions)>::Behind<const at::Tensor&, const at::Tensor&, const at::Tensor&, Alpha>;
-template <typename Alpha>
+template <typename Alpha, typename Result = at::Tensor>
+using PaddedSignature = SignatureWith<decltype(kPaddedOptions)>::Behind<Result, const at::Tensor&, const at::Tensor&,
+                                                                        const at::Tensor&, Alpha>;
+template <typename Alpha, typename Result = at::Tensor>
 using PackedSignature =
-    SignatureWith<decltype(kPackedOptions)>::Behind<const at::Tensor&, const at::Tensor&, const at::Tensor&,
+    SignatureWith<decltype(kPackedOptions)>::Behind<Result, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                     const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt,
                                                     Alpha>;
 

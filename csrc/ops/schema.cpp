@@ -54,6 +54,12 @@ TORCH_LIBRARY(adasplash, m) {
   define("entmax_attn(" + tensors + "float alpha=1.5, " + padded + ") -> Tensor");
   define("entmax_attn_varlen.per_head(" + tensors + lengths + "Tensor alpha, " + packed + ") -> Tensor");
   define("entmax_attn_varlen(" + tensors + lengths + "float alpha=1.5, " + packed + ") -> Tensor");
+  const std::string summary =
+      "(Tensor out, Tensor support_size, Tensor largest_weight, Tensor maximum, Tensor gap, Tensor empty_tiles)";
+  define("entmax_attn_summary.per_head(" + tensors + "Tensor alpha, " + padded + ") -> " + summary);
+  define("entmax_attn_summary(" + tensors + "float alpha=1.5, " + padded + ") -> " + summary);
+  define("entmax_attn_varlen_summary.per_head(" + tensors + lengths + "Tensor alpha, " + packed + ") -> " + summary);
+  define("entmax_attn_varlen_summary(" + tensors + lengths + "float alpha=1.5, " + packed + ") -> " + summary);
   define("entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor");
   define("entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor");
 
@@ -65,6 +71,8 @@ TORCH_LIBRARY(adasplash, m) {
   define_private("_entmax_attn_backward(Tensor grad_out, " + tensors +
                  "Tensor row_state, Tensor support, Tensor tiles, " + first + ", Tensor? out=None" + later +
                  ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");
+  define_private("_entmax_attn_summary(Tensor query, Tensor key, Tensor row_state, Tensor support, Tensor tiles, " +
+                 first + later + ") -> (Tensor support_size, Tensor largest_weight, Tensor tile_counts)");
 
   // value, a number for each row of input, as a function whose derivative in input is `gradient`.
   define_private("_with_gradient(Tensor value, Tensor input, Tensor gradient) -> Tensor");

@@ -1,10 +1,10 @@
 """Entmax attention the plain way: dense, in fp64, readable. The oracle of every other test.
 
 `attention` holds the whole contract: types, grouped queries, causal and window masks aligned bottom right, lengths of
-right-padded batches, ALiBi slopes, alpha as a number, as one tensor, per head or per row; `attention_varlen` is the
-packed form, a sequence at a time. Its gradients come from autograd, through `entmax`, whose backward is the closed
-form. Run in another type (`dtype=`) it is the dense composition matmul,
-entmax, matmul of that type, which is the yardstick for the accuracy of half types.
+right-padded batches, ALiBi slopes, dropout, alpha as a number, as one tensor, per head or per row; `attention_varlen`
+is the packed form, a sequence at a time. Its gradients come from autograd, through `entmax`, whose backward is the
+closed form. Run in another type (`dtype=`) it is the dense composition matmul, entmax, matmul of that type, which is
+the yardstick for the accuracy of half types.
 """
 
 from collections.abc import Sequence
@@ -71,13 +71,21 @@ def threshold(z: Tensor, alpha: Tensor, by_bisection: bool = False) -> Threshold
 
 
 class _Entmax(torch.autograd.Function):
-    """Rows of fp64 scores, hidden keys at -inf, and alpha that broadcasts over rows -> weights."""
+    """Rows of fp64 scores, hidden keys at -inf, and alpha that broadcasts over rows -> weights. Rows with alpha = 1 are
+    softmax, the limit."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, alpha: Tensor) -> Tensor:
-        z = (alpha - 1) * scores
-        maximum, gap = threshold(z, alpha)
-        weights = (z - maximum - gap).clamp(min=0).pow(1 / (alpha - 1))
+        is_softmax = alpha == 1
+        if bool(is_softmax.all()):
+            weights = _softmax(scores)
+        else:
+            power = torch.where(is_softmax, 1.5, alpha)  # any other, where it does not count
+            z = (power - 1) * scores
+            maximum, gap = threshold(z, power)
+            weights = (z - maximum - gap).clamp(min=0).pow(1 / (power - 1))
+            if bool(is_softmax.any()):
+                weights = torch.where(is_softmax, _softmax(scores), weights)
         ctx.save_for_backward(weights, alpha)
         return weights
 
@@ -90,18 +98,24 @@ class _Entmax(torch.autograd.Function):
         grad_scores = u * (grad - (share * grad).sum(-1, keepdim=True))
         grad_alpha = None
         if ctx.needs_input_grad[1]:
-            surprise = -torch.where(p > 0, p * p.log(), 0)
-            change = (p - share) / (alpha - 1) ** 2
-            change = change + (surprise - share * surprise.sum(-1, keepdim=True)) / (alpha - 1)
+            log = torch.where(p > 0, p.log(), 0)
+            surprise = -p * log
+            rate = torch.where(alpha == 1, 1, alpha - 1)
+            change = (p - share) / rate**2
+            change = change + (surprise - share * surprise.sum(-1, keepdim=True)) / rate
+            limit = -0.5 * p * (log**2 - (p * log**2).sum(-1, keepdim=True))
+            change = torch.where(alpha == 1, limit, change)
             grad_alpha = (grad * change).sum(-1, keepdim=True).sum_to_size(alpha.shape)
         return grad_scores, grad_alpha
 
 
+def _softmax(scores: Tensor) -> Tensor:
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+
+
 def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
     """Weights over the last dimension, worked out in fp64, in the scores' type; zeros where nothing is visible."""
-    if isinstance(alpha, float | int) and alpha == 1:
-        blind = (scores == -torch.inf).all(-1, keepdim=True)
-        return scores.double().masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(scores.dtype)
     alpha = torch.as_tensor(alpha, dtype=torch.float64, device=scores.device)
     return _Entmax.apply(scores.double(), alpha).to(scores.dtype)
 
@@ -162,6 +176,50 @@ def _without_padding(x: Tensor, ends: Tensor | None, starts: Tensor | None = Non
     return x
 
 
+def _philox(key: tuple[int, int], counter: list[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 of counters, four int64 tensors that hold 32 bits each (Salmon et al., 2011)."""
+    words = 0xFFFFFFFF
+    for number in range(10):
+        round_key = [(k + number * step) & words for k, step in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)]
+        even, odd = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            (odd >> 32 & words) ^ counter[1] ^ round_key[0],
+            odd & words,
+            (even >> 32 & words) ^ counter[3] ^ round_key[1],
+            even & words,
+        ]
+    return counter
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Ellis' lowbias32."""
+    words = 0xFFFFFFFF
+    x = x ^ x >> 16
+    x = x * 0x7FEB352D & words
+    x = x ^ x >> 15
+    x = x * 0x846CA68B & words
+    return x ^ x >> 16
+
+
+def dropout_factors(
+    seed: Tensor, p: float, batch: int, heads: int, queries: int, keys: int, kv_starts: Tensor | None = None, entry=0
+) -> Tensor:
+    """What weights are multiplied by, (B, H, M, N) in fp64: 0, or 1 / (1 - p). `entry` is the number of the first batch
+    entry."""
+    entries, head, query = (
+        torch.arange(count).reshape(-1, *[1] * rest) for count, rest in ((batch, 2), (heads, 1), (queries, 0))
+    )
+    number = int(seed) & (1 << 64) - 1
+    place = torch.broadcast_tensors(query, head, entries + entry, torch.tensor(0))
+    first, second, _, _ = (word[..., None] for word in _philox((number & 0xFFFFFFFF, number >> 32), list(place)))
+    key = torch.arange(keys)
+    if kv_starts is not None:
+        key = key - kv_starts.cpu().long().reshape(-1, 1, 1, 1)
+    x = _mix(_mix((key & 0xFFFFFFFF) ^ first) + second & 0xFFFFFFFF)
+    dropped = x < min(round(p * 2**32), 2**32 - 1)
+    return ((~dropped).double() / (1 - p)).to(seed.device)
+
+
 class Attention(NamedTuple):
     out: Tensor
     weights: Tensor
@@ -180,10 +238,14 @@ def attention(
     window: Sequence[int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
     kv_starts: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
+    entry: int = 0,
 ) -> Attention:
-    """The op's arguments -> out (B, H, M, D_v), weights and masked scores (B, H, M, N), differentiable, in `dtype`."""
-    (_, heads, m, size), (_, kv_heads, n, _) = query.shape, key.shape
+    """The op's arguments -> out (B, H, M, D_v), weights (before dropout) and masked scores (B, H, M, N),
+    differentiable, in `dtype`. `entry` is the number of the first batch entry, for dropout."""
+    (batch, heads, m, size), (_, kv_heads, n, _) = query.shape, key.shape
     scale = size**-0.5 if scale is None else scale
     query = _without_padding(query.to(dtype), q_seqlens)
     key, value = (_without_padding(x.to(dtype), kv_seqlens, kv_starts) for x in (key, value))
@@ -197,8 +259,10 @@ def attention(
     scores = scores.masked_fill(~sees, -torch.inf)
     if isinstance(alpha, Tensor) and alpha.dim() < 4:
         alpha = alpha.reshape(-1, 1, 1)
-    weights = entmax(scores, alpha)
-    return Attention(weights @ value, weights, scores)
+    weights = kept = entmax(scores, alpha)
+    if dropout_p > 0:
+        kept = weights * dropout_factors(dropout_seed, dropout_p, batch, heads, m, n, kv_starts, entry).to(dtype)
+    return Attention(kept @ value, weights, scores)
 
 
 def attention_varlen(
@@ -216,15 +280,16 @@ def attention_varlen(
 ) -> Tensor:
     """The packed op's arguments -> out (T_q, H, D_v)."""
 
-    def of_sequence(q: slice, k: slice, slopes: Tensor | None) -> Tensor:
+    def of_sequence(q: slice, k: slice, slopes: Tensor | None, entry: int = 0) -> Tensor:
         sequence = (x.transpose(0, 1)[None] for x in (query[q], key[k], value[k]))
         per_row = isinstance(alpha, Tensor) and alpha.dim() == 4
-        result = attention(*sequence, alpha[:, :, q] if per_row else alpha, *options, alibi_slopes=slopes, **keywords)
+        own = alpha[:, :, q] if per_row else alpha
+        result = attention(*sequence, own, *options, alibi_slopes=slopes, entry=entry, **keywords)
         return result.out[0].transpose(0, 1)
 
     out = [of_sequence(slice(0), slice(0), None)]  # so that there is one, and a gradient, without any sequence
     for b in range(len(cu_seqlens_q) - 1):
         q, k = (slice(int(ends[b]), int(ends[b + 1])) for ends in (cu_seqlens_q, cu_seqlens_k))
         per_sequence = alibi_slopes is not None and alibi_slopes.dim() == 2
-        out.append(of_sequence(q, k, alibi_slopes[b] if per_sequence else alibi_slopes))
+        out.append(of_sequence(q, k, alibi_slopes[b] if per_sequence else alibi_slopes, b))
     return torch.cat(out)
