@@ -25,10 +25,12 @@ target_sources(adasplash PRIVATE
   csrc/cuda/implementation.cpp
   csrc/cuda/part.cpp
   csrc/cuda/register.cpp
+  csrc/cuda/summary.cpp
   csrc/cuda/portable/backward.cpp
   csrc/cuda/portable/call.cpp
   csrc/cuda/portable/forward.cpp
-  csrc/cuda/portable/portable.cpp)
+  csrc/cuda/portable/portable.cpp
+  csrc/cuda/portable/summary.cpp)
 target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})
 
 set(ADASPLASH_BUILT_ARCHS "${_wanted}")  # none, or a list

@@ -12,12 +12,6 @@
 namespace adasplash::cuda {
 namespace {
 
-const Implementation& implementation_for(const AttentionInputs& inputs) {
-  const auto& [op, query, key, value, options, first] = inputs;
-  return choose_implementation(
-      op, {query.device(), query.scalar_type(), query.sizes().back(), value.sizes().back(), options});
-}
-
 // The gradient of alpha from what each row adds to it, (B, H, M), or packed (H, M).
 void sum_alpha_terms(const at::Tensor& alpha_terms, const at::Tensor& grad_alpha) {
   if (alpha_terms.numel() == 0) {

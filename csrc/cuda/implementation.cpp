@@ -66,6 +66,12 @@ const Implementation& choose_implementation(const char* op, const CallKind& kind
   TORCH_CHECK(false, op, ": ", *reason);  // the last one's, which serves the most
 }
 
+const Implementation& implementation_for(const AttentionInputs& inputs) {
+  const auto& [op, query, key, value, options, first] = inputs;
+  return choose_implementation(
+      op, {query.device(), query.scalar_type(), query.sizes().back(), value.sizes().back(), options});
+}
+
 }  // namespace adasplash::cuda
 
 // The names of the implementations that are built, in order of preference, separated by commas.

@@ -58,6 +58,15 @@ struct BackwardOutputs {
   const at::Tensor &grad_query, &grad_key, &grad_value, &alpha_terms;
 };
 
+// What a summary starts from, contiguous or parts of such, and where it writes: support_size and largest_weight as the
+// forward writes its rows; to the two numbers of each sequence and head in tile_counts, a part of (B, H, 2), it adds.
+struct SummaryInputs {
+  const at::Tensor &row_state, &tiles;
+};
+struct SummaryOutputs {
+  const at::Tensor &support_size, &largest_weight, &tile_counts;
+};
+
 class Implementation {
  public:
   // For ADASPLASH_CUDA_IMPL and messages.
@@ -69,12 +78,15 @@ class Implementation {
   // The scratch of a call, which says what parts it is cut into. Each part then allocates its own.
   virtual const Scratch& forward_scratch(const AttentionInputs& inputs, bool training) const = 0;
   virtual const Scratch& backward_scratch(const AttentionInputs& inputs) const = 0;
+  virtual const Scratch& summary_scratch(const AttentionInputs& inputs) const = 0;
 
   // Launches the kernels of a part on the current stream of its device, which is the current device. There is
   // something to write: `out` is not empty, and there are heads.
   virtual void forward(const AttentionInputs& inputs, const ForwardOutputs& outputs) const = 0;
   virtual void backward(const AttentionInputs& inputs, const BackwardInputs& saved,
                         const BackwardOutputs& outputs) const = 0;
+  virtual void summarize(const AttentionInputs& inputs, const SummaryInputs& saved,
+                         const SummaryOutputs& outputs) const = 0;
 
  protected:
   ~Implementation() = default;  // they are constants of the library
@@ -83,5 +95,6 @@ class Implementation {
 // The implementation that computes calls of a kind: the forced one, or the first that serves them. Throws if none does,
 // or if the forced one does not, and says why.
 const Implementation& choose_implementation(const char* op, const CallKind& kind);
+const Implementation& implementation_for(const AttentionInputs& inputs);
 
 }  // namespace adasplash::cuda

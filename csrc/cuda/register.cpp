@@ -12,6 +12,7 @@ namespace {
 void implement(torch::Library& library) {
   library.impl("_entmax_attn_forward", forward_op<forward>);
   library.impl("_entmax_attn_backward", backward_op<backward>);
+  library.impl("_entmax_attn_summary", summary_op<summarize>);
   library.impl("_entmax_forward", activation_op<activation>);
   library.impl("_entmax_backward", activation_backward_op<activation_backward>);
 }

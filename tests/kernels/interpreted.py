@@ -40,6 +40,12 @@ class Tiles:
     step_d: int | None = None
 
 
+class Summary(NamedTuple):
+    support_size: Tensor
+    largest_weight: Tensor
+    tile_counts: Tensor
+
+
 class Result(NamedTuple):
     out: Tensor
     row_state: Tensor
@@ -48,6 +54,7 @@ class Result(NamedTuple):
     dk: Tensor | None = None
     dv: Tensor | None = None
     alpha_terms: Tensor | None = None  # of each row; empty where alpha is a number
+    summary: Summary | tuple = ()
 
 
 def matrix(x: Tensor) -> Matrix:
@@ -84,6 +91,7 @@ def attention(
     alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
+    summary: bool = False,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
     ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
@@ -146,7 +154,8 @@ def attention(
         )
         programs = math.ceil(math.ceil(length / block) / every) * count * batch
         shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
-        constants = shape | dict(ALPHA=variants.ALPHAS[alpha_code]) | (constants or {})
+        code = alpha_code if alpha_code in variants.KERNELS[name].alphas else "any"
+        constants = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
         with patched_once():
             variants.KERNELS[name].kernel[(programs,)](**arguments, call=call, **constants)
 
@@ -168,8 +177,16 @@ def attention(
     inputs = dict(query=matrix(query), key=matrix(key), value=matrix(value))
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
     launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
+    found = ()
+    if summary:
+        sizes, largest = (torch.full(row_state.shape[:-1], int(garbage), dtype=x) for x in (torch.int32, torch.float32))
+        found = Summary(sizes, largest, torch.zeros(batch, heads, 2, dtype=torch.int64))
+        tile_lists.fill_(1 << 30)
+        scratch = dict(row_state=row_state, tiles=bits, tile_lists=tile_lists)
+        arguments = dict(query=inputs["query"], key=inputs["key"], **scratch, **found._asdict())
+        launch("count_support", **arguments, counts_batch_stride=2 * heads)
     if grad is None:
-        return Result(out, row_state, bits)
+        return Result(out, row_state, bits, summary=found)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
     if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
@@ -230,4 +247,4 @@ def attention(
             **probe,
             constants=dict(GATHER=gather),
         )
-    return Result(out, row_state, bits, dq, dk, dv, alpha_terms)
+    return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found)

@@ -1,84 +1,45 @@
-"""Dropout in the kernels: the generator, and what forward and backward make of it."""
+"""Dropout in the kernels: which weights, and what forward and backward make of it."""
 
 import pytest
 import torch
-from checked import PARTS, SMALL, TYPES
+from checked import PARTS, SMALL
 from interpreted import attention
 
 import reference
-from common import assert_accurate, assert_same_bits, make_inputs, normal_like
+from common import HALF, assert_accurate, assert_same_bits, make_inputs, normal_like
 
 pytestmark = pytest.mark.backends("cpu")
-SEED = -0x123456789ABCDEF
+SEED = -0x123456789ABCDEF  # whose words differ
 
 
-def philox(counter, key):
-    """Philox4x32-10 of four tensors or numbers and two numbers, after Salmon et al."""
-    low = 2**32 - 1
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        # 32 x 32 bits are more than int64 holds: the upper half by parts.
-        high = [((m >> 16) * x + ((m & 0xFFFF) * x >> 16)) >> 16 for m, x in ((0xD2511F53, c[0]), (0xCD9E8D57, c[2]))]
-        c = [high[1] ^ c[1] ^ k[0], low_product(0xCD9E8D57, c[2]), high[0] ^ c[3] ^ k[1], low_product(0xD2511F53, c[0])]
-        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
-    return c
-
-
-def low_product(m, x):
-    return ((m * (x & 0xFFFF)) + ((m * (x >> 16) & 0xFFFF) << 16)) & (2**32 - 1)
-
-
-def mix(x):
-    x = x ^ (x >> 16)
-    x = low_product(0x7FEB352D, x)
-    x = x ^ (x >> 15)
-    x = low_product(0x846CA68B, x)
-    return x ^ (x >> 16)
-
-
-def dropout_factors(seed, p, batch, heads, queries, keys):
-    """(batch, heads, queries, keys): what weights are multiplied by."""
-    seed %= 2**64
-    index = [torch.arange(n).reshape(shape) for n, shape in ((batch, (-1, 1, 1)), (heads, (-1, 1)), (queries, (-1,)))]
-    first, second, _, _ = philox((index[2], index[1], index[0], 0), (seed % 2**32, seed >> 32))
-    x = mix(torch.arange(keys) ^ first[..., None])
-    x = mix((x + second[..., None]) & (2**32 - 1))
-    return (x >= min(round(p * 2**32), 2**32 - 1)).double() / (1 - p)
-
-
-def test_the_generator():
-    """Philox's test vector of zeros, of which Random123 lists the result."""
-    assert [int(x) for x in philox([torch.tensor(0)] * 4, (0, 0))] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    ones = [torch.tensor(2**32 - 1)] * 4
-    assert [int(x) for x in philox(ones, [2**32 - 1] * 2)] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
-
-
-def dropped_attention(query, key, value, alphas, factors, is_causal=False, **options):
-    """The reference's, head by head, whose weights are multiplied by factors."""
+def dropped_attention(query, key, value, alphas, factors):
+    """The reference's in causal order, head by head, whose weights are multiplied by factors."""
     group = query.shape[1] // key.shape[1]
     out = []
     for head, alpha in enumerate(alphas):
         shared = slice(head // group, head // group + 1)
         own = query[:, head, None], key[:, shared], value[:, shared]
-        weights = reference.attention(*own, alpha, is_causal, dtype=query.dtype, **options).weights
+        weights = reference.attention(*own, alpha, True, dtype=query.dtype).weights
         out.append((weights * factors[:, head, None].to(query.dtype)) @ own[2])
     return torch.cat(out, 1)
 
 
-@TYPES
-@pytest.mark.parametrize("tiles", (SMALL, PARTS), ids=("small", "parts"))
-@pytest.mark.parametrize("p", (0.15, 0.7))
+@pytest.mark.parametrize(
+    "dtype, tiles, p",
+    ((torch.float32, PARTS, 0.15), *((dtype, SMALL, 0.7) for dtype in (torch.float32, *HALF))),
+    ids=str,
+)
 def test_forward_and_backward(dtype, tiles, p):
     """For all alphas at once, tiles and gathered keys; the launch may be a part of a call."""
     alphas = torch.tensor([1.0, 1.5, 2.0, 1.2])
-    inputs = make_inputs(2, 4, 70, 130, size=16, kv_heads=2, dtype=dtype)
+    inputs = make_inputs(1, 4, 70, 130, size=16, kv_heads=2, dtype=dtype)
     grad = normal_like(inputs.query)
     first = (3, 8)
-    factors = dropout_factors(SEED, p, 5, 12, 70, 130)[first[0] :, first[1] :]
+    factors = reference.dropout_factors(torch.tensor(SEED), p, 4, 12, 70, 130)[first[0] :, first[1] :]
     results = []
     for x in (inputs, type(inputs)(*(x.double() for x in inputs))):
         leaves = [y.detach().clone().requires_grad_() for y in x]
-        out = dropped_attention(*leaves, alphas.tolist(), factors, True)
+        out = dropped_attention(*leaves, alphas.tolist(), factors)
         out.backward(grad.to(out.dtype))
         results.append([out.detach(), *(y.grad for y in leaves)])
     for below in (0, 101):
@@ -98,7 +59,9 @@ def test_every_weight_has_its_own_chance():
     query, key, value = torch.zeros(1, 2, 70, 16), torch.zeros(1, 2, 130, 16), torch.eye(130).expand(1, 2, 130, 130)
     for alpha in (1.0, 1.5):
         out = attention(query, key, value, alpha, dropout=(0.3, 5)).out
-        torch.testing.assert_close(out.double() * 130, dropout_factors(5, 0.3, 1, 2, 70, 130), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            out.double() * 130, reference.dropout_factors(torch.tensor(5), 0.3, 1, 2, 70, 130), atol=1e-4, rtol=0
+        )
 
 
 def test_gradient_of_alpha():
@@ -106,7 +69,7 @@ def test_gradient_of_alpha():
     inputs = make_inputs(1, 2, 70, 130, size=16)
     grad = normal_like(inputs.query)
     found = attention(*inputs, alphas, grad=grad, dropout=(p, 1)).alpha_terms.double()
-    factors = dropout_factors(1, p, 1, 2, 70, 130)
+    factors = reference.dropout_factors(torch.tensor(1), p, 1, 2, 70, 130)
     for head, alpha in enumerate((1.001, 1.5)):
         own = [x[:, head, None].double() for x in inputs]
         per_row = torch.full((1, 1, 70, 1), alpha, dtype=torch.float64, requires_grad=True)

@@ -16,6 +16,10 @@ class Portable final : public Implementation {
   const Scratch& backward_scratch(const AttentionInputs& inputs) const override;
   void backward(const AttentionInputs& inputs, const BackwardInputs& saved,
                 const BackwardOutputs& outputs) const override;
+
+  const Scratch& summary_scratch(const AttentionInputs& inputs) const override;
+  void summarize(const AttentionInputs& inputs, const SummaryInputs& saved,
+                 const SummaryOutputs& outputs) const override;
 };
 
 extern const Portable kPortable;
