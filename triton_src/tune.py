@@ -116,7 +116,7 @@ class Problem:
         absent = (
             "call.queries.lengths", "call.keys.lengths", "call.alpha.per_head", "call.scores.slopes",
             "call.scores.slopes_batch_stride", "call.scores.has_slopes", "alpha_terms", "probe_from",
-            *(f"call.dropout.{part}" for part in Dropout._fields),
+            "row_seeds", *(f"call.dropout.{part}" for part in Dropout._fields),
         )  # fmt: skip
         self.values = dict.fromkeys((*absent, *(name for name, _ in APPENDED)), 0)
         for name, x in self.tensors.items():

@@ -122,6 +122,7 @@ struct GradQueryArguments {
   Matrix grad_out;
   MutableMatrix grad_query;
   Exactly<float*> row_terms;
+  Exactly<int64_t*> row_seeds;
   Exactly<float*> alpha_terms;
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
@@ -134,7 +135,7 @@ struct GradQueryArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 432);
+static_assert(sizeof(GradQueryArguments) == 440);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -148,6 +149,7 @@ struct GradKeyValueArguments {
   MutableMatrix grad_key;
   MutableMatrix grad_value;
   Exactly<const float*> row_terms;
+  Exactly<const int64_t*> row_seeds;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> tile_lists;
   Exactly<const int32_t*> marks;
@@ -158,7 +160,7 @@ struct GradKeyValueArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 416);
+static_assert(sizeof(GradKeyValueArguments) == 424);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);

@@ -192,6 +192,7 @@ def attention(
     if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
         dk.zero_(), dv.zero_()
     row_terms = torch.full((*row_state.shape[:-1], 4), garbage)
+    row_seeds = torch.full(row_state.shape[:-1], int(garbage))
     alpha_terms = torch.full(row_state.shape[:-1] if isinstance(alpha, Tensor) else (0,), garbage)
     tile_lists.fill_(1 << 30)
     key_marks = torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32)
@@ -223,6 +224,7 @@ def attention(
             out=matrix(out),
             grad_query=matrix(dq),
             row_terms=row_terms,
+            row_seeds=row_seeds,
             alpha_terms=alpha_terms,
             row_state=row_state,
             tiles=bits,
@@ -240,6 +242,7 @@ def attention(
             grad_key=matrix(dk),
             grad_value=matrix(dv),
             row_terms=row_terms,
+            row_seeds=row_seeds,
             tiles=bits,
             tile_lists=key_lists,
             marks=row_marks.view(torch.int32),

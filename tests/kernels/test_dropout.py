@@ -64,6 +64,16 @@ def test_every_weight_has_its_own_chance():
         )
 
 
+@pytest.mark.parametrize("alpha", (1.0, 1.5))
+def test_a_nan_query_reaches_the_keys_it_saw(alpha):
+    """Those that it drops, too."""
+    inputs = make_inputs(1, 1, 70, 130, size=16)
+    inputs.query[0, 0, 40] = torch.nan
+    result = attention(*inputs, alpha, grad=normal_like(inputs.query), dropout=(0.5, SEED))
+    assert all(x[0, 0].isnan().all() for x in (result.out[:, :, 40:41], result.dk, result.dv))
+    assert result.out[0, 0].isnan().any(-1).sum() == 1 and result.dq[0, 0].isnan().any(-1).sum() == 1
+
+
 def test_gradient_of_alpha():
     alphas, p = torch.tensor([1.0, 1.5]), 0.4
     inputs = make_inputs(1, 2, 70, 130, size=16)

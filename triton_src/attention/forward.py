@@ -30,7 +30,7 @@ from ..lib.call import (
     query_rows_of,
     tile_row_of,
 )
-from ..lib.dropout import Dropout, RowWords, drop, row_words
+from ..lib.dropout import Dropout, drop, row_seeds_of
 from ..lib.entmax import (
     ALPHA_1,
     ALPHA_1_5,
@@ -121,7 +121,7 @@ def attend(
     keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
     tile_row = tile_row_of(call, at, first_row)
-    values = ValueBlock(value_rows, call.dropout, row_words(call.dropout, batch, head, row, ALPHA))
+    values = ValueBlock(value_rows, call.dropout, row_seeds_of(call.dropout, batch, head, row, ALPHA))
     margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
     entries = tile_lists + tile_row * key_tiles
 
@@ -366,7 +366,7 @@ class ValueBlock(NamedTuple):
 
     rows: RowsFrom
     dropout: Dropout
-    words: RowWords
+    row_seeds: tl.tensor
 
 
 class ValueSums(NamedTuple):
@@ -415,7 +415,7 @@ def add_values(sums, tile, index, context, CODE, EDGE: tl.constexpr):
 def add_weighted(total, p, values, first_key, CODE, EDGE: tl.constexpr):
     """The sum of weighted values with those of some more keys."""
     v = load_rows(values.rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
-    p = drop(p, values.dropout, values.words, row_numbers(first_key, CODE.BLOCK_N), CODE)
+    p = drop(p, values.dropout, values.row_seeds, row_numbers(first_key, CODE.BLOCK_N), CODE)
     return dot(cast(p, v.dtype), v, total)
 
 

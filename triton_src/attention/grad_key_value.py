@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, query_rows_of
-from ..lib.dropout import Dropout, is_kept, row_words
+from ..lib.dropout import Dropout, dropout_factors
 from ..lib.entmax import ALPHA_1, ALPHA_ANY, fixed_alpha, weigh
 from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
@@ -51,16 +51,15 @@ class HeadRows(NamedTuple):
     query_rows: RowsFrom
     grad_out_rows: RowsFrom
     row_terms: tl.tensor
+    row_seeds: tl.tensor
     scale: HeadScale
     dropout: Dropout
-    batch: tl.tensor
-    head: tl.tensor
 
 
 @triton.jit
 def grad_key_value(
-    query, key, value, grad_out, grad_key, grad_value, row_terms, tiles, tile_lists, marks, gathered, probe_counts,
-    gather_below, call,
+    query, key, value, grad_out, grad_key, grad_value, row_terms, row_seeds, tiles, tile_lists, marks, gathered,
+    probe_counts, gather_below, call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     GATHER: tl.constexpr,
 ):  # fmt: skip
@@ -82,6 +81,7 @@ def grad_key_value(
     grad_key_rows = rows_of_head(grad_key, batch, kv_head, keys.offset, call.head_dim, keys.extent)
     grad_value_rows = rows_of_head(grad_value, batch, kv_head, keys.offset, call.value_dim, keys.extent)
     row_terms += 4 * first_state_row(call, at)
+    row_seeds += first_state_row(call, at)
     first_key = block * BLOCK_N
     if first_key >= keys.extent:
         return
@@ -109,7 +109,7 @@ def grad_key_value(
         scale = head_scale(call, batch, at.head + member, ALPHA)
         member_query = RowsFrom(query_data, query_rows.stride, call.head_dim, queries.length, sees_first)
         member_grad_out = RowsFrom(grad_out_data, grad_out_rows.stride, call.value_dim, queries.length, sees_first)
-        member_rows = HeadRows(member_query, member_grad_out, row_terms, scale, call.dropout, batch, at.head + member)
+        member_rows = HeadRows(member_query, member_grad_out, row_terms, row_seeds, scale, call.dropout)
         weighing = list_query_tiles(entries, query_tiles, tiles, call.tile_words, key_tile, at.band, CODE)
         unused = query_tiles - weighing.count
         marked = MarkedRows(marks, key_tiles, gathered)
@@ -123,6 +123,7 @@ def grad_key_value(
         query_data += query.head_stride
         grad_out_data += grad_out.head_stride
         row_terms += 4 * call.queries.rows
+        row_seeds += call.queries.rows
         tiles += call.queries.tile_rows * call.tile_words
         marks += call.queries.tile_rows * key_tiles * (TILE // WORD)
 
@@ -136,8 +137,8 @@ GRAD_KEY_VALUE = Spec(
     grad_key_value,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, grad_out=MATRIX, grad_key=MATRIX, grad_value=MATRIX, row_terms="*fp32",
-        tiles="*i32", tile_lists="*i32", marks="*i32", gathered="*i32", probe_counts="*i32", gather_below="i32",
-        call=CALL,
+        row_seeds="*i64", tiles="*i32", tile_lists="*i32", marks="*i32", gathered="*i32", probe_counts="*i32",
+        gather_below="i32", call=CALL,
     ),
     writes=("grad_key", "grad_value", "tile_lists", "gathered"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "GATHER"),
@@ -197,10 +198,10 @@ def add_queries(sums, first_row, context, CODE, EDGE: tl.constexpr):
     dp = products(held.v, head.grad_out_rows, first_row, CODE.BLOCK_N, CODE.BLOCK_M, CODE, EDGE)
     if not fixed_alpha(CODE.ALPHA):
         if head.dropout.threshold != 0:  # one branch for both, p and dp
-            words = row_words(head.dropout, head.batch, head.head, rules.row, CODE.ALPHA)
-            kept = is_kept(head.dropout, words, held.key_number, 1)
-            p = tl.where(kept, p * head.dropout.scale, 0.0)
-            dp = tl.where(kept, dp * head.dropout.scale, 0.0)
+            seeds = tl.load(head.row_seeds + rules.row, mask=rules.row < band.query_length, other=0)
+            factors = dropout_factors(head.dropout, seeds.to(tl.uint64, bitcast=True), held.key_number, 1)
+            p *= factors
+            dp *= factors
         dv = dot(cast(p, do.dtype), do, sums.dv)
     ds = u * (dp - terms.delta[None, :])
     if EDGE:

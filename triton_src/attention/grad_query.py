@@ -24,7 +24,7 @@ from ..lib.call import (
     query_rows_of,
     tile_row_of,
 )
-from ..lib.dropout import Dropout, RowWords, drop, row_words
+from ..lib.dropout import Dropout, drop, row_seeds_of
 from ..lib.entmax import (
     ALPHA_1,
     ALPHA_ANY,
@@ -73,7 +73,7 @@ class BackwardBlock(NamedTuple):
     largest_term: tl.tensor
     alpha_source: tl.tensor
     dropout: Dropout
-    words: RowWords
+    row_seeds: tl.tensor
 
 
 class Sums(NamedTuple):
@@ -91,14 +91,14 @@ class Sums(NamedTuple):
 
 @triton.jit
 def grad_query(
-    query, key, value, out, grad_out, grad_query, row_terms, alpha_terms, row_state, tiles, tile_lists, marks, gathered,
-    probe_counts, gather_below, call,
+    query, key, value, out, grad_out, grad_query, row_terms, row_seeds, alpha_terms, row_state, tiles, tile_lists,
+    marks, gathered, probe_counts, gather_below, call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     GATHER: tl.constexpr,
 ):  # fmt: skip
-    """dq, and the `row_terms` that grad_key_value needs. `alpha_terms` are the rows' parts of the gradient of alpha,
-    where that is asked for. Visits the keys that are in `marks` if GATHER, else all of tiles with weight, of the key
-    heads that `probe_counts` say so of."""
+    """dq, and what grad_key_value needs of rows: `row_terms`, with dropout `row_seeds` too. `alpha_terms` are the rows'
+    parts of the gradient of alpha, where that is asked for. Visits the keys that are in `marks` if GATHER, else all of
+    tiles with weight, of the key heads that `probe_counts` say so of."""
     block, head, batch = block_of_program(tl.cdiv(call.queries.max_seqlen, BLOCK_M), call.heads)
     if gathers(probe_counts, kv_head_of(call, batch, head), gather_below) != GATHER:
         return
@@ -140,9 +140,9 @@ def grad_query(
     queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
     dp_shift = output_products(do, out_rows, CODE)
     largest_term = term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT)
-    words = row_words(call.dropout, batch, head, row, ALPHA)
+    seeds = row_seeds_of(call.dropout, batch, head, row, ALPHA)
     held = BackwardBlock(
-        queries, threshold, do, value_rows, dp_shift, largest_term, call.alpha.source, call.dropout, words
+        queries, threshold, do, value_rows, dp_shift, largest_term, call.alpha.source, call.dropout, seeds
     )
     marked = MarkedRows(marks, 1, gathered)
     sums = zero_sums(CODE)
@@ -152,20 +152,24 @@ def grad_query(
         weighing = list_where(weighing, scale.alpha != 1.0)
     sums = sum_keys(sums, held, weighing, marked, CODE, GATHER)
     store_sums(sums, held, gap, state_row, call.scores.scale, grad_query_rows, row_terms, alpha_terms, CODE)
+    if not fixed_alpha(ALPHA):  # noqa: SIM102
+        if call.dropout.threshold != 0:
+            tl.store(row_seeds + state_row + row, seeds.to(tl.int64, bitcast=True), mask=row < grad_query_rows.end)
 
 
 GRAD_QUERY = Spec(
     grad_query,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX, grad_out=MATRIX, grad_query=MATRIX, row_terms="*fp32",
-        alpha_terms="*fp32", row_state="*fp32", tiles="*i32", tile_lists="*i32", marks="*i32", gathered="*i32",
-        probe_counts="*i32", gather_below="i32", call=CALL,
+        row_seeds="*i64", alpha_terms="*fp32", row_state="*fp32", tiles="*i32", tile_lists="*i32", marks="*i32",
+        gathered="*i32", probe_counts="*i32", gather_below="i32", call=CALL,
     ),
-    writes=("grad_query", "row_terms", "alpha_terms", "tile_lists", "gathered"),
+    writes=("grad_query", "row_terms", "row_seeds", "alpha_terms", "tile_lists", "gathered"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(
         row_terms="four numbers for each query of each head",
+        row_seeds="one for each, with dropout",
         tile_lists="an entry for each tile row of queries and each tile of keys",
         gathered="GATHER_ROOM entries for each tile row of queries, where keys are gathered",
     ),
@@ -197,7 +201,7 @@ def add_keys(sums, first_key, held, CODE, EDGE: tl.constexpr):
     qk = block_scores(queries, first_key, CODE, EDGE)  # of the same rows of keys: one load for both
     p, u = weigh(qk, scale, held.threshold, 0, CODE)
     dp = products(held.do, held.value_rows, first_key, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
-    dp = drop(dp, held.dropout, held.words, row_numbers(first_key, CODE.BLOCK_N), CODE)
+    dp = drop(dp, held.dropout, held.row_seeds, row_numbers(first_key, CODE.BLOCK_N), CODE)
     sum_p, lost, sum_u_term, sum_u_dp_term = sums.p, sums.lost, sums.u_term, sums.u_dp_term
     if CODE.EXACT:
         sum_p, lost = kahan_add(sum_p, lost, column_sums(p), True)

@@ -26,32 +26,27 @@ class Dropout(NamedTuple):
     first_head: tl.tensor
 
 
-class RowWords(NamedTuple):
-    """The random words of some rows."""
-
-    first: tl.tensor
-    second: tl.tensor
-
-
 @triton.jit
-def row_words(dropout, batch, head, row, ALPHA: tl.constexpr):
-    """The RowWords of rows by their numbers, in code that has dropout and if there is any."""
-    first = tl.zeros(row.shape, tl.uint32)
-    second = tl.zeros(row.shape, tl.uint32)
+def row_seeds_of(dropout, batch, head, row, ALPHA: tl.constexpr):
+    """What each row's weights are dropped by: its two random words in one number. 0 if nothing is dropped."""
+    seeds = tl.zeros(row.shape, tl.uint64)
     if not fixed_alpha(ALPHA):  # noqa: SIM102
         if dropout.threshold != 0:
             call_head = (dropout.first_head + head).to(tl.int32)
             call_batch = (dropout.first_batch + batch).to(tl.int32)
             first, second, _, _ = tl.philox(tl.load(dropout.seed), row, call_head, call_batch, 0)
-    return RowWords(first, second)
+            seeds = second.to(tl.uint64) << 32 | first.to(tl.uint64)
+    return seeds
 
 
 @triton.jit
-def is_kept(dropout, words, key, row_axis: tl.constexpr):
-    """Of which keys (a vector of their numbers) the weights are kept, in rows along `row_axis`."""
-    first, second = tl.expand_dims(words.first, 1 - row_axis), tl.expand_dims(words.second, 1 - row_axis)
+def dropout_factors(dropout, row_seeds, key, row_axis: tl.constexpr):
+    """What the weights of some keys (a vector of their numbers) are multiplied by, in rows along `row_axis`."""
+    first = tl.expand_dims(row_seeds.to(tl.uint32), 1 - row_axis)
+    second = tl.expand_dims((row_seeds >> 32).to(tl.uint32), 1 - row_axis)
     x = mix(tl.expand_dims(key, row_axis).to(tl.uint32, bitcast=True) ^ first)
-    return mix(x + second) >= dropout.threshold.to(tl.uint32, bitcast=True)
+    dropped = mix(x + second) < dropout.threshold.to(tl.uint32, bitcast=True)
+    return tl.where(dropped, 0.0, dropout.scale)
 
 
 @triton.jit
@@ -64,10 +59,9 @@ def mix(x):
 
 
 @triton.jit
-def drop(x, dropout, words, key, CODE):
-    """x, which has a number for each of the rows' weights of some keys, as dropout leaves it: zero where a weight is
-    dropped, larger where it is kept."""
+def drop(x, dropout, row_seeds, key, CODE):
+    """x, which has a number for each weight of a block of rows and some keys, times the factors."""
     if not fixed_alpha(CODE.ALPHA):  # noqa: SIM102
         if dropout.threshold != 0:
-            x = tl.where(is_kept(dropout, words, key, 0), x * dropout.scale, 0.0)
+            x *= dropout_factors(dropout, row_seeds, key, 0)
     return x

@@ -35,6 +35,10 @@ constexpr Piece<float> kRowTerms{"row_terms", 4, &Extents::state_rows};
 constexpr Piece<int32_t> kTileLists{"tile_lists", 1, &Extents::tile_pairs};
 constexpr Scratch kWalkingScratch = {kRowTerms, kTileLists};
 
+// With dropout also what the row's weights are dropped by. It comes first in memory, being twice as wide as the rest.
+constexpr Piece<int64_t> kRowSeeds{"row_seeds", 1, &Extents::state_rows};
+constexpr Scratch kWalkingDropoutScratch = {kRowSeeds, kRowTerms, kTileLists};
+
 // To gather: for each key head how many probed keys weigh and how many there were; one bit for each of the 64 keys of a
 // tile, and one for each of its 64 rows, which `mark` writes 16 at a time and grad_key_value reads as words, like those
 // of keys; and the keys or rows that are visited.
@@ -43,8 +47,14 @@ constexpr Piece<int32_t> kProbeCounts{"probe_counts", 2, &Extents::kv_heads};
 constexpr Piece<int32_t> kKeyMarks{"key_marks", 2, &Extents::query_tile_pairs};
 constexpr Piece<int32_t> kRowMarks{"row_marks", 2, &Extents::query_tile_pairs};
 constexpr Scratch kGatheringScratch = {kRowTerms, kTileLists, kGathered, kProbeCounts, kKeyMarks, kRowMarks};
+constexpr Scratch kGatheringDropoutScratch = {kRowSeeds,    kRowTerms, kTileLists, kGathered,
+                                              kProbeCounts, kKeyMarks, kRowMarks};
 
-const Scratch& scratch_for(int32_t gather_below) { return gather_below > 0 ? kGatheringScratch : kWalkingScratch; }
+const Scratch& scratch_for(int32_t gather_below, const AttentionOptions& options) {
+  const bool dropout = options.dropout_p > 0;
+  if (gather_below > 0) return dropout ? kGatheringDropoutScratch : kGatheringScratch;
+  return dropout ? kWalkingDropoutScratch : kWalkingScratch;
+}
 
 // The launches of one part, and what several of them are given.
 class Backward {
@@ -60,7 +70,7 @@ class Backward {
         tiles_(saved.tiles.const_data_ptr<int32_t>()),
         alpha_terms_(outputs.alpha_terms.mutable_data_ptr<float>()),
         gather_below_(gather_below(inputs)),
-        workspace_(scratch_for(gather_below_), call_.extents(), call_.query) {}
+        workspace_(scratch_for(gather_below_, inputs.options), call_.extents(), call_.query) {}
 
   void run() const {
     // Nobody writes the terms of tokens that no sequence has.
@@ -118,6 +128,7 @@ class Backward {
                    .grad_out = matrix_of(grad_out_),
                    .grad_query = mutable_matrix_of(grad_query_.rows),
                    .row_terms = workspace_.write(kRowTerms),
+                   .row_seeds = workspace_.write(kRowSeeds),
                    .alpha_terms = alpha_terms_,
                    .row_state = row_state_,
                    .tiles = tiles_,
@@ -141,6 +152,7 @@ class Backward {
                        .grad_key = mutable_matrix_of(grad_key_.rows),
                        .grad_value = mutable_matrix_of(grad_value_.rows),
                        .row_terms = workspace_.read(kRowTerms),
+                       .row_seeds = workspace_.read(kRowSeeds),
                        .tiles = tiles_,
                        .tile_lists = workspace_.write(kTileLists),
                        .marks = workspace_.read(kRowMarks),
@@ -164,7 +176,7 @@ class Backward {
 }  // namespace
 
 const Scratch& Portable::backward_scratch(const AttentionInputs& inputs) const {
-  return scratch_for(gather_below(inputs));
+  return scratch_for(gather_below(inputs), inputs.options);
 }
 
 void Portable::backward(const AttentionInputs& inputs, const BackwardInputs& saved,
