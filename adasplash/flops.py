@@ -2,7 +2,8 @@
 counts for ``scaled_dot_product_attention`` of the same shapes, so that models can be compared.
 
 That is the dense work, of every query with every key, whatever the mask, the lengths and the weights leave of it; in
-the packed form the sum over the sequences. The activation counts as none, like ``softmax``.
+the packed form the sum over the sequences. The activation counts as none, like ``softmax``, and so does what a summary
+adds.
 
 Nothing here imports ``torch.utils.flop_counter``: the formulas are registered when that is loaded.
 """
@@ -25,8 +26,8 @@ def _register() -> None:
 
     ops = torch.ops.adasplash
     # The counter sees the private ops, and the public ones in inference mode, never both.
-    register_flop_formula(ops.entmax_attn, get_raw=True)(_padded)
-    register_flop_formula(ops.entmax_attn_varlen, get_raw=True)(_packed)
+    register_flop_formula([ops.entmax_attn, ops.entmax_attn_summary], get_raw=True)(_padded)
+    register_flop_formula([ops.entmax_attn_varlen, ops.entmax_attn_varlen_summary], get_raw=True)(_packed)
     register_flop_formula(ops._entmax_attn_forward, get_raw=True)(_forward)
     register_flop_formula(ops._entmax_attn_backward, get_raw=True)(_backward)
 

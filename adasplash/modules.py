@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adasplash._arguments import BOOL, INTEGER, NUMBER, OPTIONAL_TENSOR, TENSOR, WINDOW, check
-from adasplash.functional import entmax_attn
+from adasplash.functional import draw_seed, entmax_attn
 
 
 class EntmaxAttention(nn.Module):
@@ -36,6 +36,8 @@ class EntmaxAttention(nn.Module):
             (1.05, 2).
         learn_alpha: whether every head learns its own α = 1.05 + 0.95 · sigmoid(``alpha_logit``).
         device, dtype: of the parameters.
+        dropout: the share of attention weights that become zero in training, 0 or more and below 1. Under a
+            tensor-parallel plan every rank drops other ones.
 
     Shape:
         query (B, M, E), key (B, N, kdim), value (B, N, vdim) → (B, M, E).
@@ -63,13 +65,14 @@ class EntmaxAttention(nn.Module):
         learn_alpha: bool = False,
         device=None,
         dtype=None,
+        dropout: float = 0.0,
     ):
         super().__init__()
         for name, kind, given in (
             ("embed_dim", INTEGER, embed_dim), ("num_heads", INTEGER, num_heads), ("bias", BOOL, bias),
             ("num_kv_heads", INTEGER, num_kv_heads), ("head_dim", INTEGER, head_dim), ("kdim", INTEGER, kdim),
             ("vdim", INTEGER, vdim), ("is_causal", BOOL, is_causal), ("window", WINDOW, window),
-            ("alpha", NUMBER, alpha), ("learn_alpha", BOOL, learn_alpha),
+            ("alpha", NUMBER, alpha), ("learn_alpha", BOOL, learn_alpha), ("dropout", NUMBER, dropout),
         ):  # fmt: skip
             if given is not None or name not in ("num_kv_heads", "head_dim", "kdim", "vdim"):
                 check("EntmaxAttention", name, kind, given)
@@ -85,6 +88,8 @@ class EntmaxAttention(nn.Module):
             head_dim = embed_dim // num_heads
         if alpha != 1 and not 1.01 <= alpha <= 2:
             raise ValueError(f"EntmaxAttention: alpha must be 1 or from 1.01 to 2, got {alpha}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"EntmaxAttention: dropout must be 0 or more and less than 1, got {dropout}")
         if learn_alpha and not self.lowest_alpha < alpha < self.highest_alpha:
             raise ValueError(
                 f"alpha must be above {self.lowest_alpha} and below {self.highest_alpha} to be learned, got {alpha}"
@@ -92,6 +97,7 @@ class EntmaxAttention(nn.Module):
         self.embed_dim, self.kdim, self.vdim = embed_dim, kdim or embed_dim, vdim or embed_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.is_causal, self.window, self.alpha = is_causal, (window[0], window[1]), float(alpha)
+        self.dropout = float(dropout)
 
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(self.embed_dim, num_heads * head_dim, **options)
@@ -182,15 +188,23 @@ class EntmaxAttention(nn.Module):
             )  # fmt: skip
         if not torch.jit.is_scripting() and q.size(1) != self.num_heads and self.num_kv_heads == 1:
             k, v = self._shared_by_ranks(k), self._shared_by_ranks(v)
+        dropout_p = self.dropout if self.training else 0.0
+        seed: Optional[Tensor] = None  # noqa: UP045
+        if dropout_p > 0.0 and not torch.jit.is_scripting():
+            seed = self._seed_of_these_heads(q)
         if self.alpha_logit is None:
             out = entmax_attn(
-                q, k, v, self.alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window, None, kv_starts
-            )
+                q, k, v, self.alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window, None, kv_starts,
+                dropout_p, seed,
+            )  # fmt: skip
         else:
             alpha = self.head_alpha()
             if not torch.jit.is_scripting():
                 alpha = self._of_these_heads(alpha, q)
-            out = entmax_attn(q, k, v, alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window, None, kv_starts)
+            out = entmax_attn(
+                q, k, v, alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window, None, kv_starts, dropout_p,
+                seed,
+            )  # fmt: skip
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _of_these_heads(self, alpha: Tensor, q: Tensor) -> Tensor:
@@ -215,6 +229,18 @@ class EntmaxAttention(nn.Module):
         heads = [Shard(0) if placement.is_shard(0) else Replicate() for placement in weight.placements]
         return alpha.redistribute(mesh, heads).to_local()
 
+    def _seed_of_these_heads(self, q: Tensor) -> Tensor:
+        """A seed for dropout: where a tensor-parallel plan has split q_proj, another one on each rank, as ranks count
+        their heads from 0."""
+        seed = draw_seed(q)
+        weight = self.q_proj.weight
+        if q.size(1) == self.num_heads or not hasattr(weight, "device_mesh") or hasattr(q, "to_local"):
+            return seed
+        for placement, number in zip(weight.placements, weight.device_mesh.get_coordinate(), strict=True):
+            if placement.is_shard(0):
+                seed = seed * 6364136223846793005 + number + 1  # Knuth's multiplier: neighbours come far apart
+        return seed
+
     def _shared_by_ranks(self, x: Tensor) -> Tensor:
         """A key or value that all ranks computed, each for a part of the query heads: gradients are those of all."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -232,4 +258,5 @@ class EntmaxAttention(nn.Module):
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, is_causal={self.is_causal}, window={self.window}, alpha={alpha}"
+            + (f", dropout={self.dropout}" if self.dropout > 0 else "")
         )

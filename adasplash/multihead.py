@@ -28,8 +28,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
       queries as keys where ``is_causal=True`` says that it is that one: :func:`adasplash.entmax_attn`, without an M×N
       tensor. No mask is read on the host. A padding mask costs up to two channels more in each head, so where batches
       are padded on the right, :class:`adasplash.EntmaxAttention` with lengths is faster.
-    - any other ``attn_mask``, and a padding mask at α = 1 or with heads of 255 channels or more: scores and weights are
-      M×N tensors. An ``attn_mask`` that leads there warns of it once.
+    - any other ``attn_mask``, and a padding mask with heads of 255 channels or more: scores and weights are M×N
+      tensors. An ``attn_mask`` that leads there warns of it once.
 
     With ``need_weights=True``, torch's default, weights are an M×N tensor in any case.
 
@@ -39,7 +39,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as in ``nn.MultiheadAttention``. Of key and
             value it has as many heads as of query.
-        dropout: of attention weights; must be 0 in training.
+        dropout: of attention weights in training, 0 or more and below 1.
         add_bias_kv, add_zero_attn: must be False.
         alpha: a number, 1 or from 1.01 to 2; larger is sparser.
 
@@ -75,6 +75,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 f"{_NAME}: add_bias_kv and add_zero_attn must be False, got {add_bias_kv}, {add_zero_attn}"
             )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{_NAME}: dropout must be 0 or more and less than 1, got {dropout}")
         if alpha != 1 and not 1.01 <= alpha <= 2:
             raise ValueError(f"{_NAME}: alpha must be 1 or from 1.01 to 2, got {alpha}")
         super().__init__(
@@ -123,7 +125,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             vdim=self.vdim,
             device=weight.device,
             dtype=weight.dtype,
-            **{"alpha": self.alpha, **options},
+            **{"alpha": self.alpha, "dropout": self.dropout, **options},
         )
         with torch.no_grad():
             made.out_proj.load_state_dict(self.out_proj.state_dict())
@@ -176,8 +178,6 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             ("is_causal", is_causal),
         ):
             check(_NAME, name, BOOL, given)
-        if self.training and self.dropout > 0:
-            raise ValueError(f"{_NAME}: dropout of attention weights must be 0 in training, got {self.dropout}")
         if query.is_nested:
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask)
 
@@ -205,7 +205,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         served = causal or mask is None
         if not need_weights and not served:
             _warn_of_dense_weights()
-        if padding is not None and (self.alpha == 1 or self.head_dim > _MAX_HEAD_DIM - 2):
+        if padding is not None and self.head_dim > _MAX_HEAD_DIM - 2:
             served = False
         if need_weights or not served:
             out, weights = self._dense(q, k, v, padding, None if causal else mask, causal)
@@ -220,6 +220,9 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def _projections(self) -> list[tuple[Tensor, Tensor | None]]:
         """Weight and bias for query, key and value."""
@@ -242,8 +245,9 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, causal: bool) -> Tensor:
         """Through entmax_attn. A key's mask is one more channel: far below all scores a key has no weight, exactly."""
+        dropout_p = self._dropout_p()
         if padding is None:
-            return entmax_attn(q, k, v, self.alpha, causal)
+            return entmax_attn(q, k, v, self.alpha, causal, dropout_p=dropout_p)
         hidden, added = _parts(padding)
         scale = self.head_dim**-0.5
         far = 6e4 if q.dtype == torch.float16 else 1e18
@@ -256,7 +260,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         queries, keys = [q, torch.full_like(q[..., :1], far)], [k, column(hidden.to(k.dtype) * -far)]
         if added is not None:
             queries, keys = [*queries, torch.ones_like(q[..., :1])], [*keys, column((added / scale).to(k.dtype))]
-        out = entmax_attn(torch.cat(queries, -1), torch.cat(keys, -1), v, self.alpha, causal, scale)
+        queries, keys = torch.cat(queries, -1), torch.cat(keys, -1)
+        out = entmax_attn(queries, keys, v, self.alpha, causal, scale, dropout_p=dropout_p)
         sees = (~hidden).cumsum(1) > 0 if causal else (~hidden).any(1, keepdim=True)
         return torch.where(sees[:, None, :, None], out, 0.0)
 
@@ -274,7 +279,7 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
                 scores = (scores if added is None else scores + added).masked_fill(hidden, -torch.inf)
         if padding is not None:
             v = v.masked_fill(_parts(padding)[0][:, None, :, None], 0.0)
-        weights = entmax(scores, self.alpha, -1)
+        weights = nn.functional.dropout(entmax(scores, self.alpha, -1), self._dropout_p())
         return weights.to(v.dtype) @ v, weights
 
     def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask) -> tuple[Tensor, None]:
@@ -286,12 +291,8 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         lengths = [len(x) for x in query.unbind()]
         x = query.to_padded_tensor(0.0)
         ends = torch.tensor(lengths, device=x.device)
-        padding = torch.arange(x.shape[1], device=x.device) >= ends[:, None]
         q, k, v = self._projected(x, x, x, same=True)
-        if self.alpha == 1 or self.head_dim > _MAX_HEAD_DIM - 2:
-            out, _ = self._dense(q, k, v, padding, None, False)
-        else:
-            out = entmax_attn(q, k, v, self.alpha, q_seqlens=ends, kv_seqlens=ends)
+        out = entmax_attn(q, k, v, self.alpha, q_seqlens=ends, kv_seqlens=ends, dropout_p=self._dropout_p())
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return torch.nested.as_nested_tensor([row[:length] for row, length in zip(out, lengths, strict=True)]), None
 

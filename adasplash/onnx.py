@@ -16,6 +16,9 @@ from adasplash._when_imported import when_imported
 _PUBLIC_NAMES = {
     "entmax_attn": "entmax_attn",
     "entmax_attn_varlen": "entmax_attn_varlen",
+    "entmax_attn_summary": "entmax_attn_summary",
+    "entmax_attn_varlen_summary": "entmax_attn_varlen_summary",
+    "_entmax_attn_summary": "entmax_attn_summary",
     "_entmax_attn_forward": "entmax_attn",
     "_entmax_attn_backward": "entmax_attn",
     "entmax": "entmax",

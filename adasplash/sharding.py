@@ -8,6 +8,7 @@ dimension, over the heads only. Everything else is gathered first, as DTensor do
   (H,), split with the heads.
 - Batch: lengths and slopes of shape (B, H) split with it.
 - Alpha that every device has: each device sums the gradient over what it computed, so the gradient is ``Partial``.
+- With dropout nothing splits: the mask is of places in the whole call, and a device would count its own from 0.
 
 The activation splits over every dimension but the one along which the weights sum to one.
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # Arguments and results of the private pair that have a batch, or heads, in their first two dimensions. In the packed
 # form the ones on the second line start with the heads.
 _ROWS = {"query", "key", "value", "out", "grad_out", "dq", "dk", "dv"}
-_SAVED = {"row_state", "support", "tiles"}
+_SAVED = {"row_state", "support", "tiles", "support_size", "largest_weight"}
 _LENGTHS = {"q_seqlens", "kv_seqlens", "kv_starts"}
 
 
@@ -57,12 +58,17 @@ def _register() -> None:
             ops.entmax_attn.per_head,
             ops.entmax_attn_varlen.default,
             ops.entmax_attn_varlen.per_head,
+            ops.entmax_attn_summary.default,
+            ops.entmax_attn_summary.per_head,
+            ops.entmax_attn_varlen_summary.default,
+            ops.entmax_attn_varlen_summary.per_head,
             ops.entmax.default,
             ops.entmax.tensor_alpha,
             ops._with_gradient.default,
         ):
             torch.library.register_torch_dispatch(op, DTensor, _take_apart)
-        for op in (ops._entmax_attn_forward.default, ops._entmax_attn_backward.default):
+        private = ops._entmax_attn_forward.default, ops._entmax_attn_backward.default, ops._entmax_attn_summary.default
+        for op in private:
             names = [argument.name for argument in op._schema.arguments]
             # DTensor remembers what a rule said for the arguments from here on (and for the tensors): which options
             # there are, and the numbers that decide what the saved tensors are like.
@@ -97,6 +103,8 @@ def _attention_strategy(schema: "OpSchema") -> "OpStrategy":
 def _attention_splits(arguments: dict[str, Any]) -> Iterator["Split"]:
     from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
+    if arguments.get("dropout_p", 0) > 0:
+        return
     packed = arguments["cu_seqlens_q"] is not None
     inference = arguments.get("support_capacity", 0) < 0  # nothing is saved
     alpha, slopes = arguments["head_alpha"], arguments["alibi_slopes"]
@@ -104,14 +112,14 @@ def _attention_splits(arguments: dict[str, Any]) -> Iterator["Split"]:
     def batch(name: str) -> "Placement":
         if name in _ROWS | _LENGTHS or (name in _SAVED and not inference):
             return Shard(0)
-        if name == "alibi_slopes" and len(slopes.shape) == 2:
+        if name == "tile_counts" or (name == "alibi_slopes" and len(slopes.shape) == 2):
             return Shard(0)
         if name == "dalpha" and alpha is not None:
             return Partial()
         return Replicate()
 
     def heads(name: str) -> "Placement":
-        if name in _ROWS:
+        if name in _ROWS or name == "tile_counts":
             return Shard(1)
         if name in _SAVED and not inference:
             return Shard(0 if packed else 1)

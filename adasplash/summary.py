@@ -86,6 +86,11 @@ def entmax_attn_summary(
         TypeError, RuntimeError, NotImplementedError: as in ``entmax_attn``.
     """
     if not torch.jit.is_scripting():
+        if isinstance(query, Tensor) and query.is_nested:
+            raise RuntimeError(
+                "entmax_attn_summary: query must not be a nested tensor; entmax_attn_varlen_summary takes its values "
+                "and offsets"
+            )
         out, size, largest, maximum, gap, empty = attend(
             "entmax_attn_summary", query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window,
             alibi_slopes, kv_starts, dropout_p, dropout_seed, op=torch.ops.adasplash.entmax_attn_summary,

@@ -221,12 +221,6 @@ def test_alpha_just_above_1_is_said_in_full(make_inputs):
         torch.ops.adasplash.entmax_attn(*make_inputs(1, 1, 2, 2), alpha=1.0000001)
 
 
-def test_the_private_op_does_not_compute_softmax(make_inputs):
-    options = (None, 1.0, False, None, None, None, None, None, 0, 0, [-1, -1], None)
-    with pytest.raises(RuntimeError, match=r"_entmax_attn_forward: alpha must be from 1.01 to 2, got 1"):
-        torch.ops.adasplash._entmax_attn_forward(*make_inputs(1, 1, 2, 2), *options, -1)
-
-
 @pytest.mark.parametrize("capacity", (-2, -(2**63)))
 def test_support_capacity_below_inference(make_inputs, capacity):
     options = (None, 1.5, False, None, None, None, None, None, 0, 0, [-1, -1], None)

@@ -158,12 +158,6 @@ def test_starts_of_another_shape_or_type(make_inputs, backend, starts):
         entmax_attn(*inputs, kv_starts=starts.to(backend.device))
 
 
-def test_softmax_has_no_starts(make_inputs, backend):
-    inputs = make_inputs(batch=2, m=5, n=20)
-    with pytest.raises(RuntimeError, match=r"alpha = 1 .* has no kv_starts"):
-        entmax_attn(*inputs, alpha=1.0, kv_starts=torch.tensor([1, 2], device=backend.device))
-
-
 def test_the_packed_form_has_no_starts(make_inputs, backend):
     query, key, value = (x[0].transpose(0, 1).contiguous() for x in make_inputs(batch=1, m=20, n=20))
     ends = torch.tensor([0, 20], dtype=torch.int32, device=backend.device)

@@ -366,3 +366,26 @@ def test_as_many_heads_as_the_projections_give():
         getattr(learned, name).bias = nn.Parameter(getattr(learned, name).bias[:8])
     with pytest.raises(ValueError, match="only a plan that makes q_proj's weight a DTensor says which"):
         learned(x)
+
+
+@pytest.mark.parametrize("options", (dict(), dict(learn_alpha=True), dict(alpha=1.0), dict(is_causal=True)), ids=str)
+def test_dropout(backend, options):
+    """Of weights, in training alone; drawn by torch's generator, in TorchScript too."""
+    module = make(backend, dropout=0.4, **options)
+    plain = make(backend, **options)
+    x = draw(backend, 2, 30, 16)
+    assert torch.equal(module.eval()(x), plain(x))
+    module.train()
+    outcomes = []
+    for each in (module, module, torch.jit.script(module)):
+        torch.manual_seed(3)
+        outcomes.append(each(x))
+    assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
+    assert not torch.equal(outcomes[0], plain(x)) and not torch.equal(outcomes[0], module(x))
+    assert "dropout=0.4" in repr(module) and "dropout" not in repr(plain)
+
+
+@pytest.mark.parametrize("dropout", (-0.1, 1.0))
+def test_dropout_out_of_range(dropout):
+    with pytest.raises(ValueError, match="EntmaxAttention: dropout must be 0 or more and less than 1, got"):
+        EntmaxAttention(16, 4, dropout=dropout)

@@ -385,12 +385,35 @@ def test_wrong_arguments(options, message):
         make(batch_first=True)(**dict(query=x, key=x, value=x) | options)
 
 
-def test_dropout_is_refused_in_training_only():
-    module = EntmaxMultiheadAttention.from_torch(nn.TransformerEncoderLayer(16, 4, batch_first=True).self_attn)
+@pytest.mark.parametrize("alpha", (1.0, 1.5))
+@pytest.mark.parametrize("mask", (None, LEFT), ids=("no mask", "padding"))
+@pytest.mark.parametrize("need_weights", (False, True), ids=("without weights", "with weights"))
+def test_dropout_in_training(mask, need_weights, alpha):
+    """By both ways, in the mean over draws as without."""
+    torch.manual_seed(0)
+    module = EntmaxMultiheadAttention(16, 4, dropout=0.3, batch_first=True, alpha=alpha)
     x = draw(3, 12, 16)
-    with pytest.raises(ValueError, match=r"dropout of attention weights must be 0 in training, got 0\.1"):
-        module(x, x, x)
-    module.eval()(x, x, x)
+    expected = module.eval()(x, x, x, mask, need_weights=need_weights)[0]
+    module.train()
+    with torch.no_grad():
+        drawn = [module(x, x, x, mask, need_weights=need_weights)[0] for _ in range(500)]
+    assert not torch.equal(drawn[0], drawn[1])
+    torch.testing.assert_close(sum(drawn) / len(drawn), expected, atol=0.05, rtol=0)
+    module(x, x, x, mask, need_weights=need_weights)[0].sum().backward()
+    assert module.in_proj_weight.grad.isfinite().all()
+
+
+def test_an_encoder_layer_trains_with_torchs_own_dropout():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    layer.self_attn = EntmaxMultiheadAttention.from_torch(layer.self_attn)
+    assert layer.self_attn.dropout == 0.1 and layer.self_attn.to_entmax_attention().dropout == 0.1
+    layer(draw(3, 12, 16), src_key_padding_mask=LEFT).sum().backward()
+
+
+@pytest.mark.parametrize("dropout", (-0.1, 1.0, float("nan")))
+def test_dropout_out_of_range(dropout):
+    with pytest.raises(ValueError, match="EntmaxMultiheadAttention: dropout must be 0 or more and less than 1, got"):
+        EntmaxMultiheadAttention(16, 4, dropout=dropout)
 
 
 @pytest.mark.slow

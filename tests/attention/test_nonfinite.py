@@ -153,3 +153,124 @@ def test_nan_is_seen_where_the_scale_is_zero(make_inputs):
     inputs.query[0, 0, 1, 0] = float("nan")
     rows = entmax_attn(*inputs, scale=0.0)[0, 0]
     assert rows[1].isnan().all() and rows[[0, 2]].isfinite().all()
+
+
+# Rows with lists of their support, and rows that go by products of blocks, in which 0 * NaN is NaN.
+KINDS = {"lists": dict(sigma=2.0), "products": dict(sigma=0.01)}
+EVERY_ALPHA = pytest.mark.parametrize("every_alpha", (1.0, 1.25, 1.5, 2.0))
+EXACTLY = pytest.mark.backends("cpu")  # products on a GPU are of tiles
+
+
+def poison(inputs, grad, where, bad):
+    """The same with bad numbers, and where they are."""
+    inputs, grad = inputs.detached(), grad.clone()
+    for name, *place in where:
+        (grad if name == "grad" else getattr(inputs, name).data)[tuple(place)] = bad
+    return inputs, grad
+
+
+def changed(one, other):
+    """Rows (B, H, rows) that differ in a bit."""
+    return ((one != other) | (one.isnan() != other.isnan())).any(-1)
+
+
+@EXACTLY
+@EVERY_ALPHA
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("key", (370, 399))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_value_reaches_the_rows_that_weigh_it_and_no_other(make_inputs, kind, key, bad, every_alpha, dtype):
+    """Causal, so that it is in the future of rows of its own block."""
+    inputs = make_inputs(1, 2, 400, 400, 8, **KINDS[kind], dtype=dtype)
+    grad = normal_like(inputs.query)
+    options = dict(alpha=torch.tensor([every_alpha] * 2), is_causal=True)  # softmax by kernels of ours too
+    clean = gradients(inputs, grad, entmax_attn, **options)
+    dirty_inputs, _ = poison(inputs, grad, [("value", 0, 0, key, 2)], bad)
+    dirty = gradients(dirty_inputs, grad, entmax_attn, **options)
+    identity = torch.eye(400, dtype=torch.float64).expand(1, 2, 400, 400)
+    weights = torch.cat(
+        [entmax_attn(*inputs[:2], identity[..., part].to(dtype), **options) for part in torch.arange(400).split(200)],
+        -1,
+    )
+    weighty = weights[..., key] > 0
+    weighty[:, 1] = False
+    assert not dirty[0][weighty][:, 2].isfinite().any()
+    others = torch.arange(8) != 2
+    assert dirty[0][weighty][:, others].isfinite().all()
+    assert not changed(clean[0], dirty[0])[~weighty].any()
+    # Their ds are NaN wherever they have weight, those of other rows as before.
+    assert not changed(clean[1], dirty[1])[~weighty].any() and not dirty[1][weighty].isfinite().any()
+    touched = (weights * weighty[..., None] > 0).any(2)
+    assert (~dirty[2].isfinite()).all(-1).equal(touched) and dirty[2][~touched].isfinite().all()
+    torch.testing.assert_close(clean[2][~touched], dirty[2][~touched])
+    assert not changed(clean[3], dirty[3]).any()  # dv does not read it
+
+
+@EXACTLY
+@EVERY_ALPHA
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ("query", "key"))
+def test_queries_and_keys_reach_what_they_see(make_inputs, kind, name, bad, every_alpha):
+    place = 370
+    inputs = make_inputs(1, 2, 400, 400, 8, **KINDS[kind])
+    grad = normal_like(inputs.query)
+    options = dict(alpha=torch.tensor([every_alpha] * 2), is_causal=True)
+    clean = gradients(inputs, grad, entmax_attn, **options)
+    dirty = gradients(*poison(inputs, grad, [(name, 0, 0, place)], bad)[:1], grad, entmax_attn, **options)
+    rows = torch.zeros(1, 2, 400, dtype=torch.bool)
+    if name == "query":
+        rows[0, 0, place] = True
+    else:
+        rows[0, 0, place:] = True
+    for before, now in zip(clean[:2], dirty[:2], strict=True):
+        assert not changed(before, now)[~rows].any()
+    if math.isnan(bad):
+        assert dirty[0][rows].isnan().all() and dirty[1][rows].isnan().all()
+    keys = torch.zeros(1, 2, 400, dtype=torch.bool)
+    keys[0, 0, : place + 1 if name == "query" else 400] = True
+    for before, now in zip(clean[2:4], dirty[2:4], strict=True):
+        assert now[~keys].isfinite().all()
+        torch.testing.assert_close(before[~keys], now[~keys])
+    if math.isnan(bad):
+        assert dirty[2][keys].isnan().all() and dirty[3][keys].isnan().all()
+
+
+@EXACTLY
+@EVERY_ALPHA
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_incoming_gradient_reaches_the_keys_that_its_row_weighs(make_inputs, kind, bad, every_alpha):
+    inputs = make_inputs(1, 2, 400, 400, 8, **KINDS[kind])
+    grad = normal_like(inputs.query)
+    options = dict(alpha=torch.tensor([every_alpha] * 2), is_causal=True)
+    clean = gradients(inputs, grad, entmax_attn, **options)
+    dirty = gradients(inputs, poison(inputs, grad, [("grad", 0, 0, 370, 2)], bad)[1], entmax_attn, **options)
+    identity = torch.eye(400).expand(1, 2, 400, 400)
+    weights = torch.cat(
+        [entmax_attn(*inputs[:2], identity[..., part], **options) for part in torch.arange(400).split(200)], -1
+    )
+    row = torch.zeros(1, 2, 400, dtype=torch.bool)
+    row[0, 0, 370] = True
+    assert not changed(clean[0], dirty[0]).any()
+    assert not changed(clean[1], dirty[1])[~row].any() and dirty[1][row].isnan().all()
+    touched = (weights * row[..., None] > 0).any(2)
+    assert dirty[2].isnan().all(-1).equal(touched)
+    assert dirty[2][~touched].isfinite().all() and dirty[3][~touched].isfinite().all()
+    torch.testing.assert_close(clean[2][~touched], dirty[2][~touched])
+    torch.testing.assert_close(clean[3][~touched], dirty[3][~touched])
+    others = torch.arange(8) != 2
+    torch.testing.assert_close(clean[3][..., others], dirty[3][..., others])
+    assert not dirty[3][touched][:, 2].isfinite().any()
+
+
+@EXACTLY
+def test_a_value_in_the_future_of_rows_in_its_block(make_inputs):
+    """As it was reported: rows 576 to 598 were NaN."""
+    inputs = make_inputs(1, 1, 600, 600, 4)
+    inputs.query.zero_()
+    inputs.key.zero_()
+    inputs.value[:, :, 599] = torch.nan
+    out = entmax_attn(*inputs, is_causal=True)
+    assert out[:, :, :599].isfinite().all() and out[:, :, 599].isnan().all()

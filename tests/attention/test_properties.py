@@ -50,6 +50,13 @@ def cases_with_starts(draw):
     return dict(case, starts=[draw(st.integers(0, case["n"])) for _ in range(case["batch"])])
 
 
+@st.composite
+def cases_with_softmax_and_dropout(draw):
+    """The same with alpha = 1, also in some heads, and with dropout."""
+    alpha = draw(st.sampled_from((1.0, 1.0, "some heads", "some heads", 1.3, 1.5, 2.0)))
+    return dict(draw(cases()), alpha=alpha, dropout_p=draw(st.sampled_from((0.0, 0.2, 0.7))))
+
+
 # Of the dense composition's error. Among hundreds of drawn cases some are ill-conditioned: near alpha = 2 a key at the
 # threshold has little weight and all of its part in the gradient. CUDA kernels also round dS about dO.out, which for
 # alpha = 2 may be as far from delta as dS is large: where keys are nearly equal and their dS cancel, dq is off by half
@@ -77,6 +84,15 @@ def test_every_combination_with_starts(backend):
     holds()
 
 
+def test_every_combination_with_softmax_and_dropout(backend):
+    @settings(UNTIMED, max_examples=backend.examples // 2)
+    @given(cases_with_softmax_and_dropout())
+    def holds(case):
+        check(backend, case)
+
+    holds()
+
+
 def check(backend, case):
     times, room = (TIMES, 1) if backend.name == "cpu" else (TIMES_CUDA, ROOM_CUDA * case["value_size"] ** 0.5)
     if case["dtype"] not in backend.dtypes:
@@ -85,9 +101,14 @@ def check(backend, case):
     shape = {name: case[name] for name in ("kv_heads", "size", "value_size", "sigma", "dtype", "seed")}
     shape.update(heads=heads, device=backend.device)
     options = {name: case[name] for name in ("is_causal", "window", "scale", "alpha")}
-    if case["alpha"] in ("heads", "scalar"):
-        drawn = 1.05 + 0.95 * torch.rand(heads if case["alpha"] == "heads" else (), generator=generator)
+    if case["alpha"] in ("heads", "scalar", "some heads"):
+        drawn = 1.05 + 0.95 * torch.rand(() if case["alpha"] == "scalar" else heads, generator=generator)
+        if case["alpha"] == "some heads":
+            drawn = torch.where(torch.rand(heads, generator=generator) < 0.5, 1.0, drawn)
         options["alpha"] = drawn.to(backend.device)
+    if case.get("dropout_p", 0) > 0:
+        seed = torch.randint(2**62, (), generator=generator).to(backend.device)
+        options.update(dropout_p=case["dropout_p"], dropout_seed=seed)
     if case["slopes"] is not None:
         rows = (case["batch"],) if case["slopes"] == "batch" else ()
         options["alibi_slopes"] = (torch.rand(*rows, heads, generator=generator) * 0.3).to(backend.device)

@@ -124,12 +124,6 @@ def test_sizes_and_types(case):
     assert all(word in message for word in words.split()), message
 
 
-@pytest.mark.parametrize("alpha", (1, 1.0))
-def test_softmax_is_refused(alpha):
-    with pytest.raises(RuntimeError, match=r"entmax_attn_varlen: alpha must be from 1.01 to 2, got 1; softmax is"):
-        entmax_attn_varlen(*arguments(), alpha)
-
-
 def test_the_forms_do_not_mix():
     """Lengths of both forms, or half of one, given to the op beneath."""
     query, key, value, *lengths = arguments()

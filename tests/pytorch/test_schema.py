@@ -6,30 +6,41 @@ import adasplash  # noqa: F401  (registers the ops)
 
 OPTIONS = (
     "bool is_causal=False, *, float? scale=None, Tensor? q_seqlens=None, Tensor? kv_seqlens=None, "
-    "int[2] window=[-1, -1], Tensor? alibi_slopes=None, Tensor? kv_starts=None) -> Tensor"
+    "int[2] window=[-1, -1], Tensor? alibi_slopes=None, Tensor? kv_starts=None, float dropout_p=0., "
+    "Tensor? dropout_seed=None)"
 )
 TENSORS = "Tensor query, Tensor key, Tensor value"
 VARLEN = f"{TENSORS}, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 VARLEN_OPTIONS = (
-    "bool is_causal=False, *, float? scale=None, int[2] window=[-1, -1], Tensor? alibi_slopes=None) -> Tensor"
+    "bool is_causal=False, *, float? scale=None, int[2] window=[-1, -1], Tensor? alibi_slopes=None, "
+    "float dropout_p=0., Tensor? dropout_seed=None)"
 )
 RESOLVED = (
     "Tensor? head_alpha, float alpha, bool is_causal, float? scale, Tensor? q_seqlens, Tensor? kv_seqlens, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int[2] window, "
     "Tensor? alibi_slopes"
 )
-LATER = "Tensor? kv_starts=None"  # behind everything else
+LATER = "Tensor? kv_starts=None, float dropout_p=0., Tensor? dropout_seed=None"  # behind everything else
+SUMMARY = "(Tensor out, Tensor support_size, Tensor largest_weight, Tensor maximum, Tensor gap, Tensor empty_tiles)"
 
 # In the order in which an eager call tries them: a tensor alpha before a number, or a one-element tensor would lose
 # its gradient.
 SCHEMAS = {
     "entmax_attn": [
-        f"entmax_attn.per_head({TENSORS}, Tensor alpha, {OPTIONS}",
-        f"entmax_attn({TENSORS}, float alpha=1.5, {OPTIONS}",
+        f"entmax_attn.per_head({TENSORS}, Tensor alpha, {OPTIONS} -> Tensor",
+        f"entmax_attn({TENSORS}, float alpha=1.5, {OPTIONS} -> Tensor",
     ],
     "entmax_attn_varlen": [
-        f"entmax_attn_varlen.per_head({VARLEN}, Tensor alpha, {VARLEN_OPTIONS}",
-        f"entmax_attn_varlen({VARLEN}, float alpha=1.5, {VARLEN_OPTIONS}",
+        f"entmax_attn_varlen.per_head({VARLEN}, Tensor alpha, {VARLEN_OPTIONS} -> Tensor",
+        f"entmax_attn_varlen({VARLEN}, float alpha=1.5, {VARLEN_OPTIONS} -> Tensor",
+    ],
+    "entmax_attn_summary": [
+        f"entmax_attn_summary.per_head({TENSORS}, Tensor alpha, {OPTIONS} -> {SUMMARY}",
+        f"entmax_attn_summary({TENSORS}, float alpha=1.5, {OPTIONS} -> {SUMMARY}",
+    ],
+    "entmax_attn_varlen_summary": [
+        f"entmax_attn_varlen_summary.per_head({VARLEN}, Tensor alpha, {VARLEN_OPTIONS} -> {SUMMARY}",
+        f"entmax_attn_varlen_summary({VARLEN}, float alpha=1.5, {VARLEN_OPTIONS} -> {SUMMARY}",
     ],
     "entmax": [
         "entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor",
@@ -42,6 +53,10 @@ SCHEMAS = {
     "_entmax_attn_backward": [
         f"_entmax_attn_backward(Tensor grad_out, {TENSORS}, Tensor row_state, Tensor support, Tensor tiles, "
         f"{RESOLVED}, Tensor? out=None, {LATER}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
+    ],
+    "_entmax_attn_summary": [
+        f"_entmax_attn_summary(Tensor query, Tensor key, Tensor row_state, Tensor support, Tensor tiles, {RESOLVED}, "
+        f"{LATER}) -> (Tensor support_size, Tensor largest_weight, Tensor tile_counts)",
     ],
     "_with_gradient": ["_with_gradient(Tensor value, Tensor input, Tensor gradient) -> Tensor"],
     "_entmax_forward": ["_entmax_forward(Tensor input, Tensor? row_alpha, float alpha) -> Tensor"],

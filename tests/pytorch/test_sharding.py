@@ -120,15 +120,33 @@ for alpha in (1.1, 1.2, 1.3, 1.4):
     assert len(set(out.split())) == 1
 
 
+def test_dropout_is_of_the_whole_call():
+    """A device that had a part of the heads would drop what the first ones drop."""
+    out = common.run_python(
+        FAKE_MESH
+        + """
+import adasplash
+query = split(2, 4, 8, 8, placements=[Shard(0), Shard(1)])
+print(adasplash.entmax_attn(query, query, query, dropout_p=0.5).placements)
+out, stats = adasplash.entmax_attn_summary(query, query, query)
+print(out.placements, stats.support_size.placements, stats.empty_tiles.placements)
+"""
+    )
+    assert out.split("\n")[0] == "(Replicate(), Replicate())"
+    assert out.split("\n")[1].count("Shard(dim=0), Shard(dim=1)") == 3
+
+
 def test_the_rules_know_every_tensor():
     """Another tensor argument or result needs a thought on how it splits; this list is then to be extended with it."""
     assert adasplash.entmax_attn  # which registers the ops
     ops = torch.ops.adasplash
     known = {
         "_entmax_attn_forward": "query key value head_alpha q_seqlens kv_seqlens cu_seqlens_q cu_seqlens_k kv_starts "
-        "alibi_slopes out row_state support tiles",
+        "alibi_slopes dropout_seed out row_state support tiles",
         "_entmax_attn_backward": "grad_out query key value row_state support tiles head_alpha q_seqlens kv_seqlens "
-        "cu_seqlens_q cu_seqlens_k alibi_slopes kv_starts out dq dk dv dalpha",
+        "cu_seqlens_q cu_seqlens_k alibi_slopes kv_starts dropout_seed out dq dk dv dalpha",
+        "_entmax_attn_summary": "query key row_state support tiles head_alpha q_seqlens kv_seqlens cu_seqlens_q "
+        "cu_seqlens_k alibi_slopes kv_starts dropout_seed support_size largest_weight tile_counts",
         "_entmax_forward": "input row_alpha",
         "_entmax_backward": "grad_out output row_alpha grad_input grad_alpha",
     }

@@ -29,6 +29,8 @@ class Padded(torch.nn.Module):
             window=(20, -1),
             alibi_slopes=slopes,
             kv_starts=kv_seqlens // 3,
+            dropout_p=0.3,
+            dropout_seed=kv_seqlens.long().sum(),
         )
 
 
@@ -58,11 +60,13 @@ class Packed(torch.nn.Module):
             0.3,
             window=(20, -1),
             alibi_slopes=slopes,
+            dropout_p=0.3,
+            dropout_seed=cu_seqlens_k.long().sum(),
         )
 
 
 DIFFERENTIABLE = 4  # the first arguments of both: query, key, value and alpha
-ALPHA = (1.1, 1.5, 1.7, 2.0)
+ALPHA = (1.0, 1.5, 1.7, 2.0)
 
 
 def padded_arguments(q_lengths, k_lengths, device="cpu"):
