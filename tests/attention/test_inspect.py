@@ -74,7 +74,9 @@ def check_stats(inputs: Inputs, **options) -> None:
     for name, value in expected.items():
         actual = getattr(stats, name)
         assert actual.dtype == dtype and actual.shape == inputs.query.shape[:3], name
-        torch.testing.assert_close(actual.double(), value[..., 0], atol=tolerance, rtol=0, msg=name)
+        # A power of 1 / (alpha - 1) of the gap, and on a GPU the gap is as near as the type asks.
+        times = 5 if name == "largest_weight" else 1
+        torch.testing.assert_close(actual.double(), value[..., 0], atol=times * tolerance, rtol=0, msg=name)
     # Keys at the edge of the support may fall on either side of it; weights that float32 cannot hold are none.
     at_least = (above > tolerance) & ((exact.weights > 1e-37) | softmax)
     at_most = above > -tolerance
@@ -103,7 +105,7 @@ def check_weights(inputs: Inputs, **options) -> None:
     # One rounds scores as the kernel does, the other does not, and leaves out what float32 cannot hold.
     stats = attention_stats(*inputs, **options)
     assert (count <= stats.support_size.flatten() + 1).all()
-    torch.testing.assert_close(stats.largest_weight, dense(weights, inputs).amax(-1), atol=0, rtol=2e-5)
+    torch.testing.assert_close(stats.largest_weight, dense(weights, inputs).amax(-1), atol=0, rtol=1e-4)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

@@ -44,7 +44,7 @@ def count_support(
     row = first_row + tl.arange(0, BLOCK_M)
     visible = visible_keys(row, at.band)
     q = load_factor(query_rows, first_row, BLOCK_M, CODE)
-    threshold, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
+    threshold, _, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
     queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
     tile_row = tile_row_of(call, at, first_row)
@@ -75,7 +75,6 @@ COUNT_SUPPORT = Spec(
     writes=("tile_lists", "support_size", "largest_weight", "tile_counts"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
-    alphas=("any",),  # no power of a score is taken
     scratch=dict(tile_lists="an entry for each tile row of queries and each tile of keys"),
     shapes="attention",
 )  # fmt: skip

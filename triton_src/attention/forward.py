@@ -439,7 +439,7 @@ def softmax(queries, values, tiles_seen, CODE):
         base = tl.where(grown == float("-inf"), 0.0, grown)  # while a row has seen nothing
         shrink = tl.exp2((row_max - base) * LOG2_E)[:, None]
         row_max = grown
-        p, _ = weigh(qk, queries.scale, threshold_of(base, tl.zeros_like(base), CODE.EXACT), 0, CODE)
+        p, _ = weigh(qk, queries.scale, Threshold(base, tl.zeros_like(base)), 0, CODE)
         part_p, lost = kahan_add(part_p * shrink, lost * shrink, column_sums(p), CODE.EXACT)
         weighted = add_weighted(weighted * shrink, p, values, first_key, CODE, True)
     return weighted, tl.sum(part_p, 1), row_max

@@ -36,6 +36,7 @@ from ..lib.entmax import (
     log2,
     softmax_alpha_term,
     weigh,
+    weights_threshold,
 )
 from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
@@ -122,7 +123,7 @@ def grad_query(
     visible = visible_keys(row, at.band)
     q = load_factor(query_rows, first_row, BLOCK_M, CODE)
     do = load_factor(grad_out_rows, first_row, BLOCK_M, CODE)
-    threshold, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
+    threshold, row_max, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
 
     # The keys to visit: all of the tiles with weight, or those that are marked there.
@@ -137,6 +138,7 @@ def grad_query(
     bits = tiles + tile_row * call.tile_words
     weighing = list_weighing(entries, bits, tiles_seen, ALPHA)
 
+    threshold = weights_threshold(threshold, row_max, scale.alpha, ALPHA)
     queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
     dp_shift = output_products(do, out_rows, CODE)
     largest_term = term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT)
@@ -213,7 +215,7 @@ def add_keys(sums, first_key, held, CODE, EDGE: tl.constexpr):
     if not fixed_alpha(CODE.ALPHA):  # noqa: SIM102
         if held.alpha_source != ALPHA_NUMBER:
             if CODE.ALPHA == ALPHA_1:
-                term = softmax_alpha_term(p, qk, scale.z, held.threshold, CODE.EXACT)
+                term = softmax_alpha_term(p, qk, scale.z, held.threshold)
             else:
                 term = alpha_term(p, log2(p, CODE.EXACT), scale.alpha) - held.largest_term[:, None]
             sum_u_term += column_sums(u * term)

@@ -61,7 +61,7 @@ def mark(
     row = first_row + tl.arange(0, BLOCK_M)
     visible = visible_keys(row, at.band)
     q = load_factor(query_rows, first_row, BLOCK_M, CODE)
-    threshold, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
+    threshold, _, gap = load_thresholds(row_state, state_row + row, row < at.queries.length, EXACT)
     scale = head_scale(call, batch, head, ALPHA)
     threshold = mark_threshold(threshold, scale.alpha, ALPHA)
     queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)

@@ -49,8 +49,8 @@ class Alpha(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """tau as `excess_of` takes it: (tau, unused), or (row_max, gap) in EXACT code, as near the maximum z - row_max is
-    exact, where their sum would be rounded."""
+    """tau as `excess_of` takes it: (tau, unused), or (row_max, gap) in EXACT code and for alpha = 1, as z - row_max is
+    exact near the maximum, where their sum would be rounded."""
 
     high: tl.tensor
     low: tl.tensor
@@ -88,6 +88,15 @@ def threshold_of(row_max, gap, EXACT: tl.constexpr):
         return Threshold(row_max, gap)
     else:
         return Threshold(row_max + gap, gap)
+
+
+@triton.jit
+def weights_threshold(threshold, row_max, alpha, ALPHA: tl.constexpr):
+    """The Threshold that `weigh` takes in a head: `softmax_weights` wants row_max and gap."""
+    if fixed_alpha(ALPHA):
+        return threshold
+    else:
+        return Threshold(tl.where(alpha == 1.0, row_max, threshold.high), threshold.low)
 
 
 @triton.jit
@@ -133,20 +142,24 @@ def weights(excess, alpha, ALPHA: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def softmax_weights(qk, z_scale, threshold, row_axis: tl.constexpr, EXACT: tl.constexpr):
-    """e^(z - tau) of scores as `excess_of` takes them."""
+def softmax_weights(qk, z_scale, threshold, row_axis: tl.constexpr):
+    """e^(z - tau) of scores as `excess_of` takes them, where a Threshold holds row_max and gap in all code."""
     high, low = tl.expand_dims(threshold.high, 1 - row_axis), tl.expand_dims(threshold.low, 1 - row_axis)
-    if EXACT:
-        return tl.exp2(((qk * z_scale - high) - low) * LOG2_E)
-    else:  # one multiply-add a score
-        return tl.exp2(qk * (z_scale * LOG2_E) - high * LOG2_E)
+    return tl.exp2(((rounded_z(qk, z_scale) - high) - low) * LOG2_E)
+
+
+@triton.jit
+def rounded_z(qk, z_scale):
+    """z, rounded as row_max was, so that their difference is 0 or less, whatever their size. As one multiply-add, which
+    the maximum keeps the compiler from, it would be off by the rounding of row_max, and e to it might overflow."""
+    return tl.maximum(qk * z_scale, BELOW_ALL)
 
 
 @triton.jit
 def weigh(qk, scale, threshold, row_axis: tl.constexpr, CODE):
     """(p, u) of scores in units of q.k, whose rows lie along `row_axis`, of a head with a HeadScale."""
     if CODE.ALPHA == ALPHA_1:
-        p = softmax_weights(qk, scale.z, threshold, row_axis, CODE.EXACT)
+        p = softmax_weights(qk, scale.z, threshold, row_axis)
         return p, p
     else:
         return weights(excess_of(qk, scale.z, threshold, row_axis, CODE.EXACT), scale.alpha, CODE.ALPHA, CODE.EXACT)
@@ -180,13 +193,12 @@ def alpha_term(p, log, alpha):
 
 
 @triton.jit
-def softmax_alpha_term(p, qk, z_scale, threshold, EXACT: tl.constexpr):
+def softmax_alpha_term(p, qk, z_scale, threshold):
     """The same at alpha = 1, to which -(ln p)^2 / 2 is the limit. gap^2 / 2 is put to it, as any c will do: with
     x = z - row_max = ln p + gap that leaves -x (x - 2 gap) / 2, where nothing cancels if weights are nearly equal."""
-    high, gap = threshold.high[:, None], threshold.low[:, None]
-    x = qk * z_scale - high if EXACT else (qk * z_scale - high) + gap
+    x = rounded_z(qk, z_scale) - threshold.high[:, None]
     x = tl.where(p == 0.0, 0.0, x)  # where it may be -inf
-    return x * (gap - 0.5 * x)
+    return x * (threshold.low[:, None] - 0.5 * x)
 
 
 @triton.jit
@@ -234,8 +246,8 @@ def threshold_step(sum_p, sum_u, gap, near, alpha, ALPHA: tl.constexpr):
 
 @triton.jit
 def load_thresholds(row_state, place, inside, EXACT: tl.constexpr):
-    """(Threshold, gap) of the rows at some places of row_state; gap is NaN for NaN rows. Rows that are not `inside`
-    weigh nothing."""
+    """(Threshold, row_max, gap) of the rows at some places of row_state; gap is NaN for NaN rows. Rows that are not
+    `inside` weigh nothing."""
     row_max = tl.load(row_state + 2 * place, mask=inside, other=0.0)
     gap = tl.load(row_state + 2 * place + 1, mask=inside, other=float("inf"))
-    return threshold_of(row_max, gap, EXACT), gap
+    return threshold_of(row_max, gap, EXACT), row_max, gap
