@@ -1,14 +1,14 @@
 """Forward and backward through each kernel of the attention, small enough for compute-sanitizer; `make sanitize`.
 
-Half types with head sizes 64 and 128, every kind of alpha, grouped queries, a window, packed lengths and a negative
-scale; bfloat16 at 256 and float32 once. Walks tiles, then gathers.
+Half types with head sizes 64 and 128, every kind of alpha, softmax in some heads, dropout, grouped queries, a window,
+packed lengths and a negative scale; bfloat16 at 256 and float32 once; a summary. Walks tiles, then gathers.
 """
 
 import argparse
 
 import torch
 
-from adasplash import entmax_attn, entmax_attn_varlen
+from adasplash import entmax_attn, entmax_attn_summary, entmax_attn_varlen
 from common import MANY, gather
 
 BF16 = torch.bfloat16
@@ -40,6 +40,13 @@ def main():
                 padded(device, BF16, head_dim, alpha=alpha, is_causal=True)
             padded(device, BF16, head_dim, heads=(1, 1), lengths=(130, 500), window=(300, 70))
             packed(device, BF16, head_dim, is_causal=True, scale=-0.3)
+            some_heads = torch.tensor([1.0, 1.4], device=device)
+            padded(device, BF16, head_dim, alpha=some_heads, is_causal=True, dropout_p=0.3)
+            padded(device, BF16, head_dim, alpha=1.0, window=(40, 3))
+            packed(device, BF16, head_dim, alpha=1.0, is_causal=True)
+            for alpha in (1.5, 2.0, some_heads):
+                query, key = leaves(device, BF16, (1, 2, 150, head_dim), (1, 1, 203, head_dim))
+                entmax_attn_summary(query, key, key, alpha, is_causal=True)
         padded(device, torch.float32, 64, is_causal=True)
         padded(device, BF16, 256, is_causal=True)
         print("gathered" if from_length == 1 else "walked", flush=True)
