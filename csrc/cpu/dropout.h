@@ -2,8 +2,6 @@
 // need to remember nothing and threads, batches and the GPU (triton_src/lib/dropout.py) agree to the bit.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 
 #include "cpu/inline.h"
@@ -37,10 +35,6 @@ struct Dropout {
   double kept = 1;               // what the others are multiplied by, 1 / (1 - p)
 
   ADASPLASH_INLINE bool given() const { return kept != 1; }
-
-  ADASPLASH_INLINE static uint32_t threshold_of(double p) {
-    return static_cast<uint32_t>(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0));
-  }
 
   // The words of a query, counted from the start of its sequence, by Philox4x32-10: Salmon et al., "Parallel random
   // numbers: as easy as 1, 2, 3" (2011).

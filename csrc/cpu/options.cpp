@@ -99,7 +99,7 @@ std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options) {
 Dropout dropout_of(const AttentionOptions& options) {
   if (options.dropout_p == 0) return {};
   return {.seed = static_cast<uint64_t>(options.dropout_seed->item<int64_t>()),
-          .threshold = Dropout::threshold_of(options.dropout_p),
+          .threshold = options.dropout_threshold(),
           .kept = 1 / (1 - options.dropout_p)};
 }
 

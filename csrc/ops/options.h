@@ -8,7 +8,10 @@
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstdint>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -36,6 +39,10 @@ struct AttentionOptions {
 
   // Whether this is the packed form, whose sequences stand behind each other in one dimension of tokens.
   bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
+  // Of 2^32 random numbers, how many drop a weight.
+  uint32_t dropout_threshold() const {
+    return static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 0x1p32 - 1));
+  }
   // Whether this is softmax in all heads. Heads of head_alpha may be, which only the backend sees.
   bool softmax() const { return !head_alpha && alpha == 1; }
 };

@@ -137,12 +137,11 @@ Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const Attenti
 
 // Without dropout the threshold is 0, and nothing reads the seed.
 Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options) {
-  const double p = options.dropout_p;
-  const auto threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
+  const uint32_t threshold = options.dropout_threshold();
   return {
       .seed = threshold ? options.dropout_seed->const_data_ptr<int64_t>() : nullptr,
       .threshold = static_cast<int32_t>(threshold),
-      .scale = static_cast<float>(1 / (1 - p)),
+      .scale = static_cast<float>(1 / (1 - options.dropout_p)),
       .first_batch = static_cast<int32_t>(first.entry),
       .first_head = static_cast<int32_t>(first.head),
   };
