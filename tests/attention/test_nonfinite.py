@@ -157,7 +157,7 @@ def test_nan_is_seen_where_the_scale_is_zero(make_inputs):
 
 # Rows with lists of their support, and rows that go by products of blocks, in which 0 * NaN is NaN.
 KINDS = {"lists": dict(sigma=2.0), "products": dict(sigma=0.01)}
-EVERY_ALPHA = pytest.mark.parametrize("every_alpha", (1.0, 1.25, 1.5, 2.0))
+EVERY_ALPHA = pytest.mark.parametrize("every_alpha", (1.0, 1.5))
 EXACTLY = pytest.mark.backends("cpu")  # products on a GPU are of tiles
 
 
@@ -179,18 +179,17 @@ def changed(one, other):
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", (370, 399))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_a_value_reaches_the_rows_that_weigh_it_and_no_other(make_inputs, kind, key, bad, every_alpha, dtype):
+def test_a_value_reaches_the_rows_that_weigh_it_and_no_other(make_inputs, kind, key, bad, every_alpha):
     """Causal, so that it is in the future of rows of its own block."""
-    inputs = make_inputs(1, 2, 400, 400, 8, **KINDS[kind], dtype=dtype)
+    inputs = make_inputs(1, 2, 400, 400, 8, **KINDS[kind])
     grad = normal_like(inputs.query)
     options = dict(alpha=torch.tensor([every_alpha] * 2), is_causal=True)  # softmax by kernels of ours too
     clean = gradients(inputs, grad, entmax_attn, **options)
     dirty_inputs, _ = poison(inputs, grad, [("value", 0, 0, key, 2)], bad)
     dirty = gradients(dirty_inputs, grad, entmax_attn, **options)
-    identity = torch.eye(400, dtype=torch.float64).expand(1, 2, 400, 400)
+    identity = torch.eye(400).expand(1, 2, 400, 400)
     weights = torch.cat(
-        [entmax_attn(*inputs[:2], identity[..., part].to(dtype), **options) for part in torch.arange(400).split(200)],
+        [entmax_attn(*inputs[:2], identity[..., part], **options) for part in torch.arange(400).split(200)],
         -1,
     )
     weighty = weights[..., key] > 0

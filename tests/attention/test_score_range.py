@@ -24,8 +24,8 @@ def test_as_it_was_reported():
 
 @pytest.mark.backends("cpu")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("alpha", (1.0, 1.3, 1.5, 2.0))
-@pytest.mark.parametrize("above", (2.0**-35, 1, 2.0**20), ids=("a little", "above", "far above"))
+@pytest.mark.parametrize("alpha", (1.0, 1.3))
+@pytest.mark.parametrize("above", (2.0**-35, 2.0**20), ids=("a little", "far above"))
 def test_a_power_of_two_in_the_query_and_its_inverse_in_the_scale(make_inputs, dtype, kind, alpha, above):
     """Such factors change no bit of scores, so no bit of anything."""
     factor = LARGEST[dtype] * (1 if dtype == torch.float16 else above)
