@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from adasplash import entmax_attn
+from adasplash import entmax_attn, entmax_attn_summary
 from common import Inputs, assert_same_bits, gradients, make_inputs, normal_like
 
 pytestmark = pytest.mark.backends("cuda")
@@ -15,11 +15,12 @@ def half_inputs(length: int, heads: int = 4, **options) -> Inputs:
     return make_inputs(1, heads, length, length, size=64, sigma=1.0, dtype=torch.bfloat16, device="cuda", **options)
 
 
-@pytest.mark.parametrize("alpha", (1.3, 1.5, "heads"))
+@pytest.mark.parametrize("alpha", (1.0, 1.3, 1.5, "heads"))
 def test_a_graph_of_forward_and_backward(backend, alpha):
     """Captured once, replayed over other numbers: nothing is synchronised or allocated on the way."""
     inputs = half_inputs(700, requires_grad=True)
-    options = dict(is_causal=True, alpha=torch.linspace(1.2, 1.8, 4, device="cuda") if alpha == "heads" else alpha)
+    alpha = torch.tensor([1.0, 1.2, 1.5, 1.8], device="cuda") if alpha == "heads" else alpha
+    options = dict(is_causal=True, alpha=alpha, window=(600, 0))
     grad = normal_like(inputs.query)
 
     def step():
@@ -39,6 +40,34 @@ def test_a_graph_of_forward_and_backward(backend, alpha):
             x.copy_(other)
     graph.replay()
     assert_same_bits(captured, step())
+
+
+def test_a_graph_drops_other_weights_at_every_replay(backend):
+    """The seed comes from torch's generator, which a captured graph moves on."""
+    inputs = half_inputs(300)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        entmax_attn(*inputs, dropout_p=0.5)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = entmax_attn(*inputs, dropout_p=0.5)
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append(captured.clone())
+    assert replays[0].isfinite().all() and not torch.equal(*replays)
+
+
+def test_a_summary_waits_for_nothing(backend):
+    """Captured, so nothing is read on the host on the way."""
+    inputs = half_inputs(300)
+    expected = entmax_attn_summary(*inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, stats = entmax_attn_summary(*inputs)
+    graph.replay()
+    assert_same_bits((out, *stats), (expected[0], *expected[1]))
 
 
 def test_streams_and_threads(backend):
