@@ -212,7 +212,10 @@ void test(const Variant& variant, const Matrix& rows, const MutableMatrix& out, 
       .rows = int32_t{1}, .max_seqlen = int32_t{1}, .tile_rows = int32_t{2}};
   const Call call{.queries = sequences, .keys = sequences,
       .alpha = {.per_head = static_cast<const float*>(floats), .source = int32_t{0}, .number = 1.5f},
-      .scores = scores, .state_batch_stride = int64_t{1}, .heads = int32_t{1}, .group = int32_t{1},
+      .scores = scores,
+      .dropout = {.seed = static_cast<const int64_t*>(nullptr), .threshold = int32_t{0}, .scale = 1.f,
+                  .first_batch = int32_t{0}, .first_head = int32_t{0}},
+      .state_batch_stride = int64_t{1}, .heads = int32_t{1}, .group = int32_t{1},
       .tile_words = int32_t{2}, .head_dim = int32_t{8}, .value_dim = int32_t{8}};
   attend(variant, Place{0, nullptr}, 1, {
       .query = rows, .key = rows, .value = rows, .out = out, .row_state = floats, .tiles = words,

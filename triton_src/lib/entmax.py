@@ -31,7 +31,7 @@ LEAST_ALPHA = tl.constexpr(1.0078125)  # 1.01 as bfloat16 rounds it, which a ten
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-BELOW_ALL = tl.constexpr(-3e38)  # below every score but that of a hidden key
+BELOW_ALL = tl.constexpr(-3.4028234663852886e38)  # the least number: below every score but that of a hidden key
 
 
 @triton.constexpr_function
