@@ -227,7 +227,8 @@ def test_rows_that_see_nothing_reach_no_gradient(dtype, alpha, tiles):
     clean = attention(*inputs, alpha, True, grad=grad, tiles=tiles)
     inputs.query[:, :, :40] = torch.nan
     grad[:, :, :40] = torch.inf
-    assert_same_bits(attention(*inputs, alpha, True, grad=grad, tiles=tiles), clean)
+    result = attention(*inputs, alpha, True, grad=grad, tiles=tiles)
+    assert_same_bits((*result[:-1], *result.summary), (*clean[:-1], *clean.summary))
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
