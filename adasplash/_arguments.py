@@ -75,7 +75,7 @@ def _fits(wanted: str, value: object) -> bool:
         if wanted == SCALE:
             return value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
         if wanted == LENGTH:
-            return value.numel() == 1 and not value.is_floating_point()
+            return value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool
         return wanted in (TENSOR, OPTIONAL_TENSOR, NUMBER_OR_TENSOR)
     if hasattr(type(value), "__torch_function__"):  # stands for something else, while a graph is recorded
         return True
@@ -88,7 +88,8 @@ def _fits(wanted: str, value: object) -> bool:
     if wanted in (NUMBER, NUMBER_OR_TENSOR, SCALE):
         return isinstance(value, (float, int, numbers.Real, torch.SymFloat, torch.SymInt))
     if wanted == WINDOW:
-        return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_integer(side) for side in value)
+        sides = isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_integer(side) for side in value)
+        return sides and all(not isinstance(side, int) or abs(side) < 2**63 for side in value)
     return False
 
 

@@ -37,7 +37,7 @@ def adasplash(
         q: (B, H, N, D).
         k: (B, H_kv, N, D); H is a multiple of H_kv.
         v: (B, H_kv, N, D_v).
-        alpha: from 1.01 to 2, or one for each head as a tensor (H,), which is differentiable.
+        alpha: 1 or from 1.01 to 2, or one for each head as a tensor (H,), which is differentiable.
         is_causal: whether query i sees only the keys up to i.
         varlen: (B,) int32 or int64 on q's device: the length of each batch entry, padded on the right. Results beyond
             it are zero and have no gradient.

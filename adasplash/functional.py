@@ -62,7 +62,8 @@ def _call(
         check(function, "dropout_p", NUMBER, dropout_p)
     if dropout_p != 0:
         given["dropout_p"] = dropout_p
-        if dropout_seed is None and isinstance(tensors[0], Tensor):
+        # A tensor, or what stands for one while a graph is recorded.
+        if dropout_seed is None and hasattr(type(tensors[0]), "__torch_function__"):
             given["dropout_seed"] = draw_seed(tensors[0])
     if isinstance(alpha, Tensor):
         overload = op.per_head

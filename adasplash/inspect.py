@@ -197,6 +197,8 @@ class _Call:
             *((name, OPTIONAL_TENSOR, given) for name, given in options.items()),
         ):  # fmt: skip
             check(function, name, kind, given)
+        if query.is_nested:
+            raise RuntimeError(f"{function}: query must not be a nested tensor; pad it first")
         if isinstance(scale, Tensor):
             query, scale = scaled(query, scale), 1.0
         query, key, value = _autocast(query, key, value)
@@ -258,7 +260,9 @@ class _Call:
         keys = (rows(kv_seqlens, length, length) - self.first_key).clamp(min=0)
         row = torch.arange(self.padded, device=self.query.device)
         place = row + keys - queries
-        left, right = window[0], 0 if is_causal else window[1]
+        # No further than there are rows: sums must not overflow.
+        most = self.padded + length
+        left, right = min(window[0], most), 0 if is_causal else min(window[1], most)
         begin = (place - left).clamp(min=0) if left >= 0 else torch.zeros_like(place)
         end = torch.minimum(place + right + 1, keys) if right >= 0 else keys.expand_as(place)
         sees = (row < queries) & (begin < end)

@@ -77,22 +77,32 @@ class EntmaxAttention(nn.Module):
             if given is not None or name not in ("num_kv_heads", "head_dim", "kdim", "vdim"):
                 check("EntmaxAttention", name, kind, given)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, size in (("embed_dim", embed_dim), ("kdim", kdim), ("vdim", vdim)):
+            if size is not None and size < 1:
+                raise ValueError(f"EntmaxAttention: {name} must be 1 or more, got {size}")
+        if window[0] < -1 or window[1] < -1:
+            raise ValueError(f"EntmaxAttention: window must be 0 or more each, or -1 for no limit, got {window}")
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads != 0:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+            raise ValueError(
+                f"EntmaxAttention: num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
+            )
         if head_dim is None:
             if embed_dim % num_heads != 0:
                 raise ValueError(
-                    f"embed_dim must be a multiple of num_heads where head_dim is not given, got {embed_dim} and "
-                    f"{num_heads}"
+                    f"EntmaxAttention: embed_dim must be a multiple of num_heads where head_dim is not given, got "
+                    f"{embed_dim} and {num_heads}"
                 )
             head_dim = embed_dim // num_heads
+        if not 1 <= head_dim <= 256:
+            raise ValueError(f"EntmaxAttention: head_dim must be from 1 to 256, got {head_dim}")
         if alpha != 1 and not 1.01 <= alpha <= 2:
             raise ValueError(f"EntmaxAttention: alpha must be 1 or from 1.01 to 2, got {alpha}")
         if not 0 <= dropout < 1:
             raise ValueError(f"EntmaxAttention: dropout must be 0 or more and less than 1, got {dropout}")
         if learn_alpha and not self.lowest_alpha < alpha < self.highest_alpha:
             raise ValueError(
-                f"alpha must be above {self.lowest_alpha} and below {self.highest_alpha} to be learned, got {alpha}"
+                f"EntmaxAttention: alpha must be above {self.lowest_alpha} and below {self.highest_alpha} to be "
+                f"learned, got {alpha}"
             )
         self.embed_dim, self.kdim, self.vdim = embed_dim, kdim or embed_dim, vdim or embed_dim
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -107,6 +117,10 @@ class EntmaxAttention(nn.Module):
         logit = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if learn_alpha else None
         self.register_parameter("alpha_logit", logit)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("dropout", 0.0)  # pickled before there was one
 
     def reset_parameters(self) -> None:
         """Starts anew, learned α included."""

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from adasplash._arguments import BOOL, NUMBER, OPTIONAL_TENSOR, TENSOR, check
+from adasplash._arguments import BOOL, INTEGER, NUMBER, OPTIONAL_TENSOR, TENSOR, check
 from adasplash.activation import entmax
 from adasplash.functional import entmax_attn
 from adasplash.modules import EntmaxAttention
@@ -62,6 +62,11 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         dtype=None,
         alpha: float = 1.5,
     ):
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
+            if size is not None or name in ("embed_dim", "num_heads"):
+                check(_NAME, name, INTEGER, size)
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads != 0:
+            raise ValueError(f"{_NAME}: embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
         check(_NAME, "alpha", NUMBER, alpha)
         check(_NAME, "dropout", NUMBER, dropout)
         for name, given in (
@@ -259,7 +264,9 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
 
         queries, keys = [q, torch.full_like(q[..., :1], far)], [k, column(hidden.to(k.dtype) * -far)]
         if added is not None:
-            queries, keys = [*queries, torch.ones_like(q[..., :1])], [*keys, column((added / scale).to(k.dtype))]
+            most = torch.finfo(k.dtype).max / 4  # a mask may hold the least number there is, which must stay finite
+            added = (added / scale).clamp(-most, most).to(k.dtype)
+            queries, keys = [*queries, torch.ones_like(q[..., :1])], [*keys, column(added)]
         queries, keys = torch.cat(queries, -1), torch.cat(keys, -1)
         out = entmax_attn(queries, keys, v, self.alpha, causal, scale, dropout_p=dropout_p)
         sees = (~hidden).cumsum(1) > 0 if causal else (~hidden).any(1, keepdim=True)
@@ -279,7 +286,12 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
                 scores = (scores if added is None else scores + added).masked_fill(hidden, -torch.inf)
         if padding is not None:
             v = v.masked_fill(_parts(padding)[0][:, None, :, None], 0.0)
-        weights = nn.functional.dropout(entmax(scores, self.alpha, -1), self._dropout_p())
+        if self.alpha == 1:  # of which a row that sees nothing is NaN
+            blind = (scores == -torch.inf).all(-1, keepdim=True)
+            weights = entmax(scores.masked_fill(blind, 0.0), 1.0, -1).masked_fill(blind, 0.0)
+        else:
+            weights = entmax(scores, self.alpha, -1)
+        weights = nn.functional.dropout(weights, self._dropout_p())
         return weights.to(v.dtype) @ v, weights
 
     def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask) -> tuple[Tensor, None]:

@@ -20,7 +20,7 @@ def entmax_attn_jagged(query: Tensor, key: Tensor, value: Tensor, **options: Any
             ragged in different ways; or an option is given that is of the padded form.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not tensor.is_nested:
+        if not isinstance(tensor, Tensor) or not tensor.is_nested:
             raise RuntimeError(f"entmax_attn: {_SHAPES}, got a {name} that is not nested")
         if tensor.layout != torch.jagged:
             raise RuntimeError(f"entmax_attn: {_SHAPES}, got a {name} of layout {tensor.layout}")

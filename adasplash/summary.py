@@ -27,7 +27,8 @@ class AttentionStats(NamedTuple):
     maximum: Tensor
     #: tau − maximum, from −1 to 0; for α = 1 log Σ exp(z − maximum). ∞ for a row that sees no key, NaN for a NaN row.
     gap: Tensor
-    #: How many keys have weight, int64; for α = 1 all that are seen. 0 for a row that sees no key and for a NaN row.
+    #: How many keys are above tau, int64, also where their weight rounds to 0; for α = 1 all that are seen. 0 for a row
+    #: that sees no key and for a NaN row.
     support_size: Tensor
     #: The largest weight, in tau's type. 0 for a row that sees no key, NaN for a NaN row.
     largest_weight: Tensor

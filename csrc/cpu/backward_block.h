@@ -111,10 +111,13 @@ class BackwardBlock {
   const A* query_row(int64_t i) { return in_type<A>(head_.query[i], head_.head_dim, buffers_.query); }
   const A* grad_out_row(int64_t i) { return in_type<A>(head_.grad_out[i], head_.value_dim, buffers_.grad_out); }
 
+  // Where list_products leaves the row's query if it shrinks.
+  A* shrunk_query() { return buffers_.query + head_.head_dim; }
+
   // z and dp of the support entries of one row, into the list buffers.
   void list_products(int64_t i, const A* query, const A* grad_out, const int32_t* support, int64_t count) {
     const A growth = head_.row_terms[i].growth;
-    list_scores(head_, i, query, growth, buffers_.query + head_.head_dim, support, count, buffers_.list_z);
+    list_scores(head_, i, query, growth, shrunk_query(), support, count, buffers_.list_z);
     for (int64_t e = 0; e < count; ++e) {
       buffers_.list_dp[e] = dot(grad_out, head_.value[support[e]], head_.value_dim);
     }
@@ -143,10 +146,14 @@ class BackwardBlock {
     }
     A* dq = buffers_.u_k;  // the list's u are ds by now
     weighted_sum(buffers_.list_u, support, count, head_.key, head_.head_dim, dq);
+    if (count > 0 && grows(i)) scale_by(static_cast<A>(head_.scale), head_.head_dim, dq);
     convert_back(dq, head_.head_dim, head_.dq[i]);
   }
 
-  // The terms of a row from its list, and ds times the scale of each key in it.
+  // Where a query shrinks so that products with it fit, ds times a scale as small might not.
+  bool grows(int64_t i) const { return head_.row_terms[i].growth != 1; }
+
+  // The terms of a row from its list, and ds of each key in it, times the scale if the query does not shrink.
   void weigh_list(int64_t i, const int32_t* support, int64_t count) {
     RowTerms<A>& terms = head_.row_terms[i];
     A* z = buffers_.list_z;
@@ -172,7 +179,8 @@ class BackwardBlock {
     terms.normaliser = static_cast<A>(1 / sum_p);
     terms.delta = static_cast<A>(sum_u_dp / sum_u);
     if (head_.alpha_terms != nullptr) save_alpha_term(i, list_alpha_sum(terms));
-    for (int64_t e = 0; e < count; ++e) u[e] *= (dp[e] - terms.delta) * static_cast<A>(head_.scale);
+    const A scale = grows(i) ? A(1) : static_cast<A>(head_.scale);
+    for (int64_t e = 0; e < count; ++e) u[e] *= (dp[e] - terms.delta) * scale;
   }
 
   void list_key_pass(int64_t i, Interval keys) {
@@ -192,10 +200,12 @@ class BackwardBlock {
       (p * Vec<A>(terms.normaliser)).store(buffers_.list_z + e);
     }
     drop(head_.dropout, i, end - begin, [&](int32_t e) { return begin[e]; }, buffers_.list_z);
+    const A* factor = grows(i) ? shrunk_query() : query;
+    const A scale = static_cast<A>(head_.scale * terms.growth);
     for (int64_t e = 0; e < end - begin; ++e) {
       const int64_t k = begin[e] - keys.begin;
-      add_scaled(buffers_.list_u[e] * static_cast<A>(head_.scale), query, head_.head_dim, buffers_.dk[k]);
-      add_scaled(buffers_.list_z[e], grad_out, head_.value_dim, buffers_.dv[k]);
+      add_scaled(buffers_.list_u[e] * scale, factor, head_.head_dim, buffers_.dk[k]);
+      if (buffers_.list_z[e] != 0) add_scaled(buffers_.list_z[e], grad_out, head_.value_dim, buffers_.dv[k]);
     }
   }
 
@@ -313,7 +323,9 @@ class BackwardBlock {
       const Vec<A> shifted = shifted_dp(own_u, dp + column, lanes, sums.dp_shift);
       u_dp += sum_lanes(own_u * shifted);
       if (head_.alpha_terms != nullptr) {
-        const Vec<A> weighted = own_u * psi_of(load<A>(z + column, lanes));
+        // 0 where u is: of a score of -inf psi is infinite.
+        const Vec<A> terms = own_u * psi_of(load<A>(z + column, lanes));
+        const Vec<A> weighted = Vec<A>::blendv(terms, Vec<A>(0), own_u == Vec<A>(0));
         psi += sum_lanes(weighted);
         psi_dp += sum_lanes(weighted * shifted);
       }
@@ -369,10 +381,11 @@ class BackwardBlock {
         });
         drop(head_.dropout, i, visible.size(), [&](int32_t e) { return visible.begin + e; }, z);
         if (buffers_.broken[d]) add_broken_row(i, visible, z, buffers_.dv, visible.begin - keys.begin);
-        if (query.growth != nullptr) scale_by(query.growth[d], visible.size(), dp);
+        if (query.growth != nullptr) scale_by(static_cast<A>(query.growth[d] * head_.scale), visible.size(), dp);
       });
-      Gemm<A>::tn(seen.size(), head_.head_dim, dense_count_, static_cast<A>(head_.scale), buffers_.dp, kBlockStride<A>,
-                  query.rows.data, query.rows.stride, A(1), buffers_.dk[offset], buffers_.dk.stride);
+      const A scale = query.growth == nullptr ? static_cast<A>(head_.scale) : A(1);
+      Gemm<A>::tn(seen.size(), head_.head_dim, dense_count_, scale, buffers_.dp, kBlockStride<A>, query.rows.data,
+                  query.rows.stride, A(1), buffers_.dk[offset], buffers_.dk.stride);
       Gemm<A>::tn(seen.size(), head_.value_dim, dense_count_, A(1), buffers_.z, kBlockStride<A>, buffers_.grad_out,
                   head_.value_dim, A(1), buffers_.dv[offset], buffers_.dv.stride);
     });

@@ -66,23 +66,35 @@ class ForwardBlock : ForwardRows<T, A> {
       row.key[count] = row.key[i];
       count += (row.z[i] - row.max) - gap > 0;
     }
+    const bool fits = count <= head_.capacity;
+    Base::save_state(r, row.max, gap, kSupportOverflow, count);
+    if (fits) {
+      std::fill_n(Base::support_of(r), std::min<int64_t>(head_.capacity, 2), kEndOfSupport);
+      std::copy_n(row.key, count, Base::support_of(r));
+    }
+    for (int64_t i = 0; i < count; ++i) tiles_.set(row.key[i]);
+
     pad_z(row.z, count, kLanes<A>);
     const double total = to_weights(weights_, row.z, count, row.max, gap);
     drop(head_.dropout, first_ + r, count, [&](int32_t e) { return row.key[e]; }, row.z);
-    weighted_sum(row.z, row.key, count, head_.value, head_.value_dim, buffers_.out);
+    int64_t kept = 0;  // a weight of 0 reads no value
+    for (int64_t i = 0; i < count; ++i) {
+      row.z[kept] = row.z[i];
+      row.key[kept] = row.key[i];
+      kept += row.z[i] != 0;
+    }
+    weighted_sum(row.z, row.key, kept, head_.value, head_.value_dim, buffers_.out);
     Base::write_out(r, buffers_.out, total);
-
-    const bool fits = count <= head_.capacity;
-    Base::save_state(r, row.max, gap, kSupportOverflow);
-    if (fits) std::copy_n(row.key, count, Base::support_of(r));
-    for (int64_t i = 0; i < count; ++i) tiles_.set(row.key[i]);
   }
 
   // Starts the sums of the dense rows anew and goes through the blocks of keys: calls add(row, keys, the keys of these
   // that it sees) for each of these rows once the block's z are there, then end_block(keys).
   template <typename Add, typename EndBlock>
   void for_dense_rows(const Add& add, const EndBlock& end_block) {
-    for (int64_t d = 0; d < dense_count_; ++d) buffers_.dense[d].sums = {};
+    for (int64_t d = 0; d < dense_count_; ++d) {
+      buffers_.dense[d].sums = {};
+      buffers_.dense[d].support = 0;
+    }
     for_key_blocks(head_, first_, rows_, [&](Interval keys) {
       Base::compute_block(keys);
       for (int64_t d = 0; d < dense_count_; ++d) {
@@ -121,7 +133,7 @@ class ForwardBlock : ForwardRows<T, A> {
     for (int64_t d = 0; d < dense_count_; ++d) {
       const DenseRow& row = buffers_.dense[d];
       Base::write_out(row.r, buffers_.out + row.r * head_.value_dim, row.sums.p);
-      Base::save_state(row.r, row.max, row.gap, kSupportOverflow);
+      Base::save_state(row.r, row.max, row.gap, kSupportOverflow, row.support);
     }
   }
 
@@ -135,6 +147,7 @@ class ForwardBlock : ForwardRows<T, A> {
           row.sums.p += to_weights(weights_, weights, visible.size(), row.max, row.gap);
           for (int64_t i = 0; i < visible.size(); ++i) {
             if (weights[i] > 0) tiles_.set(visible.begin + i);
+            row.support += weights[i] > 0;
           }
           const auto key_of = [&](int32_t e) { return visible.begin + e; };
           drop(head_.dropout, first_ + row.r, visible.size(), key_of, weights);

@@ -16,6 +16,7 @@ struct ForwardBuffers {
     A max, gap;
     Sums sums;
     bool settled;
+    int64_t support = 0;
   };
 
   ForwardBuffers(int64_t head_dim, int64_t value_dim, Arena& arena)
@@ -88,13 +89,15 @@ class ForwardRows {
   }
   bool out_is_finite(int64_t r) const { return all_finite(buffers_.out + r * head_.value_dim, head_.value_dim); }
 
-  void save_state(int64_t r, A max, A gap, int32_t first_support) {
+  // Of a support that may not fit it is said so, and how many keys it has.
+  void save_state(int64_t r, A max, A gap, int32_t first_support, int64_t count = 0) {
     if (head_.row_state == nullptr) return;
     head_.row_state[2 * (first_ + r)] = max;
     head_.row_state[2 * (first_ + r) + 1] = gap;
     int32_t* support = support_of(r);
     std::fill_n(support, head_.capacity, kEndOfSupport);
     if (head_.capacity > 0) support[0] = first_support;
+    if (head_.capacity > 1 && first_support == kSupportOverflow) support[1] = static_cast<int32_t>(count);
   }
   int32_t* support_of(int64_t r) { return head_.support + (first_ + r) * head_.capacity; }
 

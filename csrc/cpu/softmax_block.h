@@ -62,8 +62,13 @@ class SoftmaxBlock : ForwardRows<T, A> {
     if (!std::isfinite(row.max)) return false;
     if (row.max > before) {
       const A shrunk = std::exp(before - row.max);
+      A* out = buffers_.out + row.r * head_.value_dim;
       row.sums.p *= shrunk;
-      scale_by(shrunk, head_.value_dim, buffers_.out + row.r * head_.value_dim);
+      if (shrunk == 0) {  // what had weight until now has none any more, NaN neither
+        std::fill_n(out, head_.value_dim, A(0));
+      } else {
+        scale_by(shrunk, head_.value_dim, out);
+      }
     }
     row.sums.p += to_weights(Softmax<A>(), z, visible.size(), row.max, A(0));
     drop(head_.dropout, first_ + row.r, visible.size(), [&](int32_t e) { return visible.begin + e; }, z);
@@ -72,8 +77,9 @@ class SoftmaxBlock : ForwardRows<T, A> {
 
   void finish(int64_t r, Interval visible) {
     Base::write_out(r, buffers_.out + r * head_.value_dim, row(r).sums.p);
-    Base::save_state(r, row(r).max, static_cast<A>(std::log(row(r).sums.p)), kSupportOverflow);
+    Base::save_state(r, row(r).max, static_cast<A>(std::log(row(r).sums.p)), kSupportOverflow, visible.size());
     if (visible.size() <= head_.capacity) {
+      std::fill_n(Base::support_of(r), head_.capacity, kEndOfSupport);
       std::iota(Base::support_of(r), Base::support_of(r) + visible.size(), static_cast<int32_t>(visible.begin));
     }
     tiles_.set(visible);

@@ -57,15 +57,17 @@ class SummaryBlock {
   bool overflowed(int64_t i) const {
     return head_.capacity == 0 || head_.support[i * head_.capacity] == kSupportOverflow;
   }
+  // Whether the forward has counted what it did not list; that of another backend, or without room, has not.
+  bool counted(int64_t i) const { return head_.capacity > 1 && head_.support[i * head_.capacity + 1] >= 0; }
   bool needs_scores(int64_t i) const {
-    return !is_softmax() && overflowed(i) && std::isfinite(gap(i)) && !head_.visible(i).empty();
+    return !is_softmax() && overflowed(i) && !counted(i) && std::isfinite(gap(i)) && !head_.visible(i).empty();
   }
 
-  // The support of a row whose keys are listed, or that has them all, or none; of others 0, to be added to.
+  // The support of a row whose keys are listed or counted, or that has them all, or none; of others 0, to be added to.
   int32_t listed_support(int64_t i) const {
     if (!std::isfinite(gap(i))) return 0;
     if (is_softmax()) return static_cast<int32_t>(head_.visible(i).size());
-    if (overflowed(i)) return 0;
+    if (overflowed(i)) return counted(i) ? head_.support[i * head_.capacity + 1] : 0;
     const int32_t* support = head_.support + i * head_.capacity;
     return static_cast<int32_t>(std::find(support, support + head_.capacity, kEndOfSupport) - support);
   }

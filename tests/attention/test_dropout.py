@@ -141,13 +141,23 @@ def test_what_it_does_not_change(make_inputs, seed):
     assert_same_bits(entmax_attn(*inputs), entmax_attn(*inputs, dropout_p=0.0, dropout_seed=seed))
 
 
-def test_dropped_values_may_hold_anything(backend, seed):
-    """A weight that is dropped reads no value."""
-    kept = reference.dropout_factors(seed.cpu(), 0.5, 1, 1, 1, 600)[0, 0, 0] > 0
-    value = torch.where(kept, 1.0, torch.nan)[:, None].expand(600, 3)
-    inputs = scored_inputs(torch.zeros(1, 600), value, backend.device)
-    if backend.name == "cpu":  # a GPU's products are of whole tiles
-        assert entmax_attn(*inputs, dropout_p=0.5, dropout_seed=seed).isfinite().all()
+@pytest.mark.backends("cpu")  # a GPU's products are of whole tiles
+@pytest.mark.parametrize("alpha", (1.0, 1.5, 2.0))
+@pytest.mark.parametrize("keys", (4, 600))
+def test_dropped_values_and_gradients_may_hold_anything(keys, alpha):
+    """A weight that is dropped reads no value, and its key gets nothing of the row's gradient."""
+    seed = torch.tensor(SEED)
+    kept = reference.dropout_factors(seed, 0.5, 1, 1, 40, keys)[0, 0] > 0
+    inputs = scored_inputs(torch.zeros(40, keys), torch.ones(keys, 3))
+    inputs.value[0, 0, 2] = torch.nan
+    options = dict(alpha=torch.tensor(alpha), dropout_p=0.5, dropout_seed=seed)
+    out = entmax_attn(*inputs, **options)
+    assert torch.equal(out[0, 0].isnan().all(-1), kept[:, 2]) and torch.equal(out[0, 0].isnan().any(-1), kept[:, 2])
+    inputs.value[0, 0, 2] = 1.0
+    grad = torch.ones(1, 1, 40, 3)
+    grad[0, 0, 7] = torch.nan
+    dv = gradients(inputs, grad, entmax_attn, **options)[3]
+    assert torch.equal(dv[0, 0].isnan().all(-1), kept[7]) and torch.equal(dv[0, 0].isnan().any(-1), kept[7])
 
 
 def test_seeds_that_are_drawn(make_inputs, backend):
@@ -227,6 +237,15 @@ def test_p_of_another_kind(make_inputs, given):
 class Model(torch.nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return adasplash.entmax_attn(query, key, value, dropout_p=0.5)
+
+
+def test_fx_traces_it(make_inputs):
+    inputs = make_inputs(m=20, n=30)
+    traced = torch.fx.symbolic_trace(Model())
+    torch.manual_seed(1)
+    first = traced(*inputs)
+    torch.manual_seed(1)
+    assert_same_bits(first, Model()(*inputs))
 
 
 def test_torchscript_draws_too(make_inputs):

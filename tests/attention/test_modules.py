@@ -389,3 +389,30 @@ def test_dropout(backend, options):
 def test_dropout_out_of_range(dropout):
     with pytest.raises(ValueError, match="EntmaxAttention: dropout must be 0 or more and less than 1, got"):
         EntmaxAttention(16, 4, dropout=dropout)
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    (
+        (dict(embed_dim=0), "embed_dim"),
+        (dict(kdim=0), "kdim"),
+        (dict(head_dim=0), "head_dim"),
+        (dict(head_dim=300), "head_dim"),
+        (dict(window=(-2, 0)), "window"),
+        (dict(num_kv_heads=3), "num_heads"),
+    ),
+    ids=str,
+)
+def test_sizes_out_of_range(options, name):
+    with pytest.raises(ValueError, match=f"^EntmaxAttention: {name} must be "):
+        EntmaxAttention(**dict(embed_dim=16, num_heads=4) | options)
+
+
+def test_pickled_before_there_was_dropout():
+    module = EntmaxAttention(16, 4)
+    state = module.__dict__.copy()
+    del state["dropout"]
+    older = EntmaxAttention.__new__(EntmaxAttention)
+    older.__setstate__(state)
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(older(x), module(x))

@@ -427,3 +427,44 @@ def test_compiled(causal):
         out, _ = compiled(x, x, x, mask, need_weights=False, is_causal=causal)
         torch.testing.assert_close(out, module(x, x, x, mask, need_weights=False, is_causal=causal)[0])
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("alpha", (1.0, 1.5))
+@pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
+def test_a_mask_of_the_least_number(alpha, causal):
+    """As Hugging Face's models make theirs: both ways agree, also where all of an entry is padding."""
+    module = make(batch_first=True, alpha=alpha)
+    x = draw(3, 12, 16)
+    mask = torch.zeros(3, 12)
+    mask[0, :4] = mask[1, 7:] = torch.finfo(torch.float32).min
+    sparse, _ = module(x, x, x, mask, need_weights=False, is_causal=causal)
+    dense, _ = module(x, x, x, mask, need_weights=True, is_causal=causal)
+    assert sparse.isfinite().all() and dense.isfinite().all()
+    rows = slice(4, None) if causal else slice(None)  # before that an entry sees nothing but padding
+    torch.testing.assert_close(sparse[:, rows], dense[:, rows], atol=1e-5, rtol=1e-4)
+
+
+def test_softmax_that_sees_nothing_gives_the_bias():
+    module = make(batch_first=True, alpha=1.0)
+    x = draw(3, 12, 16)
+    mask = torch.zeros(3, 12, dtype=torch.bool)
+    mask[1] = True
+    for need_weights in (False, True):
+        out, _ = module(x, x, x, mask, need_weights=need_weights)
+        torch.testing.assert_close(out[1], module.out_proj.bias.expand(12, 16))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        (dict(num_heads=None), "num_heads must be an integer, got None"),
+        (dict(num_heads=True), "num_heads must be an integer, got True"),
+        (dict(num_heads=torch.tensor(0.5)), "num_heads must be an integer, got a float32 tensor"),
+        (dict(embed_dim=5), "embed_dim must be a multiple of num_heads, got 5 and 4"),
+        (dict(kdim=2.5), "kdim must be an integer, got 2.5"),
+    ),
+    ids=str,
+)
+def test_wrong_sizes(options, message):
+    with pytest.raises((TypeError, ValueError), match=f"^EntmaxMultiheadAttention: {message}"):
+        EntmaxMultiheadAttention(**dict(embed_dim=16, num_heads=4) | options)

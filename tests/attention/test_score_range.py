@@ -39,7 +39,9 @@ def test_a_power_of_two_in_the_query_and_its_inverse_in_the_scale(make_inputs, d
     assert large.query.isfinite().all()
     out, dq, dk, dv, dalpha = gradients(large, grad, entmax_attn, scale=scale / factor, **options)
     assert_same_bits((out, dk, dv, dalpha), (usual[0], usual[2], usual[3], usual[4]))
-    torch.testing.assert_close(dq.double() * factor, usual[1].double(), rtol=2e-2, atol=1e-3 * usual[1].abs().max())
+    if dtype != torch.float16:  # in which so small a dq is nothing
+        largest = usual[1].abs().max().item()
+        torch.testing.assert_close(dq.double() * factor, usual[1].double(), rtol=2e-2, atol=1e-3 * largest)
 
 
 @pytest.mark.backends("cpu")
@@ -81,3 +83,16 @@ def test_what_does_not_fit_is_nan_forward_and_backward(make_inputs, backend, alp
 
 def test_usual_inputs_beside_the_reference(make_inputs):
     check_gradients(entmax_attn, make_inputs(m=30, n=40, sigma=30.0), scale=0.01)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("keys", (4, 600))
+@pytest.mark.parametrize("alpha", (1.0, 1.5))
+def test_gradients_of_a_large_loss(make_inputs, alpha, keys):
+    """As scaled by an AMP loss scale: what is summed is scaled before it can overflow."""
+    inputs = make_inputs(1, 1, 3, keys, 4, sigma=1.0)
+    inputs.query.mul_(1e37)
+    inputs.key.mul_(1e-19)
+    grad = normal_like(inputs.query) * 1e8
+    found = gradients(inputs, grad, entmax_attn, alpha=torch.tensor([alpha]), scale=1e-18)
+    assert all(x.isfinite().all() for x in found) and found[2].any()

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import reference
 from adasplash import entmax_attn
-from common import ALPHAS, SHAPES, assert_same_bits, check_gradients, gradients, normal_like
+from common import ALPHAS, SHAPES, assert_same_bits, check_gradients, gradients, normal_like, scored_inputs
 from packing import check_packed, packed
 
 SAME = {
@@ -198,3 +198,27 @@ def test_output_is_contiguous_for_heads_beside_features():
     out = entmax_attn(*inputs, alpha=1.0, is_causal=True)
     assert out.is_contiguous()
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True))
+
+
+@pytest.mark.parametrize("far", (-1e25, -torch.inf))
+@pytest.mark.parametrize("keys", (3, 600))
+def test_the_gradient_of_alpha_where_scores_are_far_apart(backend, far, keys):
+    """Of a key without weight ln p is infinite."""
+    scores = torch.zeros(1, keys)
+    scores[0, 1], scores[0, 2] = 0.1, far
+    inputs = scored_inputs(scores, torch.randn(keys, 3, generator=torch.Generator().manual_seed(0)), backend.device)
+    alpha = torch.ones(1, device=backend.device)
+    found = gradients(inputs, normal_like(inputs.query.new_empty(1, 1, 1, 3)), entmax_attn, alpha=alpha, scale=1.0)
+    assert all(x.isfinite().all() for x in (found[0], found[4])) and found[4] != 0
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("place", (1, 1000))
+def test_a_value_without_weight_whichever_block_it_is_in(place):
+    """exp(-200) is 0 in float32: before the maximum is seen too."""
+    scores = torch.zeros(1, 1030)
+    scores[0, place] = 200.0
+    value = torch.ones(1030, 2)
+    value[0] = torch.nan
+    out = entmax_attn(*scored_inputs(scores, value), torch.tensor(1.0), scale=1.0)
+    torch.testing.assert_close(out, torch.ones_like(out))

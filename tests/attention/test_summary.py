@@ -167,3 +167,22 @@ def test_saved_tensors_of_wrong_shapes(make_inputs, backend):
         wrong[place] = wrong[place][:, :1].contiguous()
         with pytest.raises(RuntimeError, match=f"_entmax_attn_summary: {name} must have sizes"):
             ops._entmax_attn_summary(*inputs[:2], *wrong, *options)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("capacity", (0, 1, 2, 64, 300))
+def test_supports_that_no_list_holds(make_inputs, capacity):
+    """The forward says how many keys there are; what a list without room for that, or an older one, does not say is
+    counted."""
+    inputs = make_inputs(1, 2, 70, 700, size=8, sigma=0.3)
+    options = (None, 1.5, False, None, None, None, None, None, 0, 0, [-1, -1], None)
+    ops = torch.ops.adasplash
+    saved = ops._entmax_attn_forward(*inputs, *options, capacity)[1:]
+    expected = entmax_attn_summary(*inputs)[1].support_size
+    size = ops._entmax_attn_summary(*inputs[:2], *saved, *options)[0]
+    assert torch.equal(size.long(), expected)
+    row_state, support, tiles = saved
+    support = torch.where(support[..., :1] == -2, -1, support)
+    support[..., :1] = torch.where(saved[1][..., :1] == -2, -2, support[..., :1])
+    older = ops._entmax_attn_summary(*inputs[:2], row_state, support, tiles, *options)[0]
+    assert torch.equal(older.long(), expected)

@@ -141,9 +141,19 @@ def test_the_op_and_its_gradients(backend, programs, tmp_path):
     done = run(programs / "call_op", 1.25, *files)
     assert done.stdout.split() == [adasplash.__version__, collect()["cpu kernels in use"]]
     expected = gradients(inputs, torch.ones(2, 4, 40, 9, device=backend.device), adasplash.entmax_attn, 1.25, True, 0.3)
-    *results, packed = torch.load(files[1])
+    *results, packed, dropped, support_size = torch.load(files[1])
     assert_same_bits(results, expected)
     assert torch.equal(packed, expected[0].transpose(1, 2).flatten(0, 1))
+    rows = {
+        name: torch.full((2,), number, device=backend.device)
+        for name, number in (("q_seqlens", 30), ("kv_seqlens", 35), ("kv_starts", 3))
+    }
+    slopes = torch.full((inputs.query.shape[1],), 0.1, device=backend.device)
+    told = adasplash.entmax_attn_summary(
+        *inputs, 1.25, True, 0.3, window=(20, -1), alibi_slopes=slopes, **rows, dropout_p=0.25,
+        dropout_seed=torch.tensor(7, device=backend.device),
+    )  # fmt: skip
+    assert_same_bits((dropped, support_size.long()), (told[0], told[1].support_size))
 
 
 def test_the_activation(backend, programs, tmp_path):

@@ -1,5 +1,5 @@
 // call_op ALPHA INPUTS OUTPUTS: the op from C++, causal with scale 0.3, and its gradients for a gradient of ones; then
-// the same packed, with alpha as a tensor.
+// the same packed, with alpha as a tensor; then with every option and a summary.
 #include <ATen/ATen.h>
 #include <adasplash/adasplash.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -29,8 +29,14 @@ int main(int, char** argv) {
     const auto packed = adasplash::entmax_attn_varlen(
         pack(query), pack(key), pack(value), ends(query), ends(key), query.size(2), key.size(2),
         at::full({query.size(1)}, std::stod(argv[1]), query.options().requires_grad(false)), true, 0.3);
-    const auto saved = torch::jit::pickle_save(c10::ivalue::Tuple::create(
-        std::vector<c10::IValue>{out.detach(), query.grad(), key.grad(), value.grad(), packed}));
+    const auto rows = query.options().requires_grad(false).dtype(at::kLong);
+    const auto told =
+        adasplash::entmax_attn_summary(query.detach(), key.detach(), value.detach(), std::stod(argv[1]), true, 0.3,
+                                       at::full({query.size(0)}, 30, rows), at::full({query.size(0)}, 35, rows),
+                                       {20, -1}, at::full({query.size(1)}, 0.1, rows.dtype(at::kFloat)),
+                                       at::full({query.size(0)}, 3, rows), 0.25, at::full({}, 7, rows));
+    const auto saved = torch::jit::pickle_save(c10::ivalue::Tuple::create(std::vector<c10::IValue>{
+        out.detach(), query.grad(), key.grad(), value.grad(), packed, std::get<0>(told), std::get<1>(told)}));
     std::ofstream(argv[3], std::ios::binary).write(saved.data(), static_cast<std::streamsize>(saved.size()));
   } catch (const c10::Error& error) {
     std::cerr << error.what_without_backtrace() << "\n";
