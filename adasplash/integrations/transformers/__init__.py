@@ -1,0 +1,20 @@
+"""α-entmax attention in the models of Hugging Face transformers, by one word.
+
+Importing this module registers it::
+
+    import adasplash.integrations.transformers
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("gpt2", attn_implementation="adasplash", adasplash_alpha=1.5)
+"""
+
+from adasplash.integrations.transformers.construction import register
+from adasplash.integrations.transformers.layers import configure
+from adasplash.integrations.transformers.normaliser import EntmaxNormaliser
+
+register()
+
+__all__ = [
+    "EntmaxNormaliser",
+    "configure",
+]
