@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from adasplash.integrations.transformers.attention import attention
 from adasplash.integrations.transformers.configuration import WORD, hand_down, set_defaults, sub_configs, word_to_save
-from adasplash.integrations.transformers.layers import prepare
+from adasplash.integrations.transformers.layers import cannot_switch, prepare
 from adasplash.integrations.transformers.masks import mask
 from adasplash.integrations.transformers.normaliser import EntmaxNormaliser
 
@@ -48,6 +48,8 @@ def _init(theirs, model: PreTrainedModel, config, *args, **kwargs) -> None:
     """Models inside of this one are built next, and with them their layers."""
     if isinstance(config, PreTrainedConfig):
         hand_down(config)
+        if config._attn_implementation == WORD and not type(model)._can_set_attn_implementation():
+            raise cannot_switch(type(model).__name__)
     theirs(model, config, *args, **kwargs)
 
 
@@ -64,11 +66,7 @@ def _post_init(theirs, model: PreTrainedModel) -> None:
 def _set_attn_implementation(theirs, model: PreTrainedModel, attn_implementation, *args, **kwargs) -> None:
     theirs(model, attn_implementation, *args, **kwargs)
     if attn_implementation == WORD and model.config._attn_implementation != WORD:
-        # theirs warns and goes on
-        raise ValueError(
-            f"adasplash: {type(model).__name__} must ask transformers' AttentionInterface to take "
-            f'attn_implementation="{WORD}"; it computes softmax itself, whatever attn_implementation is'
-        )
+        raise cannot_switch(type(model).__name__)  # theirs warns and goes on
     if _has_the_word(model.config):
         prepare(model)
 

@@ -57,14 +57,15 @@ def refuse_what_cannot_be_switched(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == WORD:
             if not type(module)._can_set_attn_implementation():
-                raise _no_switch(type(module).__name__)
+                raise cannot_switch(type(module).__name__)
             for inner in module.modules():
                 config = getattr(inner, "config", module.config)
                 if getattr(config, "_attn_implementation", WORD) == WORD and _has_its_own_softmax(inner):
-                    raise _no_switch(f"{type(module).__name__} (its {type(inner).__name__})")
+                    raise cannot_switch(f"{type(module).__name__} (its {type(inner).__name__})")
 
 
-def _no_switch(name: str) -> ValueError:
+def cannot_switch(name: str) -> ValueError:
+    """The error for a model class that goes on with softmax."""
     return ValueError(
         f'adasplash: {name} must ask transformers\' AttentionInterface to take attn_implementation="{WORD}"; it '
         "computes softmax itself, whatever attn_implementation is"
@@ -183,5 +184,5 @@ def configure(
     starts_anew = changes.keys() - {"adasplash_scale"}
     prepare(model, again=bool(starts_anew))
     if not any(True for _ in attention_layers(model)):
-        raise _no_switch(type(model).__name__)
+        raise cannot_switch(type(model).__name__)
     return model
