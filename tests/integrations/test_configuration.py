@@ -1,5 +1,6 @@
 """The word and the keys of a config: set, saved, loaded, changed, refused."""
 
+import inspect
 import json
 import logging
 import subprocess
@@ -206,10 +207,10 @@ def test_position_bias(alpha):
     from transformers import T5Config, T5Model
 
     sizes = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4, dropout_rate=0.0)
+    if not T5Model._can_set_attn_implementation():
+        pytest.skip("an older transformers")
     torch.manual_seed(0)
     model = T5Model(T5Config(**sizes, adasplash_alpha=alpha, attn_implementation="adasplash")).double().eval()
-    if not type(model)._can_set_attn_implementation():
-        pytest.skip("an older transformers")
     mask = dense_models.masks()["right"]
     given = dict(input_ids=IDS, attention_mask=mask, decoder_input_ids=IDS[:, :7])
     with softmax_is_entmax(alpha):
@@ -222,6 +223,8 @@ def test_output_attentions(name):
     """Weights of every layer, exact zeros among them; results stay what they are. Models that do not tell their layers
     included."""
     model = build(name, adasplash_alpha=[1.5, 1.25])
+    if name == "gpt2" and "OutputRecorder" not in inspect.getsource(sys.modules[type(model).__module__]):
+        pytest.skip("an older transformers, whose GPT-2 does not ask the function for weights")
     out = model(IDS, output_attentions=True)
     with softmax_is_entmax(iter((1.5, 1.25))):
         expected = eager(model)(IDS, output_attentions=True)

@@ -59,11 +59,11 @@ def test_packed_by_the_collator():
 
     features = [{"input_ids": ids[0].tolist()} for ids in IDS.split(LENGTHS, 1)]
     for name, start in (("llama", 0), ("roberta", 1)):
-        model = build(name)
-        for collator in (
-            DataCollatorWithFlattening(position_ids_start=start),
-            DataCollatorWithFlattening(position_ids_start=start, return_flash_attn_kwargs=True),
-        ):
+        model, options = build(name), {} if start == 0 else dict(position_ids_start=start)
+        if start and "position_ids_start" not in signature(DataCollatorWithFlattening).parameters:
+            continue  # an older transformers
+        for flash in (False, True):
+            collator = DataCollatorWithFlattening(return_flash_attn_kwargs=flash, **options)
             batch = collator(features, return_tensors="pt")
             batch.pop("labels")
             out = model(**batch).last_hidden_state
@@ -158,7 +158,6 @@ PAIRS = [
 ]
 
 
-@pytest.mark.skipif("q_length" not in signature(masking_utils.sdpa_mask).parameters, reason="an older transformers")
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("case, function", PAIRS)
 def test_the_mask_function_alone(case, function, padding):
@@ -169,10 +168,14 @@ def test_the_mask_function_alone(case, function, padding):
     given |= dict(batch_size=3, mask_function=FUNCTIONS[function], device="cpu", attention_mask=PADDING[padding])
     if "both ways" in function:
         given["allow_is_bidirectional_skip"] = True
+    m, n, held = given["q_length"], given["kv_length"], int(given["q_offset"] - given["kv_offset"])
+    at = int(given["q_offset"]) + torch.arange(m)
+    if "q_length" not in signature(masking_utils.sdpa_mask).parameters:  # before 5.4
+        given["cache_position"] = at
+        given = {name: value for name, value in given.items() if name not in ("q_length", "q_offset", "device")}
     made = ours(**given)
     skip = dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     expected = masking_utils.sdpa_mask(**given | skip).expand(3, 1, -1, -1)
-    m, n, held = given["q_length"], given["kv_length"], int(given["q_offset"] - given["kv_offset"])
     if made is None:
         query, key = torch.arange(m)[:, None], torch.arange(n)
         causal = "both" not in function
@@ -183,7 +186,6 @@ def test_the_mask_function_alone(case, function, padding):
     else:
         assert padding == "holes" or function == "chunks" or (function, "sliding chunk") == ("window both ways", case)
     mask = PADDING[padding]
-    at = int(given["q_offset"]) + torch.arange(m)
     real = torch.ones(3, m).bool() if mask is None else mask[:, at]
     assert torch.equal(made.expand(3, 1, m, n)[real[:, None]], expected[real[:, None]]), held
 
@@ -204,14 +206,13 @@ def test_masks_that_models_change(name):
 
     config = LlamaConfig(attn_implementation="adasplash")
     given = dict(config=config, inputs_embeds=torch.zeros(2, 8, 4), attention_mask=None, position_ids=None)
-    given |= {
-        "past_key_values" if "cache" not in masking_utils.create_causal_mask.__code__.co_varnames else "cache": None
-    }
-    if "cache_position" in masking_utils.create_causal_mask.__code__.co_varnames:
+    parameters = signature(masking_utils.create_causal_mask).parameters
+    given["cache" if "cache" in parameters else "past_key_values"] = None
+    if "cache_position" in parameters:
         given["cache_position"] = torch.arange(8)
     if name == "gemma3":
         made = masking_utils.create_causal_mask(**given, or_mask_function=lambda b, h, q, k: (q < 3) & (k < 3))
-    elif "allow_is_causal_skip" in masking_utils.create_causal_mask.__code__.co_varnames:
+    elif "allow_is_causal_skip" in parameters:
         made = masking_utils.create_causal_mask(**given, allow_is_causal_skip=False)
     else:
         pytest.skip("an older transformers")

@@ -1,11 +1,14 @@
 """Logits, gradients and generated tokens of tiny models against the same models with dense float64 entmax."""
 
 import warnings
+from inspect import signature
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+
+from transformers import masking_utils
 
 import adasplash.integrations.transformers  # noqa: F401
 import dense_models
@@ -73,13 +76,21 @@ def test_local_layers_have_an_alpha_of_their_own():
 
 
 def test_scale_multiplies_the_models_own():
-    model = build("gpt2", adasplash_scale=0.5)
-    out = model(IDS, use_cache=False).last_hidden_state
+    model = build("bert", adasplash_scale=0.5)
+    out = model(IDS).last_hidden_state
     other = eager(model)
-    for block in other.h:
-        block.attn.scaling *= 0.5
+    for layer in other.encoder.layer:
+        layer.attention.self.scaling *= 0.5
     with softmax_is_entmax(1.5):
-        assert_close(out, other(IDS, use_cache=False).last_hidden_state, 1e-12)
+        assert_close(out, other(IDS).last_hidden_state, 1e-12)
+
+
+@pytest.mark.parametrize("weights", (False, True))
+def test_scales_of_gpt2(weights):
+    model = build("gpt2", scale_attn_weights=weights, scale_attn_by_inverse_layer_idx=True)
+    with softmax_is_entmax(1.5):
+        expected = eager(model)(IDS, use_cache=False).last_hidden_state
+    assert_close(model(IDS, use_cache=False).last_hidden_state, expected, 1e-10)
 
 
 @pytest.mark.parametrize("mask", ("none", "right", "left"))
@@ -138,6 +149,8 @@ SOME_WAYS = ("greedy", "static")
 )
 def test_generated_tokens(name, way):
     """Past the window, padded on the left."""
+    if way == "prefill in chunks" and "q_length" not in signature(masking_utils.sdpa_mask).parameters:
+        pytest.skip("an older transformers, which has it wrong with windows")
     model = build(name, "ForCausalLM")
     mask = None if name == "gpt2" else MASKS["left"][:, :9].clone()
     if mask is not None:

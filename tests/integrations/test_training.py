@@ -219,13 +219,15 @@ def test_a_recording_of_nothing():
 def test_logging_in_trainer(tmp_path):
     """Through Trainer's own loggers: what is in its history is what TensorBoard gets."""
     model = small()
-    trainer = Trainer(model, arguments(tmp_path, 4, logging_steps=2), train_dataset=DATA)
+    schedule = AlphaSchedule(start=1.2, end=1.6)
+    trainer = Trainer(model, arguments(tmp_path, 4, logging_steps=2), train_dataset=DATA, callbacks=[schedule])
     trainer.add_callback(LogAttention(trainer.log))
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "adasplash/support" in entry]
     assert [entry["step"] for entry in logged] == [1, 3]
     assert {"adasplash/layer_0/support", "adasplash/layer_1/alpha", "adasplash/empty_tiles"} <= set(logged[0])
     assert 1 <= logged[0]["adasplash/support"] <= 12
+    assert [entry["adasplash/alpha"] for entry in logged] == pytest.approx([1.2, 1.4])  # of the step's forward
     assert json.dumps(logged)
     assert all(module.entmax_norm.recorder is None for module in model.modules() if hasattr(module, "entmax_norm"))
     assert adasplash.__version__

@@ -109,4 +109,5 @@ def eager(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that runs transformers' own dense attention."""
     other = copy.deepcopy(model)
     other.set_attn_implementation("eager")
+    other.config._attn_implementation = "eager"  # older versions leave some models away
     return other

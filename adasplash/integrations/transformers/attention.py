@@ -67,7 +67,8 @@ def attention(
             raise NotImplementedError(f"adasplash: {name} chooses keys by {option}, and that is not served")
     batch = max(query.shape[0], key.shape[0])  # learned queries may be there once for all of the batch
     query, key, value = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (query, key, value))
-    scale = (query.shape[-1] ** -0.5 if scaling is None else scaling) * module.config.adasplash_scale
+    scale = _scale_of(module, query) if scaling is None else scaling
+    scale = scale * module.config.adasplash_scale
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     call = _Call(
@@ -182,6 +183,12 @@ def _seen_packed(call: _Call, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Ten
     shape = call.query.shape[0], call.query.shape[2], call.key.shape[2]
     seen = to_boolean(Offsets(cu_seqlens_q, call.window), *shape)
     return seen if call.causal else seen | seen.transpose(-2, -1)
+
+
+def _scale_of(layer: nn.Module, query: Tensor) -> float:
+    """The scale of a layer that gives none: 1/√D, but for GPT-2, which has options and before 5.4 tells nobody."""
+    scale = query.shape[-1] ** -0.5 if getattr(layer, "scale_attn_weights", True) else 1.0
+    return scale / (layer.layer_idx + 1) if getattr(layer, "scale_attn_by_inverse_layer_idx", False) else scale
 
 
 def _weights_are_captured() -> bool:

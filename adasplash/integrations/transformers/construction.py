@@ -2,7 +2,7 @@
 
 transformers has registries for attention and mask functions, and none for what else a model needs: parameters before
 its weights are loaded, an error where the word would change nothing, and config.json that keeps the word. For these,
-four methods of its base classes are extended.
+six methods of its base classes are extended.
 """
 
 import functools
@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from adasplash.integrations.transformers.attention import attention
 from adasplash.integrations.transformers.configuration import WORD, hand_down, set_defaults, sub_configs, word_to_save
-from adasplash.integrations.transformers.layers import cannot_switch, prepare
+from adasplash.integrations.transformers.layers import can_switch, cannot_switch, prepare
 from adasplash.integrations.transformers.masks import mask
 from adasplash.integrations.transformers.normaliser import EntmaxNormaliser
 
@@ -28,6 +28,7 @@ def register() -> None:
     _extend(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
     _extend(PreTrainedModel, "_initialize_weights", _initialize_weights)
     _extend(PreTrainedConfig, "to_dict", _to_dict)
+    _extend_from_dict()
 
 
 def _extend(owner: type, name: str, extension) -> None:
@@ -48,7 +49,7 @@ def _init(theirs, model: PreTrainedModel, config, *args, **kwargs) -> None:
     """Models inside of this one are built next, and with them their layers."""
     if isinstance(config, PreTrainedConfig):
         hand_down(config)
-        if config._attn_implementation == WORD and not type(model)._can_set_attn_implementation():
+        if config._attn_implementation == WORD and not can_switch(type(model)):
             raise cannot_switch(type(model).__name__)
     theirs(model, config, *args, **kwargs)
 
@@ -64,9 +65,11 @@ def _post_init(theirs, model: PreTrainedModel) -> None:
 
 
 def _set_attn_implementation(theirs, model: PreTrainedModel, attn_implementation, *args, **kwargs) -> None:
-    theirs(model, attn_implementation, *args, **kwargs)
-    if attn_implementation == WORD and model.config._attn_implementation != WORD:
+    if attn_implementation == WORD and not can_switch(type(model)):
         raise cannot_switch(type(model).__name__)  # theirs warns and goes on
+    theirs(model, attn_implementation, *args, **kwargs)
+    if attn_implementation == WORD:
+        model.config._attn_implementation_internal = WORD  # theirs leaves some away that can be switched
     if _has_the_word(model.config):
         prepare(model)
 
@@ -79,6 +82,20 @@ def _initialize_weights(theirs, model: PreTrainedModel, module, *args, **kwargs)
         module._is_hf_initialized = True
         return
     theirs(model, module, *args, **kwargs)
+
+
+def _extend_from_dict() -> None:
+    theirs = PreTrainedConfig.__dict__["from_dict"].__func__
+
+    @functools.wraps(theirs)
+    def from_dict(cls, config_dict, **kwargs):
+        """Before 5.4 the word of a config.json is lost here."""
+        word = config_dict.get("attn_implementation")
+        if word == WORD or (isinstance(word, dict) and WORD in word.values()):
+            kwargs.setdefault("attn_implementation", word)
+        return theirs(cls, config_dict, **kwargs)
+
+    PreTrainedConfig.from_dict = classmethod(from_dict)
 
 
 def _to_dict(theirs, config: PreTrainedConfig) -> dict:

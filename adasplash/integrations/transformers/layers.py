@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,12 +57,23 @@ def refuse_what_cannot_be_switched(model: PreTrainedModel) -> None:
     """Raises where a part of the model would go on with softmax, whatever its config says."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == WORD:
-            if not type(module)._can_set_attn_implementation():
+            if not can_switch(type(module)):
                 raise cannot_switch(type(module).__name__)
             for inner in module.modules():
                 config = getattr(inner, "config", module.config)
                 if getattr(config, "_attn_implementation", WORD) == WORD and _has_its_own_softmax(inner):
                     raise cannot_switch(f"{type(module).__name__} (its {type(inner).__name__})")
+
+
+def can_switch(kind: type[PreTrainedModel]) -> bool:
+    """Whether a model class asks the interface, as transformers knows, or as its source shows in a form that some had
+    before 5.4."""
+    if kind._can_set_attn_implementation():
+        return True
+    try:
+        return "ALL_ATTENTION_FUNCTIONS[" in inspect.getsource(sys.modules[kind.__module__])
+    except (OSError, TypeError, KeyError):
+        return False
 
 
 def cannot_switch(name: str) -> ValueError:

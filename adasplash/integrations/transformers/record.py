@@ -23,7 +23,7 @@ class LayerRecord(NamedTuple):
     largest_weight: Tensor
     #: The share of 64×64 tiles without any weight, of those in which some query sees some key.
     empty_tiles: Tensor
-    #: α.
+    #: α, of the last forward.
     alpha: Tensor
 
 
@@ -59,6 +59,7 @@ class _Sums:
         self.support: Any = 0
         self.largest: Any = 0
         self.empty: Any = 0
+        self.alpha: Any = None
 
     def add(self, stats: AttentionStats) -> None:
         self._add(stats.support_size, stats.largest_weight, stats.empty_tiles)
@@ -83,11 +84,11 @@ class _Sums:
         self.support = self.support + support.sum(heads)
         self.largest = self.largest + torch.where(sees, largest.float(), 0).sum(heads)
         self.empty = self.empty + empty.float().mean(0)
+        self.alpha = torch.as_tensor(self.layer.entmax_norm.value(), device=sees.device).detach().float().clone()
 
     def record(self) -> LayerRecord:
         rows = self.rows.clamp(min=1)
-        alpha = torch.as_tensor(self.layer.entmax_norm.value()).detach().float()
-        facts = self.support / rows, self.largest / rows, self.empty / self.calls, alpha.expand(rows.shape)
+        facts = self.support / rows, self.largest / rows, self.empty / self.calls, self.alpha.expand(rows.shape)
         return LayerRecord(*(fact.float().cpu() for fact in facts))
 
 
