@@ -8,7 +8,7 @@ import torch
 import adasplash
 import reference
 from adasplash import entmax_attn, entmax_attn_varlen
-from common import Inputs, assert_same_bits, check_gradients, run_python, scored_inputs
+from common import Inputs, assert_same_bits, check_gradients, gradients, run_python, scored_inputs
 from packing import check_packed, packed
 
 SEED = 0x1234_5678_9ABC_DEF0
