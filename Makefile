@@ -56,7 +56,7 @@ demo: $(if $(HAS_GPU),setup,$(VENV)/.installed)
 demo-quick: $(VENV)/.installed
 	$(BIN)/python examples/gpt/demo.py --device "$(DEVICE)" --steps 20 --bytes 40 --out build/demo-quick
 
-# The emulation takes seconds a test: one case of each, but all of what is about the launches.
+# The emulation takes seconds a test: one case of each and no slow ones, but all of what is about the launches.
 test: setup
 	$(BIN)/python -m pytest -n 2 --backend emulated --cases 1 tests
 	$(BIN)/python -m pytest -n 2 --cases 8 -m "not builds" tests
