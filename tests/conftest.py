@@ -111,9 +111,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def spread(items, most: int, chosen: str) -> list:
-    """At most so many cases of each test function, and all of those about a backend of their own; emulated no slow ones.
-    Where they lie among its cases is another place for each function, so that together they meet all values of what many
-    functions share."""
+    """At most so many cases of each test function, and all of those about a backend of their own; emulated no slow
+    ones. Where they lie among its cases is another place for each function, so that together they meet all values of
+    what many functions share."""
     kept, functions = [], {}
     for item in items:
         if chosen == "emulated" and item.get_closest_marker("slow") and not item.get_closest_marker("backends"):
