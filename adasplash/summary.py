@@ -27,8 +27,8 @@ class AttentionStats(NamedTuple):
     maximum: Tensor
     #: tau − maximum, from −1 to 0; for α = 1 log Σ exp(z − maximum). ∞ for a row that sees no key, NaN for a NaN row.
     gap: Tensor
-    #: How many keys are above tau, int64, also where their weight rounds to 0; for α = 1 all that are seen. 0 for a row
-    #: that sees no key and for a NaN row.
+    #: How many keys are above tau, int64; one whose weight rounds to 0 may count or not. For α = 1 all that are seen. 0
+    #: for a row that sees no key and for a NaN row.
     support_size: Tensor
     #: The largest weight, in tau's type. 0 for a row that sees no key, NaN for a NaN row.
     largest_weight: Tensor
@@ -72,8 +72,8 @@ def entmax_attn_summary(
 ) -> Tuple[Tensor, AttentionStats]:  # noqa: UP006
     """``entmax_attn`` and what it attended to, for little more than its own time.
 
-    A row's support is counted in the tiles that hold weight: one more product of queries and keys there. Where α is the
-    number 1 and torch's own attention serves, the facts take a forward of this library beside it.
+    On a GPU a row's support is counted in the tiles that hold weight, by one more product of queries and keys there; on
+    the CPU the forward has counted it. Where α is the number 1 and torch's own attention serves, the facts take a forward of this library beside it.
 
     Args:
         query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts: as in

@@ -86,7 +86,8 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
 // The same, and what it attended to: the output, of the bits of the ops above and differentiable as theirs; and of each
 // row, (B, H, M), packed (H, T_q), without a gradient:
 //
-//   support_size    int32: how many keys are above the threshold; for alpha = 1 how many are seen
+//   support_size    int32: how many keys are above the threshold, where one whose weight rounds to 0 may count or not;
+//                   for alpha = 1 how many are seen
 //   largest_weight  float32, float64 for float64 tensors, as the two below: the largest weight
 //   maximum         the largest (alpha - 1) * score; for alpha = 1 the largest score
 //   gap             tau less maximum; for alpha = 1 the log of the sum of exp(score - maximum)

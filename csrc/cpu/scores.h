@@ -7,7 +7,8 @@ namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
 
 // q.k may overflow where z = z_scale * q.k does not, so a query with a component above this is multiplied by a power of
-// two first, and its products by the inverse, its growth: that changes no bit of them.
+// two first, and its products by the inverse, its growth: that changes no bit of them, unless components are so much
+// smaller than the largest that they become denormal (docs/contract.md).
 template <typename A>
 constexpr A kLargestFactor = 1 << 20;
 
