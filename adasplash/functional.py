@@ -91,6 +91,24 @@ def draw_seed(query: Tensor) -> Tensor:
     return torch.randint_like(query.new_empty([], dtype=torch.int64), 9223372036854775807)
 
 
+def resolve(
+    query: Tensor,
+    scale: Union[float, Tensor, None],  # noqa: UP007
+    dropout_p: float,
+    dropout_seed: Optional[Tensor],  # noqa: UP045
+) -> Tuple[Tensor, Optional[float], Optional[Tensor]]:  # noqa: UP006, UP045
+    """What scripted code gives an op for these: query times a scale that is a tensor, the scale that is left, and a
+    seed where dropout wants one."""
+    if dropout_p > 0.0 and dropout_seed is None:
+        dropout_seed = draw_seed(query)
+    factor: Optional[float] = None  # noqa: UP045
+    if isinstance(scale, Tensor):
+        query, factor = query * scale.reshape([]), 1.0
+    elif scale is not None:
+        factor = scale
+    return query, factor, dropout_seed
+
+
 def attend(
     function, query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts=None,
     dropout_p=0.0, dropout_seed=None, names=None, op=None,
@@ -265,13 +283,7 @@ def entmax_attn(
             dropout_p,
             dropout_seed,
         )
-    if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = draw_seed(query)
-    factor: Optional[float] = None  # noqa: UP045
-    if isinstance(scale, Tensor):
-        query, factor = query * scale.reshape([]), 1.0
-    elif scale is not None:
-        factor = scale
+    query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
     # TorchScript knows no overload by name; it chooses one for each branch by the type that alpha has there.
     if isinstance(alpha, Tensor):
         return torch.ops.adasplash.entmax_attn(
@@ -359,13 +371,7 @@ def entmax_attn_varlen(
             "entmax_attn_varlen", query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha,
             is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, torch.ops.adasplash.entmax_attn_varlen,
         )  # fmt: skip
-    if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = draw_seed(query)
-    factor: Optional[float] = None  # noqa: UP045
-    if isinstance(scale, Tensor):
-        query, factor = query * scale.reshape([]), 1.0
-    elif scale is not None:
-        factor = scale
+    query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
     if isinstance(alpha, Tensor):  # as above
         return torch.ops.adasplash.entmax_attn_varlen(
             query,

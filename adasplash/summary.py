@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional, Tuple, Union  # noqa: UP035  (TorchScri
 import torch
 from torch import Tensor
 
-from adasplash.functional import attend, attend_packed, draw_seed
+from adasplash.functional import attend, attend_packed, resolve
 
 
 class AttentionStats(NamedTuple):
@@ -73,7 +73,8 @@ def entmax_attn_summary(
     """``entmax_attn`` and what it attended to, for little more than its own time.
 
     On a GPU a row's support is counted in the tiles that hold weight, by one more product of queries and keys there; on
-    the CPU the forward has counted it. Where α is the number 1 and torch's own attention serves, the facts take a forward of this library beside it.
+    the CPU the forward has counted it. Where α is the number 1 and torch's own attention serves, the facts take a
+    forward of this library beside it.
 
     Args:
         query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts: as in
@@ -97,13 +98,7 @@ def entmax_attn_summary(
             alibi_slopes, kv_starts, dropout_p, dropout_seed, op=torch.ops.adasplash.entmax_attn_summary,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
-    if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = draw_seed(query)
-    factor: Optional[float] = None  # noqa: UP045
-    if isinstance(scale, Tensor):
-        query, factor = query * scale.reshape([]), 1.0
-    elif scale is not None:
-        factor = scale
+    query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
     if isinstance(alpha, Tensor):  # a branch for each overload, as in entmax_attn
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_summary(
             query, key, value, alpha, is_causal, scale=factor, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
@@ -157,13 +152,7 @@ def entmax_attn_varlen_summary(
             op=torch.ops.adasplash.entmax_attn_varlen_summary,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
-    if dropout_p > 0.0 and dropout_seed is None:
-        dropout_seed = draw_seed(query)
-    factor: Optional[float] = None  # noqa: UP045
-    if isinstance(scale, Tensor):
-        query, factor = query * scale.reshape([]), 1.0
-    elif scale is not None:
-        factor = scale
+    query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
     if isinstance(alpha, Tensor):
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_varlen_summary(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale=factor,

@@ -67,11 +67,8 @@ class ForwardBlock : ForwardRows<T, A> {
       count += (row.z[i] - row.max) - gap > 0;
     }
     const bool fits = count <= head_.capacity;
-    Base::save_state(r, row.max, gap, kSupportOverflow, count);
-    if (fits) {
-      std::fill_n(Base::support_of(r), std::min<int64_t>(head_.capacity, 2), kEndOfSupport);
-      std::copy_n(row.key, count, Base::support_of(r));
-    }
+    Base::save_state(r, row.max, gap, fits ? kEndOfSupport : kSupportOverflow, count);
+    if (fits) std::copy_n(row.key, count, Base::support_of(r));
     for (int64_t i = 0; i < count; ++i) tiles_.set(row.key[i]);
 
     pad_z(row.z, count, kLanes<A>);

@@ -77,11 +77,10 @@ class SoftmaxBlock : ForwardRows<T, A> {
 
   void finish(int64_t r, Interval visible) {
     Base::write_out(r, buffers_.out + r * head_.value_dim, row(r).sums.p);
-    Base::save_state(r, row(r).max, static_cast<A>(std::log(row(r).sums.p)), kSupportOverflow, visible.size());
-    if (visible.size() <= head_.capacity) {
-      std::fill_n(Base::support_of(r), head_.capacity, kEndOfSupport);
-      std::iota(Base::support_of(r), Base::support_of(r) + visible.size(), static_cast<int32_t>(visible.begin));
-    }
+    const bool fits = visible.size() <= head_.capacity;
+    const A gap = static_cast<A>(std::log(row(r).sums.p));
+    Base::save_state(r, row(r).max, gap, fits ? kEndOfSupport : kSupportOverflow, visible.size());
+    if (fits) std::iota(Base::support_of(r), Base::support_of(r) + visible.size(), static_cast<int32_t>(visible.begin));
     tiles_.set(visible);
   }
 };
