@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from bench.lib import machine, results
 from bench.lib.case import DTYPES, PASSES, Case, grid
-from bench.lib.inputs import Inputs, captured_sizes, make_grad, make_inputs
+from bench.lib.inputs import TRAINED, Inputs, captured_sizes, is_captured, make_grad, make_inputs
 from bench.lib.presets import PRESETS, Entry, entries_of, goals_of
-from bench.lib.reference import Check, empty_tiles, make_check
+from bench.lib.reference import Check, empty_tiles, keys_of_block, make_check
 from bench.lib.remote import RemoteRunner
 from bench.lib.results import NO_RATIO, PEAK_MEMORY, Row
 from bench.lib.runner import LocalRunner, Runner
@@ -73,6 +73,7 @@ class Bench:
                     contender.runner.close()
             if entry.memory:
                 rows += self._memory(entry, peers, inputs.numel() * 8 / 3 * grad.element_size() / 2**20)
+            common["keys_of_block"] = round(keys_of_block(case, inputs), 4)
             common["empty_tiles"] = round(empty_tiles(case, inputs), 4)  # calls our op, whose first call is timed above
         self._bar.n = start + 1
         return [{**common, **row} for row in rows]
@@ -188,6 +189,11 @@ def line_of(row: Row) -> str:
     return text
 
 
+def _needs_trained(options: argparse.Namespace) -> bool:
+    inputs = [entry.case.input for entry in entries_of(options.preset)] if options.preset else options.inputs
+    return "trained" in inputs and torch.cuda.is_available()
+
+
 def _entries(options: argparse.Namespace) -> list[Entry]:
     if options.preset:
         return [
@@ -209,9 +215,8 @@ def _entries(options: argparse.Namespace) -> list[Entry]:
         seed=[options.seed],
     )
     for i, case in enumerate(cases):
-        kind, _, path = case.input.partition(":")
-        if kind == "captured":  # the file knows its own sizes
-            cases[i] = replace(case, **captured_sizes(path))
+        if is_captured(case.input):  # the file knows its own sizes
+            cases[i] = replace(case, **captured_sizes(case.input))
     peers = tuple(peer for peer in options.peers or ["sdpa"] if peer != OURS)
     effort = Effort(10 if options.seconds is None else options.seconds, options.fewest, options.most)
     return [Entry(case, peers, goals_of(case), effort, options.memory) for case in dict.fromkeys(cases)]
@@ -243,7 +248,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="leave out a preset's peak memory")
     own = parser.add_argument_group("a sweep of one's own: every combination of what is listed")
     own.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    own.add_argument("--inputs", nargs="+", metavar="KIND:VALUE", help="gaussian:σ, structured:share, captured:file")
+    own.add_argument("--inputs", nargs="+", metavar="KIND:VALUE", help="gaussian:σ, structured:share, trained, …:file")
     own.add_argument("--lengths", nargs="+", type=int, metavar="N", help="queries, and keys")
     own.add_argument("--heads", nargs="+", type=int, default=[4], metavar="H")
     own.add_argument("--batches", nargs="+", type=int, default=[1], metavar="B")
@@ -268,6 +273,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 if anything failed or was wrong, else 0; a goal that was missed is no failure."""
     options = parse(arguments)
+    if _needs_trained(options) and not TRAINED.exists():
+        print(f'Training a model for the input "trained", once: {TRAINED}', flush=True)
+        from bench import capture  # the example's modules have plain names, and are imported where they are used
+
+        capture.main(["--device", "cuda"])
     entries = _entries(options)
     if not entries:
         sys.exit("error: no such case among those of the preset")

@@ -42,8 +42,8 @@ def page(rows: Sequence[Row]) -> str:
         "pairs that ran one after the other, with quartiles. Peak memory is that of a training step beyond inputs, "
         "output and gradients; ratios of it are with them.\n\n"
         "Inputs: σ = 1.5 stands for entries of query and key from N(0, 1.5²); structured 50% empty for keys in topics, "
-        "such that half of the visible 64×64 tiles have no weight ([how](../README.md#inputs)); captured for what a "
-        "trained model computes."
+        "such that half of the visible 64×64 tiles have no weight ([how](../README.md#inputs)); trained and "
+        "captured for what trained models compute."
     )
     body = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
     return f"# Measured\n\n{notes}\n\n{body}\n"

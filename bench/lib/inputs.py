@@ -3,12 +3,14 @@
     gaussian:σ        entries of query and key from N(0, σ²). No structure: few empty tiles, few keys a row.
     structured:share  keys in segments that queries find locally and by topic; `share` (0 … 0.95) of the 64×64 tiles,
                       among those the mask leaves visible, is to stay empty.
-    captured:file     query, key and value that `bench.capture` took out of a trained model.
+    trained           query, key and value of all heads of a GPT that `bench.capture` trained, 8 layers of 8 heads.
+    captured:file     the same of another model, from a file of `bench.capture`.
 
 Values are drawn from N(0, 1), but for captured ones. The same case gives the same numbers on every device.
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from bench.lib.case import Case
 
+#: Where `bench.capture` puts what "trained" is.
+TRAINED = Path(__file__).resolve().parents[2] / "build" / "bench" / "trained.pt"
 TILE = 64
 MATCH = 16.0  # score of a query with the keys of its topic …
 SPREAD = 0.75  # … and its standard deviation over those keys; other topics' keys stay near zero or below
@@ -43,10 +47,10 @@ def make_inputs(case: Case) -> Inputs:
     elif kind == "structured":
         query, key = _structured(case, float(setting), generator)
         value = torch.randn(shape, generator=generator)
-    elif kind == "captured":
-        query, key, value = _captured(setting, shape)
+    elif is_captured(case.input):
+        query, key, value = _captured(case.input, shape)
     else:
-        raise ValueError(f"input must be gaussian:σ, structured:share or captured:file, got {case.input!r}")
+        raise ValueError(f"input must be gaussian:σ, structured:share, trained or captured:file, got {case.input!r}")
     return Inputs(*(x.to(case.device, case.torch_dtype) for x in (query, key, value)))
 
 
@@ -116,17 +120,26 @@ def _codes(count: int, dim: int, generator: torch.Generator) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=-1)
 
 
-def _captured(path: str, shape: tuple[int, ...]) -> list[Tensor]:
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+def is_captured(name: str) -> bool:
+    """Whether an input lies in a file, which says its sizes."""
+    return name == "trained" or name.startswith("captured:")
+
+
+def _load(name: str) -> dict:
+    return torch.load(name.partition(":")[2] or TRAINED, map_location="cpu", weights_only=True)
+
+
+def _captured(name: str, shape: tuple[int, ...]) -> list[Tensor]:
+    saved = _load(name)
     tensors = [saved[name] for name in ("query", "key", "value")]
     held = tuple(tensors[0].shape)
     if any(x < y for x, y in zip(held, shape, strict=True)) or held[3] != shape[3]:
-        raise ValueError(f"{path} holds (batch, heads, length, head_dim) = {held}, but the case asks for {shape}")
+        raise ValueError(f"{name} holds (batch, heads, length, head_dim) = {held}, but the case asks for {shape}")
     return [x[: shape[0], : shape[1], : shape[2]].float() for x in tensors]
 
 
-def captured_sizes(path: str) -> dict[str, int | float]:
-    """batch, heads, length, head_dim and alpha of a file of captured tensors, as fields of a case."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+def captured_sizes(name: str) -> dict[str, int | float]:
+    """batch, heads, length, head_dim and alpha of a captured input, as fields of a case."""
+    saved = _load(name)
     sizes = dict(zip(("batch", "heads", "length", "head_dim"), saved["query"].shape, strict=True))
     return {**sizes, "alpha": saved["alpha"]}

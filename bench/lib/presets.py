@@ -88,6 +88,7 @@ def sweep() -> list[Entry]:
 
 
 GPU_BASE = Case(device="cuda", dtype="bf16", heads=16, length=16384)
+TRAINED_CASE = replace(GPU_BASE, input="trained", batch=8, heads=8, length=8192)
 GPU_PEERS = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex", "pypi-v2")
 
 
@@ -107,7 +108,8 @@ def gpu_targets() -> list[Entry]:
         ),
         "gaussian:1.5": (Goal("sdpa-flash", BOTH, 1.5), Goal("sdpa-flash", PEAK_MEMORY, 1.1)),
     }
-    return [
+    trained = (Goal("sdpa-cudnn", BOTH, 0.45),)
+    return [Entry(TRAINED_CASE, GPU_PEERS, trained)] + [
         Entry(
             replace(GPU_BASE, input=name, head_dim=head_dim),
             GPU_PEERS,

@@ -1,4 +1,5 @@
-"""What is right, in fp64, for some rows of a case, and what the case is like: support and empty tiles.
+"""What is right, in fp64, for some rows of a case, and what the case is like: support, keys that neighbours share, and
+empty tiles.
 
 Only sampled queries are worked out, against all keys, so that any length can be checked. With a gradient of the output
 that is zero but at those queries, the whole gradients of key and value follow from them too.
@@ -93,6 +94,22 @@ def _dense(
 
 def _error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
+
+
+@torch.no_grad()
+def keys_of_block(case: Case, inputs: Inputs, blocks: int = 8) -> float:
+    """Of the keys that 64 neighbouring queries see, the share that any of them weighs, in the mean over some blocks."""
+    shares = []
+    size = min(TILE, case.length)
+    for first in torch.linspace(0, case.length - size, blocks, dtype=torch.float64).long().tolist():
+        rows = torch.arange(first, first + size, device=inputs.query.device)
+        seen = first + size if case.causal else case.length
+        scores = inputs.query[:, :, rows].float() @ inputs.key[:, :, :seen].float().transpose(-2, -1)
+        scores = scores * case.head_dim**-0.5
+        if case.causal:
+            scores = scores.masked_fill(torch.arange(seen, device=rows.device) > rows[:, None], -torch.inf)
+        shares.append((entmax(scores, case.alpha) > 0).any(-2).double().mean().item())
+    return sum(shares) / len(shares)
 
 
 def empty_tiles(case: Case, inputs: Inputs) -> float:

@@ -1,7 +1,8 @@
 """Result files: JSON lines, one row a case, peer and quantity.
 
 A row holds `bench.lib.machine.facts`, the case's fields, `support` (mean keys with weight a query), `empty_tiles` (of
-the visible 64×64 tiles the share without weight), `preset`, `entry` (one number for what was measured together), and
+the visible 64×64 tiles the share without weight), `keys_of_block` (of the keys that 64 neighbouring queries see, the
+share that any of them weighs; since 2026-11-29), `preset`, `entry` (one number for what was measured together), and
     peer, what       what was measured of whom: a pass, or PEAK_MEMORY
     unit             "ms" a call, or "MiB" beyond inputs, outputs and gradients
     median, low, high, samples    of the rounds, with quartiles

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from bench.lib.case import BACKWARD, BOTH, FORWARD, Case
+from bench.lib.inputs import is_captured
 from bench.lib.results import PEAK_MEMORY, Row, case_of
 from bench.peers import OURS, PEERS
 
@@ -79,7 +80,7 @@ def input_name(text: str) -> str:
     kind, _, value = text.partition(":")
     if kind == "gaussian":
         return f"σ = {value}"
-    return f"structured {float(value):.0%} empty" if kind == "structured" else "captured"
+    return f"structured {float(value):.0%} empty" if kind == "structured" else kind
 
 
 def number(value: float) -> str:
@@ -134,7 +135,7 @@ def summary(rows: Sequence[Row], peer: str) -> str:
         found = {row["what"]: row for row in of_case if row["peer"] == peer and row["what"] in (FORWARD, BOTH)}
         if not found or (case.device == "cpu" and all(row["goal"] is None for row in found.values())):
             continue
-        if case.input.startswith("captured"):  # of sizes of its own
+        if is_captured(case.input):  # of sizes of its own
             continue
         line = tuple(getattr(case, name) for name in of_line)
         column = _differences(replace(case, **{name: getattr(base, name) for name in of_line}), base)
@@ -167,8 +168,8 @@ def _goal(row: Row) -> str:
 
 def times(rows: Sequence[Row]) -> str:
     """Every case and peer: medians in ms with ratios, and peak memory."""
-    head = ["case", "keys a query", "empty tiles", "of", "forward", "backward", "forward + backward", "peak MiB"]
-    table: Table = [head]
+    inputs = ["case", "keys a query", "keys of 64 queries", "empty tiles"]
+    table: Table = [[*inputs, "of", "forward", "backward", "forward + backward", "peak MiB"]]
     base = base_case(rows)
     for case, of_case in _by_entry(rows):
         peers = list(dict.fromkeys(row["peer"] for row in of_case))
@@ -176,7 +177,9 @@ def times(rows: Sequence[Row]) -> str:
             found = {row["what"]: row for row in of_case if row["peer"] == peer}
             first = peer == peers[0]
             name, support, empty = _differences(case, base), of_case[0]["support"], of_case[0]["empty_tiles"]
-            cells = [name, number(support), f"{empty:.0%}"] if first else ["", "", ""]
+            shared = of_case[0].get("keys_of_block")
+            keys = "" if shared is None else f"{shared:.1%}"
+            cells = [name, number(support), keys, f"{empty:.0%}"] if first else ["", "", "", ""]
             cells.append(PEERS[peer].label)
             for what in (FORWARD, BACKWARD, BOTH):
                 row = found.get(what)

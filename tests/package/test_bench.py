@@ -2,21 +2,23 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import reference
-from bench import activation, attention, overhead, report, solver
+from bench import activation, attention, capture, overhead, report, solver
 from bench.lib import readme, results, tables
 from bench.lib.case import BOTH, FORWARD, Case
 from bench.lib.inputs import Inputs, make_grad, make_inputs
 from bench.lib.presets import PRESETS, entries_of
-from bench.lib.reference import empty_tiles, make_check
+from bench.lib.reference import empty_tiles, keys_of_block, make_check
 from bench.lib.remote import RemoteRunner
 from bench.lib.runner import LocalRunner, Seconds
 from bench.lib.timing import Effort, measure
 from bench.peers import OURS, PEERS
+from model import GPTConfig
 
 pytestmark = pytest.mark.backends("cpu")
 SMALL = Case(length=128, heads=2, head_dim=16, input="gaussian:1.5")
@@ -47,7 +49,7 @@ def test_inputs_are_what_their_name_says():
     for name in ("gaussian:1", "structured:0.5"):
         case = replace(SMALL, input=name)
         assert all(torch.equal(x, y) for x, y in zip(make_inputs(case), make_inputs(case), strict=True))
-    with pytest.raises(ValueError, match="gaussian:σ, structured:share or captured:file"):
+    with pytest.raises(ValueError, match="gaussian:σ, structured:share, trained or captured:file"):
         make_inputs(replace(SMALL, input="round:1"))
 
 
@@ -62,6 +64,27 @@ def test_captured_inputs(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(make_inputs(case), tensors, strict=True))
     with pytest.raises(ValueError, match="but the case asks for"):
         make_inputs(replace(case, length=200))
+
+
+def test_a_model_is_trained_and_its_heads_captured(tmp_path, monkeypatch):
+    """In small, on the CPU, as bench.capture does it on a GPU; heads are those of the model's own attention."""
+    file = tmp_path / "folder" / "trained.pt"
+    config = GPTConfig(layers=2, heads=2, width=32, context=128)
+    capture.make(file, Path(capture.__file__).parents[1] / "README.md", torch.device("cpu"), steps=3, config=config)
+    monkeypatch.setattr("bench.lib.inputs.TRAINED", file)
+    (entry,) = attention._entries(attention.parse(["--inputs", "trained"]))
+    case = replace(entry.case, dtype="bf16")
+    assert (case.batch, case.heads, case.length, case.head_dim, case.alpha) == (2, 2, 128, 16, 1.5)
+    inputs = make_inputs(case)
+    assert all(x.dtype == torch.bfloat16 and x.std() > 0 for x in inputs)
+    weights = reference.attention(*(x.double() for x in inputs), case.alpha, case.causal).weights
+    assert keys_of_block(case, inputs, blocks=2) == pytest.approx(dense_keys_of_block(weights), abs=1e-3)
+
+
+def dense_keys_of_block(weights) -> float:
+    """Of two blocks of 64 queries, the first and the last of 128."""
+    first, last = weights[..., :64, :64], weights[..., 64:, :]
+    return sum((block > 0).any(-2).double().mean().item() for block in (first, last)) / 2
 
 
 def local(name: str, case: Case) -> LocalRunner:
