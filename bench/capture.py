@@ -29,14 +29,16 @@ from train import Checkpoint, Trainer, evaluate, learning_rate_at
 CONFIG = GPTConfig(layers=8, heads=8, width=512, context=8192)
 
 
-def train(corpus: Corpus, config: GPTConfig, steps: int, device: torch.device, seed: int) -> GPT:
+def train(
+    corpus: Corpus, config: GPTConfig, steps: int, device: torch.device, learning_rate: float = 3e-4, seed: int = 0
+) -> GPT:
     """Trains on a window a step, in bfloat16 by autocast, as such models usually are."""
     trainer = Trainer(config, device, seed)
     batches = corpus.batches(1, config.context, seed)
     with torch.autocast(device.type, torch.bfloat16), trange(steps, desc="training", mininterval=1) as bar:
         for step in bar:
             inputs, targets = (each.to(device) for each in next(batches))
-            loss, seconds = trainer.step(inputs, targets, learning_rate_at(step / steps, peak=1e-3))
+            loss, seconds = trainer.step(inputs, targets, learning_rate_at(step / steps, learning_rate))
             bar.set_postfix_str(f"{loss / math.log(2):.3f} bits a byte, {1000 * seconds:.0f} ms", refresh=False)
         held_out = evaluate(trainer.model.eval(), corpus.validation_windows(16, config.context), batch=1)
     print(f"{held_out / math.log(2):.3f} bits a byte on text held out", flush=True)
@@ -58,11 +60,12 @@ def capture(model: GPT, tokens: Tensor) -> dict[str, Tensor | float]:
     return {"query": query, "key": key, "value": value, "alpha": model.blocks[0].attention.alpha}
 
 
-def make(out: Path, text: Path | None, device: torch.device, steps: int, seed: int = 0, config=CONFIG) -> None:
+def make(out: Path, text: Path | None, config: GPTConfig = CONFIG, **training) -> None:
     """Trains a model and writes what its heads are given, in bfloat16."""
     corpus = load_corpus(text, config.context)
-    model = train(corpus, config, steps, device, seed)
+    model = train(corpus, config, **training)
     tokens, _ = corpus.validation_windows(1, config.context)
+    device = model.embedding.weight.device
     with torch.autocast(device.type, torch.bfloat16):
         captured = capture(model, tokens.to(device))
     _write(out, {name: x.bfloat16() if isinstance(x, Tensor) else x for name, x in captured.items()})
@@ -82,12 +85,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="file or folder to train on (default: Python's own library)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3000, help="of training (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="at its highest (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="of examples/gpt/train.py or the demo, instead of training")
     parser.add_argument("--windows", type=int, default=1, help="of a checkpoint, a layer (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.checkpoint is None:
-        return make(options.out, options.text, options.device, options.steps, options.seed)
+        training = {name: getattr(options, name) for name in ("steps", "device", "learning_rate", "seed")}
+        return make(options.out, options.text, **training)
     trained = Checkpoint.load(options.checkpoint)
     context = trained.config.context
     tokens, _ = load_corpus(options.text, context).validation_windows(options.windows, context)

@@ -70,7 +70,7 @@ def test_a_model_is_trained_and_its_heads_captured(tmp_path, monkeypatch):
     """In small, on the CPU, as bench.capture does it on a GPU; heads are those of the model's own attention."""
     file = tmp_path / "folder" / "trained.pt"
     config = GPTConfig(layers=2, heads=2, width=32, context=128)
-    capture.make(file, Path(capture.__file__).parents[1] / "README.md", torch.device("cpu"), steps=3, config=config)
+    capture.make(file, Path(capture.__file__).parents[1] / "README.md", config, steps=3, device=torch.device("cpu"))
     monkeypatch.setattr("bench.lib.inputs.TRAINED", file)
     (entry,) = attention._entries(attention.parse(["--inputs", "trained"]))
     case = replace(entry.case, dtype="bf16")
