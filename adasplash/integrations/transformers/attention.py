@@ -119,7 +119,7 @@ def attention(
         )
         if isinstance(mask, Lengths) and torch.compiler.is_compiling():
             out = out.masked_fill((mask.ends == NOT_SERVED).view(-1, 1, 1, 1), torch.nan)
-        _recorder(module, "add_weights", weights, seen)
+        _recorder(module, "add_weights", call.alpha, weights, seen)
         return out.transpose(1, 2).contiguous(), weights if wanted else None
     if cu_seqlens[0] is not None:
         return _attend_packed(call, cu_seqlens, lengths), None
@@ -138,7 +138,7 @@ def _attend(call: _Call, mask: Lengths | None) -> Tensor:
     given = call.query, call.key, call.value, call.alpha
     if _is_recorded(call.layer):
         out, stats = entmax_attn_summary(*given, **options)
-        _recorder(call.layer, "add", stats)
+        _recorder(call.layer, "add", call.alpha, stats)
         return out
     return entmax_attn(*given, **options)
 
@@ -156,7 +156,7 @@ def _attend_packed(call: _Call, cu_seqlens: tuple[Tensor, Tensor], lengths: tupl
     given = query, key, value, *cu_seqlens, *longest, call.alpha
     if _is_recorded(call.layer):
         out, stats = entmax_attn_varlen_summary(*given, **options)
-        _recorder(call.layer, "add", stats)
+        _recorder(call.layer, "add", call.alpha, stats)
     else:
         out = entmax_attn_varlen(*given, **options)
     return out.unflatten(0, call.query.shape[:1] + call.query.shape[2:3])
