@@ -23,7 +23,7 @@ from adasplash.sdpa import scaled_dot_product_attention
 
 _SDPA = "scaled_dot_product_attention"
 #: Attention that is no function of torch's, or none that can be replaced, by the beginning of its name.
-_OTHERS = ("flash_attn", "flex_attention", "memory_efficient_attention", "sageattn")
+_OTHERS = ("flash_attn", "flex_attention", "memory_efficient_attention", "multi_head_attention_forward", "sageattn")
 
 
 class replace_sdpa(TorchFunctionMode):
@@ -182,13 +182,15 @@ def _is_to_be_patched(name: str, module: nn.Module, alpha: float | Tensor) -> bo
         if isinstance(alpha, Tensor):
             refuse("takes a number as alpha")
         return True
-    if type(module).__module__.startswith(("torch.", "adasplash.")):
+    if type(module).__module__.startswith(("torch.", "adasplash.")) and not isinstance(module, nn.MultiheadAttention):
         return False
     mentioned = {each for names in _mentions(type(module)).values() for each in names}
     if _SDPA in mentioned:
         if getattr(module, "fused_attn", True) is False:
             refuse(f"does not call {_SDPA} while its fused_attn is False; set it to True")
         return True
+    if isinstance(module, nn.MultiheadAttention):
+        refuse("derives from nn.MultiheadAttention, which lets nothing be replaced in it from outside")
     if "ALL_ATTENTION_FUNCTIONS" in mentioned:
         refuse("is a layer of transformers; adasplash.integrations.transformers.configure(model) is for these")
     for other in _OTHERS:

@@ -535,6 +535,16 @@ class FlashAttention(nn.Module):
         return flash_attn_func(x, x, x)
 
 
+class Derived(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Pooling(nn.Module):
+    def forward(self, x):
+        return F.multi_head_attention_forward(x, x, x, 16, 4)
+
+
 class Unfused(EitherAttention):
     fused_attn = False
 
@@ -544,6 +554,8 @@ class Unfused(EitherAttention):
     (
         (SoftmaxAttention(), r"1 \(SoftmaxAttention\) computes softmax itself"),
         (FlashAttention(), r"1 \(FlashAttention\) asks flash_attn, which cannot be replaced"),
+        (Derived(16, 4), r"1 \(Derived\) derives from nn.MultiheadAttention"),
+        (Pooling(), r"1 \(Pooling\) asks multi_head_attention_forward, which cannot be replaced"),
         (Unfused(), r"1 \(Unfused\) does not call scaled_dot_product_attention while its fused_attn is False"),
         (torch.jit.script(nn.Linear(2, 2)), "1 .* is TorchScript"),
         (nn.MultiheadAttention(16, 4, add_zero_attn=True), "1 .* has add_bias_kv or add_zero_attn"),
