@@ -2,7 +2,8 @@
 
 ``adasplash.entmax_attn`` is ``torch.ops.adasplash.entmax_attn`` with a documented Python signature, and
 ``adasplash.entmax_attn_varlen`` likewise; importing this package is what registers the ops. ``adasplash.entmax`` is the
-activation alone. ``adasplash.compat`` has the names of the authors' package, which are here too.
+activation alone. ``adasplash.patch_sdpa`` gives entmax to a model that calls torch's
+``scaled_dot_product_attention``. ``adasplash.compat`` has the names of the authors' package, which are here too.
 """
 
 from adasplash._load import cmake_prefix_path, load_library
@@ -39,6 +40,8 @@ from adasplash.losses import (  # noqa: E402
 from adasplash.modules import EntmaxAttention  # noqa: E402
 from adasplash.multihead import EntmaxMultiheadAttention  # noqa: E402
 from adasplash.onnx import register as _register_onnx  # noqa: E402
+from adasplash.replace import patch_sdpa, replace_sdpa, unpatch_sdpa  # noqa: E402
+from adasplash.sdpa import scaled_dot_product_attention  # noqa: E402
 from adasplash.sharding import register as _register_sharding  # noqa: E402
 from adasplash.summary import AttentionStats, entmax_attn_summary, entmax_attn_varlen_summary  # noqa: E402
 
@@ -71,6 +74,9 @@ __all__ = [
     "entmax_attn_varlen_summary",
     "entmax_loss",
     "ops_to_save",
+    "patch_sdpa",
+    "replace_sdpa",
+    "scaled_dot_product_attention",
     "sparsemax",
     "sparsemax_loss",
     "triton_entmax",
@@ -78,4 +84,5 @@ __all__ = [
     "triton_entmax_v1",
     "triton_entmax_v2",
     "triton_sparsemax",
+    "unpatch_sdpa",
 ]

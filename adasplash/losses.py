@@ -11,7 +11,7 @@ from typing import Optional, Union  # TorchScript knows these names on every tor
 import torch
 from torch import Tensor, nn
 
-from adasplash._arguments import INTEGER, NUMBER, NUMBER_OR_TENSOR, OPTIONAL_TENSOR, TENSOR, check, refuse
+from adasplash._arguments import INTEGER, NUMBER, NUMBER_OR_TENSOR, OPTIONAL_TENSOR, TENSOR, check, explain, refuse
 from adasplash.activation import entmax
 
 _REDUCTIONS = "none, sum, mean or elementwise_mean"
@@ -236,6 +236,8 @@ def _in_eager_code(function, input, target, alpha, ignore_index, reduction, weig
     except IndexError as error:
         most = input.shape[-1] - 1
         raise IndexError(f"{function}: target must be from 0 to {most}, or ignore_index: {error}") from None
+    except RuntimeError as error:  # of the activation's
+        explain(function, error, {}, "entmax")
 
 
 def _loss(

@@ -1,18 +1,14 @@
 """``EntmaxMultiheadAttention``, an ``nn.MultiheadAttention`` whose weights are α-entmax and not softmax."""
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
 from adasplash._arguments import BOOL, INTEGER, NUMBER, OPTIONAL_TENSOR, TENSOR, check
-from adasplash.activation import entmax
 from adasplash.functional import entmax_attn
+from adasplash.masked import MOST_CHANNELS, attend_by_keys, attend_densely, parts, warn_of_dense
 from adasplash.modules import EntmaxAttention
 
 _NAME = "EntmaxMultiheadAttention"
-_MAX_HEAD_DIM = 256  # of entmax_attn
-_warned: set[str] = set()
 
 
 class EntmaxMultiheadAttention(nn.MultiheadAttention):
@@ -209,8 +205,9 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
             )
         served = causal or mask is None
         if not need_weights and not served:
-            _warn_of_dense_weights()
-        if padding is not None and self.head_dim > _MAX_HEAD_DIM - 2:
+            hint = "; if it is the causal one, is_causal=True says so"
+            warn_of_dense(_NAME, "attn_mask", stacklevel=5, hint=hint)  # for whoever calls the module
+        if padding is not None and self.head_dim > MOST_CHANNELS - 2:
             served = False
         if need_weights or not served:
             out, weights = self._dense(q, k, v, padding, None if causal else mask, causal)
@@ -249,50 +246,24 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in all_three]
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, causal: bool) -> Tensor:
-        """Through entmax_attn. A key's mask is one more channel: far below all scores a key has no weight, exactly."""
+        """Through entmax_attn."""
         dropout_p = self._dropout_p()
         if padding is None:
             return entmax_attn(q, k, v, self.alpha, causal, dropout_p=dropout_p)
-        hidden, added = _parts(padding)
-        scale = self.head_dim**-0.5
-        far = 6e4 if q.dtype == torch.float16 else 1e18
-        # What hidden keys hold reaches nothing.
-        k, v = (x.masked_fill(hidden[:, None, :, None], 0.0) for x in (k, v))
-
-        def column(of_keys: Tensor) -> Tensor:
-            return of_keys[:, None, :, None].expand(*k.shape[:-1], 1)
-
-        queries, keys = [q, torch.full_like(q[..., :1], far)], [k, column(hidden.to(k.dtype) * -far)]
-        if added is not None:
-            most = torch.finfo(k.dtype).max / 4  # a mask may hold the least number there is, which must stay finite
-            added = (added / scale).clamp(-most, most).to(k.dtype)
-            queries, keys = [*queries, torch.ones_like(q[..., :1])], [*keys, column(added)]
-        queries, keys = torch.cat(queries, -1), torch.cat(keys, -1)
-        out = entmax_attn(queries, keys, v, self.alpha, causal, scale, dropout_p=dropout_p)
-        sees = (~hidden).cumsum(1) > 0 if causal else (~hidden).any(1, keepdim=True)
-        return torch.where(sees[:, None, :, None], out, 0.0)
+        return attend_by_keys(q, k, v, self.alpha, padding, causal, self.head_dim**-0.5, dropout_p)
 
     def _dense(
         self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, causal: bool
     ) -> tuple[Tensor, Tensor]:
         """Result and weights (B, H, M, N) through adasplash.entmax."""
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        masks = [mask]
         if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
-        for given in (mask, None if padding is None else padding[:, None, None, :]):
-            if given is not None:
-                hidden, added = _parts(given)
-                scores = (scores if added is None else scores + added).masked_fill(hidden, -torch.inf)
+            masks.append(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril())
         if padding is not None:
-            v = v.masked_fill(_parts(padding)[0][:, None, :, None], 0.0)
-        if self.alpha == 1:  # of which a row that sees nothing is NaN
-            blind = (scores == -torch.inf).all(-1, keepdim=True)
-            weights = entmax(scores.masked_fill(blind, 0.0), 1.0, -1).masked_fill(blind, 0.0)
-        else:
-            weights = entmax(scores, self.alpha, -1)
-        weights = nn.functional.dropout(weights, self._dropout_p())
-        return weights.to(v.dtype) @ v, weights
+            masks.append(padding[:, None, None, :])
+            hidden, _ = parts(padding)
+            k, v = (x.masked_fill(hidden[:, None, :, None], 0.0) for x in (k, v))  # they may hold anything
+        return attend_densely(q, k, v, self.alpha, self.head_dim**-0.5, masks, self._dropout_p())
 
     def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask) -> tuple[Tensor, None]:
         """The nested tensors (strided) that nn.TransformerEncoder makes of padded ones."""
@@ -323,19 +294,11 @@ class EntmaxMultiheadAttention(nn.MultiheadAttention):
         return f"{sizes}, batch_first={self.batch_first}, alpha={self.alpha}"
 
 
-def _parts(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What is hidden, and what is added to the scores of the rest."""
-    if mask.dtype == torch.bool:
-        return mask, None
-    hidden = mask == -torch.inf
-    return hidden, mask.masked_fill(hidden, 0.0)
-
-
 def _checked_padding(mask: Tensor | None, k: Tensor) -> Tensor | None:
     if mask is None:
         return None
     sizes = [k.shape[0], k.shape[2]]
-    _check_mask("key_padding_mask", mask, k)
+    mask = _seen("key_padding_mask", mask, k)
     if list(mask.shape) != sizes:
         raise ValueError(
             f"{_NAME}: key_padding_mask must have sizes {sizes}, a place for each key, got {list(mask.shape)}"
@@ -348,7 +311,7 @@ def _checked_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     if mask is None:
         return None
     batch, heads, queries, keys = *q.shape[:3], k.shape[2]
-    _check_mask("attn_mask", mask, k)
+    mask = _seen("attn_mask", mask, k)
     if list(mask.shape) == [queries, keys]:
         return mask[None, None]
     if list(mask.shape) == [batch * heads, queries, keys]:
@@ -359,19 +322,10 @@ def _checked_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     )
 
 
-def _check_mask(name: str, mask: Tensor, k: Tensor) -> None:
+def _seen(name: str, mask: Tensor, k: Tensor) -> Tensor:
+    """A mask as the rest of the library has them: Boolean, with True where a key is seen, or floating point."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"{_NAME}: {name} must be Boolean or floating point, got {mask.dtype}")
     if mask.device != k.device:
         raise ValueError(f"{_NAME}: {name} must be on query's device {k.device}, got {mask.device}")
-
-
-def _warn_of_dense_weights() -> None:
-    if _NAME in _warned or torch.compiler.is_compiling():
-        return
-    _warned.add(_NAME)
-    warnings.warn(
-        f"{_NAME}: attn_mask is no mask that entmax_attn has, so that scores and weights are M×N tensors; if it is the "
-        "causal one, is_causal=True says so",
-        stacklevel=5,  # whoever calls the module
-    )
+    return ~mask if mask.dtype == torch.bool else mask

@@ -416,3 +416,11 @@ def test_compiled_once_while_alpha_changes(backend):
             loss = compiled(torch.tensor(alpha, device=backend.device))
             torch.testing.assert_close(loss, adasplash.entmax_loss(x, target, alpha))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("alpha", (0.5, 3.0))
+def test_errors_of_an_alpha_that_is_a_tensor_name_the_loss(alpha):
+    """Which the activation finds, and on the CPU only."""
+    scores, target = torch.zeros(2, 3), torch.tensor([0, 2])
+    with pytest.raises(RuntimeError, match=rf"^entmax_loss: alpha must be from 1.01 to 2, got {alpha:g}"):
+        adasplash.entmax_loss(scores, target, torch.tensor(alpha))

@@ -1,12 +1,14 @@
 """What only a real GPU can show: graphs, streams and threads, repeats, and long contexts."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 from adasplash import entmax_attn, entmax_attn_summary
-from common import Inputs, assert_same_bits, gradients, make_inputs, normal_like
+from common import ROOT, Inputs, assert_same_bits, gradients, make_inputs, normal_like
 
 pytestmark = pytest.mark.backends("cuda")
 
@@ -144,3 +146,36 @@ def test_scratch_grows_no_further(backend):
     assert used < 2**29 + out.nbytes, f"{used / 2**20:.0f} MiB"
     head = slice(5, 6)
     assert torch.equal(out[:, head], entmax_attn(*(x[:, head] for x in inputs), is_causal=True))
+
+
+# In a process of its own, as a failed assertion on the device is the end of CUDA there.
+HOLES = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests/support")!r})
+import torch
+import adasplash.integrations.transformers
+from dense_models import build, draw_ids, masks
+
+model = build("bert", dtype=torch.float32).cuda()
+run = torch.compile(model, fullgraph=True, backend="aot_eager")
+ids = draw_ids().cuda()
+left = masks()["left"].cuda()
+out = run(ids, attention_mask=left).last_hidden_state
+expected = model(ids, attention_mask=left).last_hidden_state
+torch.testing.assert_close(out[left.bool()], expected[left.bool()], atol=1e-4, rtol=1e-4)
+torch.cuda.synchronize()
+print("padding is served", flush=True)
+run(ids, attention_mask=masks()["holes"].cuda())
+torch.cuda.synchronize()
+print("holes went through", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_holes_in_a_mask_of_a_compiled_model_are_an_assertion(backend):
+    """On the CPU an error says so (test_compiled_models.py); a GPU's kernels look at no lengths."""
+    pytest.importorskip("transformers")
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "padding is served" in done.stdout, done.stdout + done.stderr
+    assert "holes went through" not in done.stdout
+    assert "assert" in done.stderr.lower(), done.stderr

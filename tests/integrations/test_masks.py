@@ -118,7 +118,7 @@ def test_a_mask_of_four_dimensions(kind):
 
 
 def test_a_dense_mask_that_is_too_large(monkeypatch):
-    monkeypatch.setattr("adasplash.integrations.transformers.dense.MOST_WEIGHTS", 100)
+    monkeypatch.setattr("adasplash.masked.MOST_WEIGHTS", 100)
     with pytest.raises(NotImplementedError, match=r"LlamaAttention: an attention_mask .* 1600 are too many"):
         build("llama")(IDS, attention_mask=torch.ones(1, 1, 20, 20).bool())
 

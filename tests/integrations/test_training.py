@@ -231,3 +231,27 @@ def test_logging_in_trainer(tmp_path):
     assert json.dumps(logged)
     assert all(module.entmax_norm.recorder is None for module in model.modules() if hasattr(module, "entmax_norm"))
     assert adasplash.__version__
+
+
+def test_logging_to_tensorboard(tmp_path):
+    """What its event file holds."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers.integrations import TensorBoardCallback
+
+    pytest.importorskip("torch.utils.tensorboard")
+    options = dict(logging_steps=2, report_to=[], logging_strategy="steps")
+    trainer = Trainer(small(), arguments(tmp_path, 4, **options), train_dataset=DATA)
+    writer = torch.utils.tensorboard.SummaryWriter(tmp_path / "board")
+    trainer.add_callback(TensorBoardCallback(writer))
+    trainer.add_callback(LogAttention(trainer.log))
+    trainer.train()
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    logged = [entry for entry in trainer.state.log_history if "adasplash/support" in entry]
+    names = [name for name in logged[0] if name.startswith("adasplash/")]
+    assert "adasplash/layer_1/support" in names
+    for name in names:
+        (tag,) = (tag for tag in board.Tags()["scalars"] if tag.endswith(name))
+        written = {event.step: event.value for event in board.Scalars(tag)}
+        assert written == pytest.approx({entry["step"]: entry[name] for entry in logged})

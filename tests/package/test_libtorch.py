@@ -122,6 +122,28 @@ def test_a_program_that_only_loads_a_model(backend, programs, models, tmp_path, 
         assert torch.equal(torch.load(files[1])[0], Attend()(*inputs))
 
 
+@pytest.mark.backends("cpu")
+def test_an_encoder_of_transformers(programs, tmp_path):
+    """A padded batch, of another size than the one that was exported."""
+    pytest.importorskip("transformers")
+    import adasplash.integrations.transformers  # noqa: F401
+    from dense_models import build, draw_ids, masks
+
+    model = build("bert", dtype=torch.float32)
+    rows, length = torch.export.Dim("rows", min=1, max=64), torch.export.Dim("length", min=5, max=64)
+    shapes = {name: {0: rows, 1: length} for name in ("input_ids", "attention_mask")}
+    example = draw_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "encoder.pt2"))
+    for padded in ("right", "left"):
+        ids, mask = draw_ids(), masks()[padded]
+        files = saved(tmp_path, (ids, mask))
+        assert run(programs / "run_model", "aoti", "inference", package, *files).stdout.strip() == "no python"
+        seen = mask.bool()
+        out, expected = torch.load(files[1])[0], model(ids, attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(out[seen], expected[seen], atol=1e-4, rtol=1e-4)
+
+
 def test_the_linker_keeps_the_library(programs):
     """run_model refers to no symbol of ours; without care the linker drops what nobody refers to."""
     assert "libadasplash" in run("readelf", "-d", programs / "run_model").stdout

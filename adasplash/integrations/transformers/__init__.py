@@ -11,7 +11,7 @@ docs/transformers.md has the whole way, from a softmax checkpoint to a served mo
 """
 
 from adasplash.integrations.transformers.construction import register
-from adasplash.integrations.transformers.layers import configure
+from adasplash.integrations.transformers.layers import configure, shard_alpha
 from adasplash.integrations.transformers.normaliser import EntmaxNormaliser
 from adasplash.integrations.transformers.record import LayerRecord, LogAttention, Recording, record
 from adasplash.integrations.transformers.schedule import AlphaSchedule
@@ -26,4 +26,5 @@ __all__ = [
     "Recording",
     "configure",
     "record",
+    "shard_alpha",
 ]

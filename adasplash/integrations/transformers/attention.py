@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from adasplash.functional import entmax_attn, entmax_attn_varlen
-from adasplash.integrations.transformers.dense import allow, attend_densely
 from adasplash.integrations.transformers.layers import alpha_of
 from adasplash.integrations.transformers.masks import NOT_SERVED, Lengths, Offsets, decode, offsets_of, to_boolean
+from adasplash.masked import MOST_CHANNELS, allow_dense, attend_densely
 from adasplash.summary import entmax_attn_summary, entmax_attn_varlen_summary
 
-_MOST_CHANNELS = 256  # of entmax_attn
 #: Arguments of layers that choose keys themselves.
 _NOT_SERVED = ("indices", "block_indices")
 
@@ -103,12 +102,12 @@ def attention(
         option = "s_aux (attention sinks)"
     elif isinstance(mask, Tensor):
         option = "an attention_mask that hides more than keys in front and behind"
-    elif max(query.shape[-1], value.shape[-1]) > _MOST_CHANNELS:
-        option = f"a head size above {_MOST_CHANNELS}"
+    elif max(query.shape[-1], value.shape[-1]) > MOST_CHANNELS:
+        option = f"a head size above {MOST_CHANNELS}"
     wanted = kwargs.get("output_attentions") or _weights_are_captured()
     if option is not None or wanted:
         if option is not None:
-            allow(name, option, batch * query.shape[1] * query.shape[2] * key.shape[2])
+            allow_dense(f"adasplash: {name}", option, batch * query.shape[1] * query.shape[2] * key.shape[2])
         if isinstance(mask, Tensor):
             seen = mask
         elif cu_seqlens[0] is not None:
@@ -116,11 +115,11 @@ def attention(
         else:
             seen = _seen(call, mask)
         out, weights = attend_densely(
-            query, key, value, call.alpha, scale, seen, call.dropout_p, softcap, position_bias, s_aux
+            query, key, value, call.alpha, scale, (position_bias, seen), call.dropout_p, softcap, s_aux
         )
         if isinstance(mask, Lengths) and torch.compiler.is_compiling():
             out = out.masked_fill((mask.ends == NOT_SERVED).view(-1, 1, 1, 1), torch.nan)
-        _recorder(module, "add_weights", weights, seen)
+        _recorder(module, "add_weights", call.alpha, weights, seen)
         return out.transpose(1, 2).contiguous(), weights if wanted else None
     if cu_seqlens[0] is not None:
         return _attend_packed(call, cu_seqlens, lengths), None
@@ -139,7 +138,7 @@ def _attend(call: _Call, mask: Lengths | None) -> Tensor:
     given = call.query, call.key, call.value, call.alpha
     if _is_recorded(call.layer):
         out, stats = entmax_attn_summary(*given, **options)
-        _recorder(call.layer, "add", stats)
+        _recorder(call.layer, "add", call.alpha, stats)
         return out
     return entmax_attn(*given, **options)
 
@@ -157,7 +156,7 @@ def _attend_packed(call: _Call, cu_seqlens: tuple[Tensor, Tensor], lengths: tupl
     given = query, key, value, *cu_seqlens, *longest, call.alpha
     if _is_recorded(call.layer):
         out, stats = entmax_attn_varlen_summary(*given, **options)
-        _recorder(call.layer, "add", stats)
+        _recorder(call.layer, "add", call.alpha, stats)
     else:
         out = entmax_attn_varlen(*given, **options)
     return out.unflatten(0, call.query.shape[:1] + call.query.shape[2:3])

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from adasplash.masked import LEAST_ALPHA
 from adasplash.modules import EntmaxAttention
 
 #: What a user writes as attn_implementation.
@@ -18,9 +19,6 @@ KEYS: dict[str, Any] = {
     "adasplash_scale": 1.0,
     "adasplash_learn_alpha": False,
 }
-
-#: The least α above 1 that is served. A schedule steps over what lies between.
-LEAST_ALPHA = 1.01
 
 
 def set_defaults() -> None:

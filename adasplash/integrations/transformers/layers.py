@@ -143,7 +143,7 @@ def alpha_of(module: nn.Module, query: Tensor) -> float | Tensor:
             )
         alpha = layer_alpha(module.config, layer_of(module), is_local(module))
         return alpha if isinstance(alpha, float) else query.new_tensor(alpha)
-    alpha = norm.value()
+    alpha = norm()
     if isinstance(alpha, Tensor) and alpha.dim() == 1 and alpha.shape[0] != query.shape[1]:
         raise RuntimeError(
             f"adasplash: {type(module).__name__} has α of {alpha.shape[0]} heads and a query of {query.shape[1]}; "
@@ -197,4 +197,30 @@ def configure(
     prepare(model, again=bool(starts_anew))
     if not any(True for _ in attention_layers(model)):
         raise cannot_switch(type(model).__name__)
+    return model
+
+
+def shard_alpha(model: nn.Module, **options: Any) -> nn.Module:
+    """Shards every α that is learned by FSDP2's ``fully_shard`` alone, in float32::
+
+        shard_alpha(model, mesh=mesh)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    As part of a layer it would be computed with in the type that ``MixedPrecisionPolicy`` gives to the layer's weights,
+    and FSDP2 takes no layer whose other parameters have another type. With Trainer, call it before ``train``.
+
+    Args:
+        model: it is sharded no further yet.
+        options: of ``fully_shard``, the mesh for instance; its policy casts nothing unless given.
+
+    Returns:
+        `model`.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for _, module in attention_layers(model):
+        if module.entmax_norm.alpha_logit is not None:
+            fully_shard(module.entmax_norm, **options)
     return model

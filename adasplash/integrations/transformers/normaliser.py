@@ -51,8 +51,12 @@ class EntmaxNormaliser(nn.Module):
             numbers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             self.alpha.copy_(numbers.reshape(self.alpha.shape))
 
+    def forward(self) -> float | Tensor:
+        """α as ``entmax_attn`` takes it. Layers call the module, so that what gathers its parameter does."""
+        return self.value()
+
     def value(self) -> float | Tensor:
-        """α as ``entmax_attn`` takes it: a number, () or (heads,)."""
+        """α of this moment: a number, () or (heads,)."""
         if self.number is not None:
             return self.number
         if self.alpha_logit is None:

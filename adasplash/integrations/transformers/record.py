@@ -52,8 +52,7 @@ class Recording:
 class _Sums:
     """Sums of one layer, which stay on its device until they are read."""
 
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
+    def __init__(self) -> None:
         self.calls = 0
         self.rows: Any = 0
         self.support: Any = 0
@@ -61,11 +60,11 @@ class _Sums:
         self.empty: Any = 0
         self.alpha: Any = None
 
-    def add(self, stats: AttentionStats) -> None:
-        self._add(stats.support_size, stats.largest_weight, stats.empty_tiles)
+    def add(self, alpha: float | Tensor, stats: AttentionStats) -> None:
+        self._add(alpha, stats.support_size, stats.largest_weight, stats.empty_tiles)
 
     @torch.no_grad()
-    def add_weights(self, weights: Tensor, seen: Tensor | None) -> None:
+    def add_weights(self, alpha: float | Tensor, weights: Tensor, seen: Tensor | None) -> None:
         if seen is not None and seen.dtype != torch.bool:
             seen = seen > torch.finfo(seen.dtype).min / 2
         seen = torch.ones_like(weights[:1, :1], dtype=torch.bool) if seen is None else seen
@@ -73,10 +72,10 @@ class _Sums:
         visible_tiles = visible.expand_as(held).sum((-2, -1))
         empty = 1 - held.sum((-2, -1)) / visible_tiles.clamp(min=1)
         largest = weights.amax(-1) if weights.shape[-1] else weights.new_zeros(weights.shape[:-1])
-        self._add((weights > 0).sum(-1), largest, torch.where(visible_tiles > 0, empty, 0))
+        self._add(alpha, (weights > 0).sum(-1), largest, torch.where(visible_tiles > 0, empty, 0))
 
     @torch.no_grad()
-    def _add(self, support: Tensor, largest: Tensor, empty: Tensor) -> None:
+    def _add(self, alpha: float | Tensor, support: Tensor, largest: Tensor, empty: Tensor) -> None:
         heads = (0, 2) if support.dim() == 3 else (1,)
         sees = support > 0
         self.calls += 1
@@ -84,7 +83,7 @@ class _Sums:
         self.support = self.support + support.sum(heads)
         self.largest = self.largest + torch.where(sees, largest.float(), 0).sum(heads)
         self.empty = self.empty + empty.float().mean(0)
-        self.alpha = torch.as_tensor(self.layer.entmax_norm.value(), device=sees.device).detach().float().clone()
+        self.alpha = torch.as_tensor(alpha, device=sees.device).detach().float().clone()
 
     def record(self) -> LayerRecord:
         rows = self.rows.clamp(min=1)
@@ -117,7 +116,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
     if not layers:
         raise ValueError('adasplash: record needs a model with attn_implementation="adasplash"')
     for name, layer in layers.items():
-        recording._sums[name] = layer.entmax_norm.recorder = _Sums(layer)
+        recording._sums[name] = layer.entmax_norm.recorder = _Sums()
     try:
         with torch.compiler.set_stance("force_eager"):
             yield recording

@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from adasplash.integrations.transformers.configuration import (
-    LEAST_ALPHA,
     check_alpha,
     is_local,
     is_number,
@@ -16,6 +15,7 @@ from adasplash.integrations.transformers.configuration import (
     of_layer,
 )
 from adasplash.integrations.transformers.layers import attention_layers, hold_alpha_in_tensors
+from adasplash.masked import LEAST_ALPHA
 
 #: From 0 to 1 in the share of the schedule that is over.
 SHAPES: dict[str, Callable[[float, float], float]] = {
