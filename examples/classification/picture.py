@@ -46,7 +46,7 @@ def weights_of(model: PreTrainedModel, ids: Tensor, layer: int) -> tuple[Tensor,
 
 
 def draw(pieces: list[str], panels: dict[str, Tensor], title: str, path: Path) -> None:
-    """A text in each panel, behind whose tokens the weight (N,) is seen as colour; where it is exactly zero the token is
+    """A text in each panel, behind whose tokens the weight (N,) is seen as colour; where it is exactly zero a token is
     grey on white."""
     places, column, line = [], 0, 0
     for piece in pieces:
@@ -83,17 +83,15 @@ def pieces_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.decode([number]).replace("\n", " ") or "·" for number in ids]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "model", type=Path, help="a folder of train_classifier.py --save, of an entmax or learned model"
-    )
+    parser.add_argument("model", type=Path, help="a folder of train_classifier.py --save; entmax or learned")
     parser.add_argument("text", help="that is looked at, some 60 words at most")
     parser.add_argument("--layer", type=int, default=-1, help="(default: the last)")
     parser.add_argument("--head", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--token", type=int, default=0, help="whose weights are shown (default: 0, the first)")
     parser.add_argument("--out", type=Path, default=Path("head.png"), help="(default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model, tokenizer = load(str(options.model))
     if model.config._attn_implementation != "adasplash":
         sys.exit(f"error: {options.model} has softmax; take the model that was trained with entmax beside it")

@@ -75,7 +75,7 @@ class Apt:
 class Mirror:
     """Fetches by URL where there is no apt."""
 
-    def __init__(self, folder: Path, url: str = MIRROR):
+    def __init__(self, folder: Path, url: str):
         self.folder, self.url = folder, url
 
     def _fetch(self, path: str) -> bytes:
@@ -101,7 +101,7 @@ class Mirror:
 
 def source() -> Apt | Mirror:
     """Whatever this machine can fetch with."""
-    return Apt(cache_folder()) if Apt.is_there() else Mirror(cache_folder())
+    return Apt(cache_folder()) if Apt.is_there() else Mirror(cache_folder(), MIRROR)
 
 
 def stanzas(index: str) -> Iterator[dict[str, str]]:
