@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import debian
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -34,6 +35,7 @@ class Size:
     width: int
     length: int  # tokens of a text at most
     vocabulary: int
+    dropout: float = 0.0  # of what layers compute; attention has none
 
 
 def attention_keys(attention: str, alpha: float) -> dict[str, Any]:
@@ -50,7 +52,9 @@ def attention_name(attention: str, alpha: float) -> str:
     return {"entmax": f"entmax {alpha:g}", "scheduled": f"softmax → entmax {alpha:g}"}.get(attention, attention)
 
 
-def build(name: str, classes: list[str], tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, **keys: Any):
+def build(
+    name: str, classes: list[str], tokenizer: PreTrainedTokenizerBase, size: Size, seed: int, **keys: Any
+) -> PreTrainedModel:
     """A classifier: of one of SHAPES with random weights, or a checkpoint of the hub or of a folder.
 
     Args:
@@ -65,6 +69,7 @@ def build(name: str, classes: list[str], tokenizer: PreTrainedTokenizerBase, siz
         )
     implementation = keys.pop("attn_implementation")
     common = dict(
+        # A projection keeps the size of what it is given; with the usual 0.02 so small a model starts all but closed.
         initializer_range=size.width**-0.5,
         vocab_size=len(tokenizer),
         hidden_size=size.width,
@@ -82,10 +87,11 @@ def build(name: str, classes: list[str], tokenizer: PreTrainedTokenizerBase, siz
         positions = size.length + tokenizer.pad_token_id + 1
         config = RobertaConfig(
             **common,
-            attention_probs_dropout_prob=0.0,
             intermediate_size=4 * size.width,
             max_position_embeddings=positions,
             type_vocab_size=1,
+            hidden_dropout_prob=size.dropout,
+            attention_probs_dropout_prob=0.0,
         )
     else:
         config = ModernBertConfig(
@@ -96,10 +102,14 @@ def build(name: str, classes: list[str], tokenizer: PreTrainedTokenizerBase, siz
             global_attn_every_n_layers=2,
             cls_token_id=tokenizer.bos_token_id,
             sep_token_id=tokenizer.eos_token_id,
-            mlp_dropout=0.1,
+            mlp_dropout=size.dropout,
             classifier_pooling="mean",
         )
-    return AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation)
+    if name == "roberta":
+        # Positions begin at zero: at random they would be half of what a token is, before words mean anything.
+        torch.nn.init.zeros_(model.roberta.embeddings.position_embeddings.weight)
+    return model
 
 
 def tokenizer_for(name: str, texts: Iterable[str], size: Size) -> PreTrainedTokenizerBase:

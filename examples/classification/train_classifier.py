@@ -26,24 +26,26 @@ FULL = {
     "width": 384,
     "length": 256,
     "vocabulary": 16_000,
+    "dropout": 0.1,
     "train_texts": None,
     "test_texts": None,
-    "batch": 256,
-    "epochs": 4.0,
-    "learning_rate": 1e-3,
+    "batch": 128,
+    "epochs": 3.0,
+    "learning_rate": 5e-4,
     "seeds": [0],
 }
 QUICK = {
     "layers": 2,
-    "heads": 4,
-    "width": 128,
-    "length": 64,
+    "heads": 2,
+    "width": 64,
+    "length": 48,
     "vocabulary": 4_000,
-    "train_texts": 6_000,
+    "dropout": 0.0,
+    "train_texts": 6_400,
     "test_texts": 1_000,
     "batch": 32,
     "epochs": 1.0,
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "seeds": [0],
 }
 #: Of the training of a scheduled model, until it is all entmax.
@@ -98,6 +100,7 @@ def train(
             bf16=on_gpu,
             use_cpu=not on_gpu,
             dataloader_num_workers=4 if on_gpu else 0,
+            dataloader_persistent_workers=on_gpu,
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
@@ -139,7 +142,7 @@ def attended(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_se
 
 def run(texts: LabelledTexts, options: argparse.Namespace) -> list[results.Result]:
     """Trains every model with every attention and seed; rows are written as they come."""
-    size = Size(options.layers, options.heads, options.width, options.length, options.vocabulary)
+    size = Size(options.layers, options.heads, options.width, options.length, options.vocabulary, options.dropout)
     rows = []
     for name in options.model:
         tokenizer = tokenizer_for(name, (text for text, _ in texts.train), size)
@@ -171,8 +174,11 @@ def run(texts: LabelledTexts, options: argparse.Namespace) -> list[results.Resul
                         "train texts": len(texts.train),
                         "test texts": len(texts.test),
                         "epochs": options.epochs,
+                        "batch": options.batch,
+                        "learning rate": options.learning_rate,
                         "layers": model.config.num_hidden_layers,
                         "width": model.config.hidden_size,
+                        "length": options.length,
                     },
                     seconds_a_step=times.median,
                     keys_a_query=seen["keys"],

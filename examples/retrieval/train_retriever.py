@@ -11,7 +11,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.losses import MultipleNegativesRankingLoss
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
 
@@ -119,7 +119,7 @@ def train(
 def keys_a_query(model: SentenceTransformer, test: list[tuple[str, str]]) -> float:
     """Keys with weight in the encoding of some documents, in the mean over layers, heads and queries. Softmax goes by
     α = 1."""
-    transformer = model[0].auto_model if hasattr(model[0], "auto_model") else model[0].model
+    transformer = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     if transformer.config._attn_implementation != "adasplash":
         configure(transformer, alpha=1.0)
     with record(transformer) as seen:
@@ -147,6 +147,9 @@ def run(pairs: Pairs, options: argparse.Namespace) -> list[results.Result]:
                 "train pairs": len(pairs.train) if times else 0,
                 "test pairs": len(pairs.test),
                 "epochs": options.epochs if times else 0,
+                "batch": options.batch,
+                "learning rate": options.learning_rate,
+                "length": options.length,
             },
             seconds_a_step=times.median if times else None,
             keys_a_query=keys_a_query(model, pairs.test),
