@@ -245,6 +245,23 @@ def test_pairs_are_split_and_queries_have_one_answer(file, tmp_path):
         pairs.load("else")
 
 
+def test_data_sets_of_the_hub(tmp_path, monkeypatch):
+    """By the same call as one of the hub, one in a folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [("first text", "b"), ("second text", "a"), ("third text", "b")]
+    for split, part in (("train", rows), ("test", rows[:1])):
+        lines = "".join(f'{{"said": "{text}", "kind": "{kind}"}}\n' for text, kind in part)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / f"set/{split}.jsonl").write_text(lines)
+    name = f"hub:{tmp_path / 'set'}"
+    texts = labelled_texts.load(name, "said", "kind")
+    assert texts.classes == ["a", "b"] and texts.test == [("first text", 1)]
+    assert texts.train == [("first text", 1), ("second text", 0), ("third text", 1)]
+    loaded = pairs.load(name, columns=("kind", "said"))
+    assert loaded.test == [("b", "first text")] and len(loaded.train) == 3
+
+
 # Trainings
 
 SMALL = {"layers": 2, "heads": 2, "width": 32, "length": 24, "vocabulary": 400, "batch": 16, "learning-rate": 5e-3}
