@@ -319,6 +319,7 @@ def test_classifiers_learn_with_every_attention(file, tmp_path, monkeypatch):
         assert row.keys_a_query < rows[0].keys_a_query - 1
     learned = rows[2].metrics
     assert 1.05 < learned["alpha least"] < learned["alpha most"] < 2
+    assert learned["alpha most"] - learned["alpha least"] > 0.1, "α was hardly learned"
 
     import classifiers
     import picture
@@ -387,9 +388,7 @@ def test_an_encoder_is_taken_to_entmax(file, tmp_path):
     assert saved[0].auto_model.config.adasplash_alpha == 1.5
 
 
-@pytest.mark.parametrize(
-    "program", ("classification/train_classifier", "classification/picture", "shared/descriptions")
-)
+@pytest.mark.parametrize("program", ("classification/train_classifier", "shared/descriptions", "retrieval/pairs"))
 def test_programs_say_what_they_take(program, tmp_path):
     command = [sys.executable, str(ROOT / f"examples/{program}.py"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
