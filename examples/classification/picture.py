@@ -103,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"softmax: all {(softmax > 0).sum()} tokens have weight": softmax,
         f"α-entmax: {(entmax > 0).sum()} have weight, the others exactly 0": entmax,
     }
-    draw(pieces, panels, f"One head's scores, made weights in two ways (the text is taken for {said!r})", options.out)
+    looking = pieces[options.token].strip()
+    title = f"What {looking!r} looks at: one head's scores, made weights in two ways (the text is taken for {said!r})"
+    draw(pieces, panels, title, options.out)
     print(options.out)
 
 
