@@ -61,8 +61,10 @@ def load(file: Path | None = None) -> list[Description]:
 
 def save(found: list[Description], file: Path) -> None:
     """Writes descriptions for `load`."""
-    with gzip.open(file, "wt", encoding="utf-8") as out:
+    unfinished = file.with_suffix(".part")
+    with gzip.open(unfinished, "wt", encoding="utf-8") as out:
         out.writelines(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in found)
+    unfinished.replace(file)
 
 
 def words(text: str) -> str:
