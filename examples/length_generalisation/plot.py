@@ -1,0 +1,78 @@
+"""Draws accuracy by length, a panel for each task, from the results that compare.py wrote."""
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no screen needed
+
+import matplotlib.pyplot as plt
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared.results import FOLDER, Result, read
+
+EXPERIMENT = Path(__file__).resolve().parent.name
+COLORS = {"softmax": "#c8553d", "entmax 1.5": "#0b6e4f", "learned": "#3c6997"}
+LABELS = {"entmax 1.5": "α-entmax, α = 1.5", "learned": "α-entmax, learned α"}
+TITLES = {"maximum": "maximum retrieval", "recall": "associative recall", "copying": "copying"}
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Means over seeds as lines, dashed where scores are scaled by length; bands reach from the worst to the best."""
+    curves: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        curves[result.setting["task"]][result.attention].append(result)
+    figure, panels = plt.subplots(1, len(curves), figsize=(1 + 3.6 * len(curves), 3.8), sharey=True, squeeze=False)
+    for panel, (task, kinds) in zip(panels[0], curves.items(), strict=True):
+        for attention, models in kinds.items():
+            _draw_curve(panel, attention, models)
+        trained = next(iter(kinds.values()))[0].setting["trained_length"]
+        panel.axvline(trained, color="black", linestyle=":", linewidth=1)
+        panel.set(title=TITLES.get(task, task), xlabel=f"length (trained at {trained})")
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3)
+    panels[0, 0].set(ylabel="right answers", ylim=(0, 1.03))
+    panels[0, 0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    handles = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}
+    handles = {label: line for label, line in handles.items() if not label.startswith("_")}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_curve(panel: plt.Axes, attention: str, models: list[Result]) -> None:
+    kind, _, scaled = attention.partition(", ")
+    label = LABELS.get(kind, kind) + ", scaled" * bool(scaled)
+    lengths = models[0].metrics["length"]
+    shares = list(zip(*(model.metrics["accuracy"] for model in models), strict=True))  # by length
+    means = [sum(each) / len(each) for each in shares]
+    style = dict(color=COLORS.get(kind), linestyle="--" if scaled else "-", marker="o", markersize=3)
+    (line,) = panel.plot(lengths, means, label=label, **style)
+    lowest, highest = [min(each) for each in shares], [max(each) for each in shares]
+    panel.fill_between(lengths, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="whose results: cpu or cuda (default: %(default)s)")
+    parser.add_argument("--attentions", nargs="+", metavar="NAME", help="kinds that are drawn (default: all)")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="their folder (default: examples/results)")
+    parser.add_argument("--out", type=Path, default=Path(f"{EXPERIMENT}.png"), help="picture (default: %(default)s)")
+    options = parser.parse_args()
+    results = read(EXPERIMENT, options.device, options.results)
+    if options.attentions:
+        results = [result for result in results if result.attention in options.attentions]
+    if not results:
+        sys.exit(f"no such results for {options.device} in {options.results}; compare.py makes them")
+    draw(results, options.out)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
