@@ -119,6 +119,7 @@ def build_model(options: argparse.Namespace, attention: Attention) -> PreTrained
         attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=None,
+        loss_type="ForCausalLM",
         attn_implementation=attention.word,
     )
     if attention.word == "adasplash":

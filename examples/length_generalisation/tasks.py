@@ -14,8 +14,8 @@ NONE = -100  # where no answer is asked for: what cross_entropy ignores
 
 VALUES = 10  # of the items of `maximum`
 SYMBOLS = 64  # that `copying` copies, and values that `recall` recalls
-KEYS = 2048  # of `recall`: no sequence has the same twice, which limits its length to twice as many
-QUERIES = 8  # of a sequence of `recall`
+KEYS = 2048  # of `recall`: no sequence has one twice, which limits lengths
+QUERIES = 8  # in each sequence of `recall`
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def recall(shape: tuple[int, ...], generator: torch.Generator) -> Batch:
     *many, length = shape
     device = generator.device
     pairs = length // 2 - QUERIES
+    if not 0 < pairs <= KEYS:
+        raise ValueError(f"recall needs lengths from {2 * QUERIES + 2} to {2 * (KEYS + QUERIES)}, got {length}")
     keys = torch.rand((*many, KEYS), generator=generator, device=device).topk(pairs, sorted=False).indices
     values = torch.randint(SYMBOLS, (*many, pairs), generator=generator, device=device)
     asked = torch.randint(pairs, (*many, QUERIES), generator=generator, device=device)
