@@ -17,6 +17,7 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -62,9 +63,9 @@ ATTENTIONS = {
 }
 DEFAULTS = {
     "cpu": dict(attentions=["softmax", "entmax"], context=1024, layers=4, heads=4, width=128, steps=300),
-    "cuda": dict(attentions=["flash", "cudnn", "entmax"], context=8192, layers=8, heads=8, width=512, steps=800),
+    "cuda": dict(attentions=["flash", "cudnn", "entmax"], context=8192, layers=8, heads=8, width=512, steps=700),
 }
-QUICK = dict(context=512, layers=3, width=96, steps=60, every=20, windows=8)
+QUICK = dict(context=256, layers=3, width=96, steps=160, every=40, windows=8)
 
 
 class Progress(ProgressCallback):
@@ -236,19 +237,23 @@ def result_of(
 
 
 def load_texts(options: argparse.Namespace) -> Texts:
-    """What --data says, in the tokens of the model."""
+    """What --data says, in the tokens of the model. Raises ValueError where the two do not fit, or the context."""
     name = options.data or ""
+    if options.model:
+        longest = AutoConfig.from_pretrained(options.model).max_position_embeddings
+        if options.context > longest:
+            raise ValueError(f"--context must be at most {longest} for {options.model}, got {options.context}")
     if name.startswith("hub:"):
         tokenizer = AutoTokenizer.from_pretrained(options.model) if options.model else byte_tokenizer(options.context)
         return tokens_of_hub(name.removeprefix("hub:"), options.context, tokenizer)
     if options.model:
-        raise ValueError("a model of the hub has tokens of its own: --model goes with --data hub:NAME")
+        raise ValueError("a checkpoint has tokens of its own: --model goes with --data hub:NAME")
     return bytes_of_files(Path(name) if name else None, options.context, with_packages=options.device == "cuda")
 
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, for half a minute on two cores")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, for a minute on two cores")
     parser.add_argument("--device", choices=DEFAULTS, default="cpu", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("language-models"), help="folder of models (%(default)s)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of results (examples/results)")
@@ -258,7 +263,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--data", metavar="PATH", help="a file, a folder, hub:NAME or hub:NAME:CONFIG (Python's sources)")
     what.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="NAME", help="a causal language model of the hub, instead of a GPT-2 of")
+    model.add_argument("--model", metavar="NAME", help="a checkpoint of the hub or a folder, instead of a GPT-2")
     model.add_argument("--layers", type=int, help="(%(default)s)")
     model.add_argument("--heads", type=int, help="of each layer (%(default)s)")
     model.add_argument("--width", type=int, help="features a token (%(default)s)")

@@ -144,7 +144,8 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what is compared")
     what.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="(default: all)")
-    what.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS), help="(default: all)")
+    some = [name for name in ATTENTIONS if name != "learned-scaled"]
+    what.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=some, help=f"(default: {' '.join(some)})")
     what.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="a model each (default: 0 1 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--layers", type=int, default=2, help="(default: %(default)s)")

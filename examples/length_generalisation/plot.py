@@ -40,7 +40,10 @@ def draw(results: list[Result], path: Path) -> None:
     panels[0, 0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     handles = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()}
     handles = {label: line for label, line in handles.items() if not label.startswith("_")}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    labels = sorted(
+        handles, key=lambda label: label.partition(", scaled")[0]
+    )  # with and without it one above the other
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=3)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -74,7 +74,7 @@ def copying(shape: tuple[int, ...], generator: torch.Generator) -> Batch:
 
 
 TASKS = {
-    "maximum": Task(maximum, inputs=VALUES, outputs=VALUES, trained_length=16, steps=2000),
+    "maximum": Task(maximum, inputs=VALUES, outputs=VALUES, trained_length=16, steps=1500),
     "recall": Task(recall, inputs=KEYS + SYMBOLS, outputs=SYMBOLS, trained_length=64, steps=3000),
-    "copying": Task(copying, inputs=SYMBOLS + 1, outputs=SYMBOLS, trained_length=64, steps=3000),
+    "copying": Task(copying, inputs=SYMBOLS + 1, outputs=SYMBOLS, trained_length=64, steps=2000),
 }

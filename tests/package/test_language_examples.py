@@ -5,6 +5,7 @@ import math
 import random
 import shlex
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,7 +265,48 @@ def test_what_is_exported_for_cpp_is_the_model(trained):
         Logits(transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1)))
 
 
-def test_a_model_of_the_hub_needs_data_of_the_hub():
+class Column(list):
+    """As `datasets` has them, in as far as it is needed here: a data set of one column."""
+
+    def __getitem__(self, place):
+        return list(self) if place == "text" else super().__getitem__(place)
+
+    def train_test_split(self, test_size, shuffle):
+        assert not shuffle
+        end = len(self) - round(test_size * len(self))
+        return {"train": Column(self[:end]), "test": Column(self[end:])}
+
+
+def test_a_checkpoint_goes_on_with_a_data_set_of_the_hub(trained, tmp_path, monkeypatch, tokenizer):
+    from token_windows import tokens_of_hub
+
+    texts = [f"täxt {place}. " * 9 for place in range(100)]
+    asked = []
+    sets = {"train": Column(texts)}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *name: asked.append(name) or sets))
+    loaded = tokens_of_hub("owner/name:part", 32, tokenizer)
+    assert asked == [("owner/name", "part")] and loaded.bytes_a_token == 1
+    first, held_out = (bytes(each[0]["input_ids"].tolist()) for each in (loaded.training, loaded.held_out))
+    assert first == "".join(texts).encode()[:32] and held_out == "".join(texts[90:]).encode()[:32]
+    sets["test"] = Column(texts[:3])
+    assert bytes(tokens_of_hub("name", 32, tokenizer).held_out[0]["input_ids"].tolist()) == first
+
     compare = program(LANGUAGE, "compare")
+    small = shlex.split("--data hub:name --attentions entmax --steps 8 --every 4 --context 64")
+    options = compare.options_of([*small, "--model", str(trained[0] / "softmax"), "--out", str(tmp_path)])
+    model = compare.build_model(options, compare.ATTENTIONS["entmax"])
+    assert model.config.adasplash_alpha == 1
+    before = model.state_dict()["transformer.wte.weight"].clone()
+    softmax = transformers.AutoModelForCausalLM.from_pretrained(options.model)
+    assert torch.equal(before, softmax.state_dict()["transformer.wte.weight"])
+    trainer, _ = compare.train(model, compare.ATTENTIONS["entmax"], compare.load_texts(options), options)
+    assert trainer.model.config.adasplash_alpha == 1.5, "the schedule did not get there"
+    assert not torch.equal(before, model.state_dict()["transformer.wte.weight"])
+
+
+def test_what_does_not_fit_a_checkpoint(trained):
+    compare, checkpoint = program(LANGUAGE, "compare"), str(trained[0] / "softmax")
     with pytest.raises(ValueError, match="--model goes with --data hub:NAME"):
-        compare.load_texts(compare.options_of(["--model", "gpt2"]))
+        compare.load_texts(compare.options_of(["--model", checkpoint, "--context", "64"]))
+    with pytest.raises(ValueError, match=r"--context must be at most 64 for .*, got 1024"):
+        compare.load_texts(compare.options_of(["--model", checkpoint, "--data", "hub:name"]))
