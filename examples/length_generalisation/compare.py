@@ -64,7 +64,9 @@ def train(stack: Stack, task: Task, *, length: int, steps: int, batch: int, rate
     """Trains on sequences of even lengths, from half of `length` to all of it: `batch` a step for each model."""
     device, models = stack.embedding.device, len(stack.embedding)
     optimizer = torch.optim.AdamW(stack.parameters(), lr=rate, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
     generator = torch.Generator(device).manual_seed(seed)
     halves = torch.randint(length // 4, length // 2 + 1, (steps,), generator=torch.Generator().manual_seed(seed))
     losses, seconds, started = [], [], time.perf_counter()
