@@ -260,7 +260,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model, for a minute on two cores")
     parser.add_argument("--device", choices=DEFAULTS, default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("language-models"), help="folder of models (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("build") / EXPERIMENT, help="folder of models (%(default)s)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of results (examples/results)")
     what = parser.add_argument_group("what is compared, on what")
     what.add_argument("--attentions", nargs="+", choices=ATTENTIONS, help="(those that the device has)")

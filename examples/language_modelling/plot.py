@@ -42,6 +42,7 @@ def draw(results: list[Result], path: Path) -> None:
         panel.legend(fontsize=8)
     figure.suptitle(f"{results[-1].model}, {results[-1].setting['context']:,} tokens of {results[-1].setting['text']}")
     figure.set_layout_engine("constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -64,7 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="whose results: cpu or cuda (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="their folder (default: examples/results)")
-    parser.add_argument("--out", type=Path, default=Path(f"{EXPERIMENT}.png"), help="picture (default: %(default)s)")
+    picture = Path("build") / f"{EXPERIMENT}.png"
+    parser.add_argument("--out", type=Path, default=picture, help="picture to write (default: %(default)s)")
     options = parser.parse_args()
     results = read(EXPERIMENT, options.device, options.results)
     if not results:

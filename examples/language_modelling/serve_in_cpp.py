@@ -38,17 +38,17 @@ class Logits(nn.Module):
         return self.model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
 
 
-def serve(model: PreTrainedModel, prompt: bytes, count: int, folder: Path) -> Verdict:
-    """Writes a package and builds programs in the folder; gives what C++ wrote and how Python agrees with it.
+def serve(model: PreTrainedModel, prompt: bytes, count: int, package: Path, programs: Path) -> Verdict:
+    """Writes the package, a .pt2 file, and builds the programs in their folder, where they are not up to date; gives
+    what C++ wrote and how Python agrees with it.
 
     Raises ValueError where the model's tokens are not bytes, Failure where C++ and Python disagree or nothing can be
     built.
     """
     logits = Logits(model.eval())
-    folder.mkdir(parents=True, exist_ok=True)
-    package = folder / "model.pt2"
+    package.parent.mkdir(parents=True, exist_ok=True)
     export_aoti(logits, package)
-    programs = build(folder / "libtorch")
+    build(programs)
     eager = continue_greedily(logits, prompt, count, logits.context, model.device)
     return verify(programs / "generate_aoti", package, logits, prompt, count, eager)
 
@@ -59,13 +59,17 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT, help="(default: the beginning of a program)")
     parser.add_argument("--bytes", type=int, default=100, help="how many it writes (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("served"), help="folder to write to (default: %(default)s)")
+    parser.add_argument("--package", type=Path, help="file to write, .pt2 (default: model.pt2 in the model's folder)")
+    parser.add_argument(
+        "--programs", type=Path, default=Path("build/examples"), help="folder to build them in (default: %(default)s)"
+    )
     options = parser.parse_args()
     if not options.model.is_dir():
         sys.exit(f"error: no such folder: {options.model}")
     model = AutoModelForCausalLM.from_pretrained(options.model).to(options.device)
+    package = options.package or options.model / "model.pt2"
     try:
-        verdict = serve(model, options.prompt.encode(), options.bytes, options.out)
+        verdict = serve(model, options.prompt.encode(), options.bytes, package, options.programs)
     except (ValueError, Failure) as error:
         sys.exit(f"error: {error}")
     print(f"{options.prompt}│{verdict.continuation.decode(errors='replace')}\n\n{verdict}")

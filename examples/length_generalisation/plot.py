@@ -45,6 +45,7 @@ def draw(results: list[Result], path: Path) -> None:
     )  # with and without it one above the other
     figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=3)
     figure.set_layout_engine("constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -66,7 +67,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="whose results: cpu or cuda (default: %(default)s)")
     parser.add_argument("--attentions", nargs="+", metavar="NAME", help="kinds that are drawn (default: all)")
     parser.add_argument("--results", type=Path, default=FOLDER, help="their folder (default: examples/results)")
-    parser.add_argument("--out", type=Path, default=Path(f"{EXPERIMENT}.png"), help="picture (default: %(default)s)")
+    picture = Path("build") / f"{EXPERIMENT}.png"
+    parser.add_argument("--out", type=Path, default=picture, help="picture to write (default: %(default)s)")
     options = parser.parse_args()
     results = read(EXPERIMENT, options.device, options.results)
     if options.attentions:
