@@ -39,7 +39,7 @@ def draw(results: list[Result], path: Path) -> None:
     sparsity.set(title="what attention looks at", xlabel="step", ylabel="keys with weight", yscale="log")
     for panel in (by_time, by_step, sparsity):
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="lower left" if panel is sparsity else "upper right")
     figure.suptitle(f"{results[-1].model}, {results[-1].setting['context']:,} tokens of {results[-1].setting['text']}")
     figure.set_layout_engine("constrained")
     path.parent.mkdir(parents=True, exist_ok=True)
