@@ -3,7 +3,7 @@
 import os
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,16 +41,17 @@ def _windows(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor
     return windows[:, :-1], windows[:, 1:]
 
 
-def load_corpus(text: Path | None, context: int, max_bytes: int = 64 << 20) -> Corpus:
+def load_corpus(text: Path | None, context: int, max_bytes: int = 64 << 20, *, with_packages: bool = False) -> Corpus:
     """Reads the text to train on and holds the last tenth of it out for validation.
 
     text: a file, taken as it is; a folder, of which every text file is read (a folder's files are shuffled first, so
         that the held-out files are of every kind); or None for the Python standard library's own source files.
     context: length of the windows that will be drawn; both parts must be long enough to hold one.
     max_bytes: reading stops there.
+    with_packages: beside the standard library's, the source files of all installed packages.
     Raises ValueError if there is too little text, OSError if it cannot be read.
     """
-    name, files = _find_files(text)
+    name, files = _find_files(text, with_packages)
     content = bytearray()
     for file in files:
         try:
@@ -71,24 +72,32 @@ def load_corpus(text: Path | None, context: int, max_bytes: int = 64 << 20) -> C
     return Corpus(name, everything[:-held_out], everything[-held_out:])
 
 
-def _find_files(text: Path | None) -> tuple[str, list[Path]]:
+def _find_files(text: Path | None, with_packages: bool) -> tuple[str, list[Path]]:
     if text is None:
-        name = "the Python standard library"
-        folder, ending, skipped = Path(sysconfig.get_paths()["stdlib"]), ".py", NOT_LIBRARY
+        paths = sysconfig.get_paths()
+        name, ending, skipped = "the Python standard library", ".py", NOT_LIBRARY
+        files = _files_in(Path(paths["stdlib"]), ending, skipped)
+        if with_packages:
+            name += " and the installed packages"
+            for folder in {paths["purelib"], paths["platlib"]}:
+                files += _files_in(Path(folder), ending, skipped)
     elif text.is_dir():
-        name = str(text)
-        folder, ending, skipped = text, "", set()
+        name, files = str(text), _files_in(text)
     elif text.exists():
         return str(text), [text]
     else:
         raise FileNotFoundError(f"no such file or folder: {text}")
+    files = sorted(f for f in files if f.is_file())
+    random.Random(0).shuffle(files)
+    return name, files
+
+
+def _files_in(folder: Path, ending: str = "", skipped: Collection[str] = ()) -> list[Path]:
     files = []
     for where, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
         files += [Path(where, n) for n in names if n.endswith(ending) and not n.startswith(".")]
-    files = sorted(f for f in files if f.is_file())
-    random.Random(0).shuffle(files)
-    return name, files
+    return files
 
 
 def _read(file: Path, limit: int, skip_binary: bool) -> bytes:

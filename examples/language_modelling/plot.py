@@ -1,0 +1,81 @@
+"""Draws what compare.py measured: held-out loss by time and by steps, and how sparse attention became."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no screen needed
+
+import matplotlib.pyplot as plt
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared.results import FOLDER, Result, read
+
+EXPERIMENT = Path(__file__).resolve().parent.name
+COLORS = {
+    "softmax": "#c8553d",
+    "softmax, FlashAttention-2": "#c8553d",
+    "softmax, cuDNN": "#d9a05b",
+    "entmax 1.5": "#0b6e4f",
+}
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Rows of one setting, a curve each."""
+    figure, (by_time, by_step, sparsity) = plt.subplots(1, 3, figsize=(14, 4.2))
+    for result in results:
+        metrics, style = result.metrics, dict(color=COLORS.get(result.attention), marker="o", markersize=3)
+        label = f"{result.attention}: {metrics['tokens_a_second']:,.0f} tokens/s"
+        by_time.plot(metrics["seconds"], metrics["held_out_loss"], label=label, **style)
+        label = f"{result.attention}: {metrics['bits_a_byte']:.3f} bits a byte at the end"
+        by_step.plot(metrics["steps"], metrics["held_out_loss"], label=label, **style)
+        if "support" in metrics:
+            _draw_sparsity(sparsity, result)
+    by_time.set(title="loss by time", xlabel="seconds of training", ylabel="held-out loss, nats a token")
+    by_step.set(title="loss by steps", xlabel="step", ylabel="held-out loss, nats a token")
+    sparsity.set(title="what attention looks at", xlabel="step", ylabel="keys with weight", yscale="log")
+    for panel in (by_time, by_step, sparsity):
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8, loc="lower left" if panel is sparsity else "upper right")
+    figure.suptitle(f"{results[-1].model}, {results[-1].setting['context']:,} tokens of {results[-1].setting['text']}")
+    figure.set_layout_engine("constrained")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_sparsity(panel: plt.Axes, result: Result) -> None:
+    """Keys a query of each layer and of all, with the share of empty tiles on a scale of its own."""
+    metrics, color = result.metrics, COLORS.get(result.attention)
+    steps = metrics["recorded_steps"]
+    for layer in metrics["support_of_layers"]:
+        panel.plot(steps, layer, color=color, alpha=0.25, linewidth=1)
+    panel.plot(steps, metrics["support"], color=color, label=f"{result.attention}: keys a query (thin: each layer)")
+    visible = (result.setting["context"] + 1) / 2
+    panel.axhline(visible, color="black", linestyle=":", label="all visible keys (softmax)")
+    tiles = panel.twinx()
+    tiles.plot(steps, metrics["empty_tiles"], color=color, linestyle="--")
+    tiles.set(ylabel="dashed: share of empty tiles", ylim=(0, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="whose results: cpu or cuda (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="their folder (default: examples/results)")
+    picture = Path("build") / f"{EXPERIMENT}.png"
+    parser.add_argument("--out", type=Path, default=picture, help="picture to write (default: %(default)s)")
+    options = parser.parse_args()
+    results = read(EXPERIMENT, options.device, options.results)
+    if not results:
+        sys.exit(f"no results for {options.device} in {options.results}; compare.py makes them")
+    last = results[-1]  # beside which only rows of the same setting are drawn
+    which = last.model, last.setting, last.seed
+    draw([result for result in results if (result.model, result.setting, result.seed) == which], options.out)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
