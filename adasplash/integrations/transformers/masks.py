@@ -140,7 +140,8 @@ def mask(
                 return dense()
 
     if pattern.causal:  # where the ends are none, they stay so
-        ends = torch.minimum(ends, torch.as_tensor(held + q_length, device=ends.device))
+        last = held + q_length  # a symbol in exported code, which as_tensor would make a constant of
+        ends = torch.minimum(ends, last.to(ends.device)) if isinstance(last, Tensor) else ends.clamp(max=last)
     if q_length == 1 and (pattern.causal or window is not None):
         if window is not None:
             starts = torch.maximum(starts, torch.as_tensor(held - window, device=starts.device))
