@@ -45,7 +45,7 @@ CALL = Call(
     value_dim=Aligned("i32"),
     few_queries="i32",
 )
-FEW = Few(queries="i32", rows="i32", row_tiles="i64", scored="i32", marks_tiles="i32")
+FEW = Few(queries="i32", rows="i32", row_tiles="i64", scored="i32", weighers="i32", marks_tiles="i32")
 # Pointers that Triton appends to every kernel; no variant needs the memory, so they are null.
 APPENDED = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))
 

@@ -78,6 +78,7 @@ struct Few {
   Exactly<int32_t> rows;
   Exactly<int64_t> row_tiles;
   Exactly<int32_t> scored;
+  Exactly<int32_t> weighers;
   Exactly<int32_t> marks_tiles;
 };
 
@@ -208,7 +209,7 @@ struct ScoreFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewArguments) == 272);
+static_assert(sizeof(ScoreFewArguments) == 280);
 inline void score_few(const Variant& variant, const Place& place, int64_t programs,
                       const ScoreFewArguments& arguments) {
   launch(Kernel::kScoreFew, variant, place, programs, &arguments, sizeof arguments);
@@ -230,7 +231,7 @@ struct SolveFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewArguments) == 320);
+static_assert(sizeof(SolveFewArguments) == 328);
 inline void solve_few(const Variant& variant, const Place& place, int64_t programs,
                       const SolveFewArguments& arguments) {
   launch(Kernel::kSolveFew, variant, place, programs, &arguments, sizeof arguments);
@@ -250,7 +251,7 @@ struct WeighFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewArguments) == 280);
+static_assert(sizeof(WeighFewArguments) == 288);
 inline void weigh_few(const Variant& variant, const Place& place, int64_t programs,
                       const WeighFewArguments& arguments) {
   launch(Kernel::kWeighFew, variant, place, programs, &arguments, sizeof arguments);
@@ -266,7 +267,7 @@ struct JoinFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(JoinFewArguments) == 248);
+static_assert(sizeof(JoinFewArguments) == 256);
 inline void join_few(const Variant& variant, const Place& place, int64_t programs,
                      const JoinFewArguments& arguments) {
   launch(Kernel::kJoinFew, variant, place, programs, &arguments, sizeof arguments);

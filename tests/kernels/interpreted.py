@@ -18,8 +18,8 @@ from emulated.interpreter import patched_once
 
 sys.path.append(str(ROOT))
 from triton_src import variants
-from triton_src.lib import entmax, marks, visibility
 from triton_src.attention import few
+from triton_src.lib import entmax, marks, visibility
 from triton_src.lib.call import Call, Few
 from triton_src.lib.dropout import Dropout
 from triton_src.lib.entmax import Alpha
@@ -272,7 +272,7 @@ def few_launches(inputs, out, row_state, bits, call: Call, block_d: int) -> None
     rows, stored = most * call.group, kv_heads * (1 if packed else batch)
     tiles = math.ceil(keys.max_seqlen / TILE)
     splits = math.ceil(tiles / few.SPLIT.value)
-    shared = Few(most, rows, stored * keys.tile_rows, 2, 1)
+    shared = Few(most, rows, stored * keys.tile_rows, 2, 2, 1)
     numbers = dict(
         scores=torch.full((stored * rows * keys.rows,), torch.nan),
         tile_max=torch.full((rows * shared.row_tiles,), torch.nan),
@@ -288,7 +288,7 @@ def few_launches(inputs, out, row_state, bits, call: Call, block_d: int) -> None
     programs = dict(
         score_few=math.ceil(tiles / shared.scored) * blocks,
         solve_few=most * call.heads * batch,
-        weigh_few=splits * blocks,
+        weigh_few=shared.weighers * blocks,
         join_few=most * call.heads * batch,
     )
     constants = dict(BLOCK_M=16, BLOCK_N=TILE, BLOCK_D=block_d, ALPHA=variants.ALPHAS["any"])

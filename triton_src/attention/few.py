@@ -5,7 +5,7 @@ Here a program of `score_few` takes some tiles of keys for the rows of all query
 each row's scores and the largest of each tile. The rest is about one row, with little to read, since few keys weigh:
 
     row_max     the largest of the tiles' largest scores
-    a bound     gap of just these scores: a subset of the row's, so it is a lower bound of the row's own, and a close one
+    a bound     gap of just these scores: a subset of the row's, so a lower bound of the row's own, and a close one
     a list      the keys above it, in tiles whose largest score is above it: a superset of the support
     gap, out    from that list
 
@@ -36,13 +36,16 @@ from ..lib.visibility import LENGTHS_PACKED, TILE, UNLIMITED, Span, visible_keys
 from ..spec import CALL, FEW, MATRIX, Spec
 
 LISTED = tl.constexpr(1024)  # keys that a row's list has room for
-TOGETHER = tl.constexpr(1024)  # tiles, or keys, of a row that are looked at together
+TOGETHER = tl.constexpr(1024)  # keys of a row that are looked at together
+TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
 KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
 SPLIT = tl.constexpr(16)  # tiles whose values one program sums
 BOUND_STEPS = tl.constexpr(5)  # Newton steps towards the bound; any number of them gives one
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 ROUNDING = tl.constexpr(2.0**-21)  # how much a bound of gap may be off, relative to 1 and to row_max
-TOLERANCE = tl.constexpr(4e-6)  # how far from 1 the sum of weights may be when steps end
+NEAR = tl.constexpr(
+    1e-3
+)  # how far from 1 the sum of weights may be before the last step, which leaves the square of it
 
 
 class FewRows(NamedTuple):
@@ -92,7 +95,9 @@ def some_of(tiles, split, each):
 @triton.jit
 def score_row(call, few, at, kv_head, place):
     """Where the scores of a row are, by its place among those of a key head: that of the sequence's first key."""
-    stored = tl.where(call.keys.lengths_kind == LENGTHS_PACKED, kv_head, at.batch * (call.heads // call.group) + kv_head)
+    stored = tl.where(
+        call.keys.lengths_kind == LENGTHS_PACKED, kv_head, at.batch * (call.heads // call.group) + kv_head
+    )
     return (stored * few.rows + place) * call.keys.rows + at.keys.offset
 
 
@@ -195,14 +200,14 @@ def solve_few(
     bits = tiles + tile_row_of(call, at, position) * call.tile_words
     number = list_place(call, few, at, kv_head, place)
 
-    row_max = largest_of(maxima, tiles_seen)
+    first_maxima = load_maxima(maxima, tiles_seen, tiles_seen.first)
+    row_max = largest_of(first_maxima, maxima, tiles_seen)
     sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
     broken = sees & ~sound
     row_max = tl.where(sound, row_max, 0.0)
     gap = tl.where(sound, -1.0, float("inf"))
     long = 0
     count = 0
-    sum_p = 1.0
     entries = tile_lists + tile_place(call, few, at, kv_head, place)
     to_z = listed_scores + number * LISTED
     to_keys = listed_keys + number * LISTED
@@ -211,24 +216,26 @@ def solve_few(
             long = 1
             gap = log_sum(z_row, visible, row_max)
         else:
-            gap = bound_of(maxima, tiles_seen, row_max, scale.alpha)
-            candidates = list_tiles_above(entries, maxima, tiles_seen, row_max, gap)
+            gap = bound_of(first_maxima, maxima, tiles_seen, row_max, scale.alpha)
+            candidates = list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap)
             count = list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max, gap)
             long = (count > LISTED).to(tl.int32)
             if long > 0:
-                gap, sum_p = solve(z_row, entries, candidates * TILE, visible, row_max, gap, scale.alpha, False)
+                gap = solve(z_row, entries, candidates * TILE, visible, row_max, gap, scale.alpha, False)
             else:
-                gap, sum_p = solve(to_z, entries, count, visible, row_max, gap, scale.alpha, True)
+                gap = solve(to_z, entries, count, visible, row_max, gap, scale.alpha, True)
     tl.store(is_long + number, long)
     state = row_state + 2 * (first_state_row(call, at) + position)
     tl.store(state, tl.where(broken, float("nan"), row_max))
     tl.store(state + 1, tl.where(broken, float("nan"), gap))
     if broken & (few.marks_tiles > 0):  # NaN goes back to all keys that are seen
         for start in range(tiles_seen.first, tiles_seen.end, TOGETHER):
-            mark_tiles(bits, start + tl.arange(0, TOGETHER), start + tl.arange(0, TOGETHER) < tiles_seen.end)
+            tile = start + tl.arange(0, TOGETHER)
+            mark_tiles(bits, tile, tile < tiles_seen.end)
     if long == 0:
         value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
         weighted = tl.zeros([BLOCK_D], tl.float32)
+        sum_p = 0.0
         for start in range(0, count, KEYS_AT_ONCE):
             entry = start + tl.arange(0, KEYS_AT_ONCE)
             z = tl.load(to_z + entry, mask=entry < count, other=float("-inf"))
@@ -239,7 +246,9 @@ def solve_few(
                 mark_tiles(bits, keys // TILE, weigh)
             v = load_rows(value_rows, tl.where(weigh, keys, at.keys.length), KEYS_AT_ONCE, BLOCK_D, True)
             weighted += tl.sum(p[:, None] * v.to(tl.float32), 0)
-        store_row(out, at, position, tl.where(broken, float("nan"), weighted / sum_p), call, BLOCK_D)
+            sum_p += tl.sum(p, 0)
+        weighted /= tl.where(sound, sum_p, 1.0)
+        store_row(out, at, position, tl.where(broken, float("nan"), weighted), call, BLOCK_D)
 
 
 SOLVE_FEW = Spec(
@@ -283,26 +292,29 @@ def excess(z, row_max, gap):
 
 
 @triton.jit
-def largest_of(maxima, tiles_seen):
-    largest = tl.full([TOGETHER], float("-inf"), tl.float32)
-    for start in range(tiles_seen.first, tiles_seen.end, TOGETHER):
-        tile = start + tl.arange(0, TOGETHER)
-        here = tl.load(maxima + tile, mask=tile < tiles_seen.end, other=float("-inf"))
+def load_maxima(maxima, tiles_seen, first):
+    """The largest scores of TILES_TOGETHER tiles from `first` on, -inf behind the last."""
+    tile = first + tl.arange(0, TILES_TOGETHER)
+    return tl.load(maxima + tile, mask=tile < tiles_seen.end, other=float("-inf"))
+
+
+@triton.jit
+def largest_of(first_maxima, maxima, tiles_seen):
+    largest = first_maxima
+    for start in range(tiles_seen.first + TILES_TOGETHER, tiles_seen.end, TILES_TOGETHER):
+        here = load_maxima(maxima, tiles_seen, start)
         largest = tl.maximum(largest, here, propagate_nan=tl.PropagateNan.ALL)
     return max_or_nan(largest, 0)
 
 
 @triton.jit
-def bound_of(maxima, tiles_seen, row_max, alpha):
+def bound_of(first_maxima, maxima, tiles_seen, row_max, alpha):
     """A lower bound of gap: that of the tiles' largest scores, less what rounding may do."""
     gap = -1.0
     for _ in range(BOUND_STEPS):
-        sum_p = tl.zeros([TOGETHER], tl.float32)
-        sum_u = tl.zeros([TOGETHER], tl.float32)
-        for start in range(tiles_seen.first, tiles_seen.end, TOGETHER):
-            tile = start + tl.arange(0, TOGETHER)
-            z = tl.load(maxima + tile, mask=tile < tiles_seen.end, other=float("-inf"))
-            p, u = weights(excess(z, row_max, gap), alpha, ALPHA_ANY, True)
+        sum_p, sum_u = weights(excess(first_maxima, row_max, gap), alpha, ALPHA_ANY, True)
+        for start in range(tiles_seen.first + TILES_TOGETHER, tiles_seen.end, TILES_TOGETHER):
+            p, u = weights(excess(load_maxima(maxima, tiles_seen, start), row_max, gap), alpha, ALPHA_ANY, True)
             sum_p += p
             sum_u += u
         gap += tl.maximum(row_step(tl.sum(sum_p, 0), tl.sum(sum_u, 0), alpha), 0.0)
@@ -316,13 +328,13 @@ def row_step(sum_p, sum_u, alpha):
 
 
 @triton.jit
-def list_tiles_above(entries, maxima, tiles_seen, row_max, gap):
+def list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap):
     """How many tiles have a score above a bound of gap; they are listed."""
-    count = 0
-    for start in range(tiles_seen.first, tiles_seen.end, TOGETHER):
-        tile = start + tl.arange(0, TOGETHER)
-        z = tl.load(maxima + tile, mask=tile < tiles_seen.end, other=float("-inf"))
-        count = append(entries, count, tile, z - row_max > gap)
+    tile = tiles_seen.first + tl.arange(0, TILES_TOGETHER)
+    count = append(entries, 0, tile, first_maxima - row_max > gap)
+    for start in range(tiles_seen.first + TILES_TOGETHER, tiles_seen.end, TILES_TOGETHER):
+        tile = start + tl.arange(0, TILES_TOGETHER)
+        count = append(entries, count, tile, load_maxima(maxima, tiles_seen, start) - row_max > gap)
     tl.debug_barrier()  # what other threads wrote is read from here on
     return count
 
@@ -359,8 +371,7 @@ def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max,
 
 @triton.jit
 def solve(z_row, entries, count, visible, row_max, gap, alpha, LIST: tl.constexpr):
-    """(gap, the sum of weights there) of `count` scores: of a LIST of at most LISTED, or of the listed tiles."""
-    sum_p = 0.0
+    """gap of `count` scores: of a LIST of at most LISTED, or of the listed tiles."""
     attempts = 0
     if LIST:
         entry = tl.arange(0, LISTED)
@@ -380,10 +391,10 @@ def solve(z_row, entries, count, visible, row_max, gap, alpha, LIST: tl.constexp
         sum_p = tl.sum(part_p, 0)
         step = row_step(sum_p, tl.sum(part_u, 0), alpha)
         attempts += 1
-        more = (tl.abs(sum_p - 1.0) > TOLERANCE) & (gap + step != gap) & (attempts < ATTEMPTS)
-        gap = tl.where(more, gap + step, gap)
+        more = (tl.abs(sum_p - 1.0) > NEAR) & (gap + step != gap) & (attempts < ATTEMPTS)
+        gap += step
         moving = more.to(tl.int32)
-    return gap, sum_p
+    return gap
 
 
 @triton.jit
@@ -405,14 +416,14 @@ def weigh_few(
     value, row_state, tiles, scores, tile_max, is_long, weighted, weight_sums, call, few,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """Of long rows: weighted values and weights, summed over SPLIT tiles of keys."""
+    """Of long rows: weighted values and weights, summed over SPLIT tiles of keys. How many programs share the splits,
+    few.weighers, changes no bit."""
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     splits = tl.cdiv(tl.cdiv(call.keys.max_seqlen, TILE), SPLIT)
-    index, kv_head, batch = block_of_program(splits * row_blocks, call.heads // call.group)
+    index, kv_head, batch = block_of_program(few.weighers * row_blocks, call.heads // call.group)
     at = head_in_sequence(call, batch, kv_head * call.group)
     if has_many_queries(call, at.queries):
         return
-    split = index // row_blocks
     rows = few_rows(index % row_blocks * BLOCK_M, call, few, kv_head, at.queries, BLOCK_M)
     number = list_place(call, few, at, kv_head, rows.place)
     long = rows.real & (tl.load(is_long + number, mask=rows.real, other=0) != 0)
@@ -433,29 +444,29 @@ def weigh_few(
     value_rows = rows_from(value_rows, seen_by_any.first, seen_by_any.end)
     bits = tiles + tile_row_of(call, heads, rows.position) * call.tile_words
 
-    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    sum_p = tl.zeros([BLOCK_M], tl.float32)
-    mine = some_of(tiles_seen, split, SPLIT)
-    for index in tl.range(mine.end - mine.first):
-        tile = mine.first + index
-        keys = tile * TILE + tl.arange(0, BLOCK_N)
-        largest = tl.load(maxima + tile, mask=long, other=float("-inf"))
-        weigh = long & (softmax | (largest - row_max > gap))
-        seen = (keys[None, :] >= visible.first[:, None]) & (keys[None, :] < visible.end[:, None])
-        z = tl.load(z_rows[:, None] + keys[None, :], mask=weigh[:, None] & seen, other=float("-inf"))
-        p, _ = weights(excess(z, row_max[:, None], gap[:, None]), scale.alpha[:, None], ALPHA, True)
-        p = tl.where(softmax[:, None], tl.exp2(((z - row_max[:, None]) - gap[:, None]) * LOG2_E), p)
-        p = tl.where(weigh[:, None], p, 0.0)
-        here = tl.sum(p, 1)
-        sum_p += here
-        if few.marks_tiles > 0:
-            mark_tiles(bits, tile, here > 0.0)
-        v = load_rows(value_rows, tile * TILE, BLOCK_N, BLOCK_D, True)
-        sums = dot(cast(p, v.dtype), v, sums)
-
-    part = ((at.batch * (call.heads // call.group) + kv_head) * splits + split) * few.rows + rows.place
-    tl.store(weight_sums + part, sum_p, mask=long)
-    tl.store(weighted + part[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], sums, mask=long[:, None])
+    for split in range(index // row_blocks, splits, few.weighers):
+        sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        sum_p = tl.zeros([BLOCK_M], tl.float32)
+        mine = some_of(tiles_seen, split, SPLIT)
+        for step in tl.range(mine.end - mine.first):
+            tile = mine.first + step
+            keys = tile * TILE + tl.arange(0, BLOCK_N)
+            largest = tl.load(maxima + tile, mask=long, other=float("-inf"))
+            weigh = long & (softmax | (largest - row_max > gap))
+            seen = (keys[None, :] >= visible.first[:, None]) & (keys[None, :] < visible.end[:, None])
+            z = tl.load(z_rows[:, None] + keys[None, :], mask=weigh[:, None] & seen, other=float("-inf"))
+            p, _ = weights(excess(z, row_max[:, None], gap[:, None]), scale.alpha[:, None], ALPHA, True)
+            p = tl.where(softmax[:, None], tl.exp2(((z - row_max[:, None]) - gap[:, None]) * LOG2_E), p)
+            p = tl.where(weigh[:, None], p, 0.0)
+            here = tl.sum(p, 1)
+            sum_p += here
+            if few.marks_tiles > 0:
+                mark_tiles(bits, tile, here > 0.0)
+            v = load_rows(value_rows, tile * TILE, BLOCK_N, BLOCK_D, True)
+            sums = dot(cast(p, v.dtype), v, sums)
+        part = ((at.batch * (call.heads // call.group) + kv_head) * splits + split) * few.rows + rows.place
+        tl.store(weight_sums + part, sum_p, mask=long)
+        tl.store(weighted + part[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], sums, mask=long[:, None])
 
 
 WEIGH_FEW = Spec(
@@ -466,7 +477,7 @@ WEIGH_FEW = Spec(
     ),
     writes=("tiles", "weighted", "weight_sums"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
-    programs="a block of BLOCK_M rows and SPLIT tiles of keys, for all rows of all key heads and sequences",
+    programs="a block of BLOCK_M rows and every few.weighers-th split, for all rows of all key heads and sequences",
     scratch=dict(
         weighted="BLOCK_D numbers for each row of a key head and each SPLIT tiles of its keys",
         weight_sums="a number for each of these",

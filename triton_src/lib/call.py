@@ -41,6 +41,7 @@ class Few(NamedTuple):
     rows: tl.tensor  # of a key head, if it has that many: its query heads' one after the other
     row_tiles: tl.tensor  # tiles that each row of a key head has numbers for, those of all key heads
     scored: tl.tensor  # tiles that a program scores
+    weighers: tl.tensor  # programs that share the splits of the rows that are long
     marks_tiles: tl.tensor  # whether bits of tiles are wanted
 
 
@@ -81,7 +82,9 @@ def has_many_queries(call, queries):
 @triton.jit
 def without_few(call, at):
     """The Head, as if a sequence of few queries had none."""
-    queries = Sequence(at.queries.offset, tl.where(has_many_queries(call, at.queries), at.queries.length, 0), at.queries.extent)
+    queries = Sequence(
+        at.queries.offset, tl.where(has_many_queries(call, at.queries), at.queries.length, 0), at.queries.extent
+    )
     return Head(at.batch, at.head, at.group, queries, at.keys, band_of(call, queries, at.keys))
 
 

@@ -6,6 +6,8 @@ namespace {
 // Programs that keep a large GPU busy, several on each multiprocessor.
 constexpr int64_t kManyPrograms = 1024;
 constexpr int64_t kMostScored = 32;  // tiles for one program
+// Of weigh_few about two for each multiprocessor: mostly they find no long row and end.
+constexpr int64_t kWeighing = 264;
 
 constexpr int64_t in_blocks(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
@@ -21,11 +23,15 @@ void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace
   // How many blocks of rows there are of all key heads, each of which all keys are split for.
   const int64_t row_blocks = in_blocks(rows, score.block_m) * call.kv_heads;
   const int64_t scored = std::clamp<int64_t>(key_tiles * row_blocks / kManyPrograms, 1, kMostScored);
+  const int64_t weigh_blocks = in_blocks(rows, weigh.block_m) * call.kv_heads;
+  const int64_t weighers = std::clamp<int64_t>(kWeighing / std::max<int64_t>(weigh_blocks, 1), 1,
+                                               std::max<int64_t>(in_blocks(key_tiles, kSplitTiles), 1));
   const Few few_argument{
       .queries = static_cast<int32_t>(few.queries()),
       .rows = static_cast<int32_t>(rows),
       .row_tiles = stored_kv_heads * call.arguments.keys.tile_rows.value,
       .scored = static_cast<int32_t>(scored),
+      .weighers = static_cast<int32_t>(weighers),
       .marks_tiles = static_cast<int32_t>(tiles != nullptr),
   };
   score_few(score, call.place, in_blocks(key_tiles, scored) * row_blocks,
@@ -52,7 +58,7 @@ void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace
                 .call = call.arguments,
                 .few = few_argument,
             });
-  weigh_few(weigh, call.place, in_blocks(key_tiles, kSplitTiles) * in_blocks(rows, weigh.block_m) * call.kv_heads,
+  weigh_few(weigh, call.place, weighers * weigh_blocks,
             {
                 .value = matrix_of(call.value),
                 .row_state = static_cast<const float*>(row_state),
