@@ -30,16 +30,18 @@ CONFIG = GPTConfig(layers=8, heads=8, width=512, context=8192)
 
 
 def train(
-    corpus: Corpus, config: GPTConfig, steps: int, device: torch.device, learning_rate: float = 3e-4, seed: int = 0
+    corpus: Corpus, config: GPTConfig, steps: int, device: torch.device, learning_rate: float = 1e-3, seed: int = 0
 ) -> GPT:
     """Trains on a window a step, in bfloat16 by autocast, as such models usually are."""
     trainer = Trainer(config, device, seed)
     batches = corpus.batches(1, config.context, seed)
-    with torch.autocast(device.type, torch.bfloat16), trange(steps, desc="training", mininterval=1) as bar:
+    with trange(steps, desc="training", mininterval=1) as bar:
         for step in bar:
             inputs, targets = (each.to(device) for each in next(batches))
-            loss, seconds = trainer.step(inputs, targets, learning_rate_at(step / steps, learning_rate))
+            with torch.autocast(device.type, torch.bfloat16):  # anew each step: it keeps weights that it has cast
+                loss, seconds = trainer.step(inputs, targets, learning_rate_at(step / steps, learning_rate))
             bar.set_postfix_str(f"{loss / math.log(2):.3f} bits a byte, {1000 * seconds:.0f} ms", refresh=False)
+    with torch.autocast(device.type, torch.bfloat16):
         held_out = evaluate(trainer.model.eval(), corpus.validation_windows(16, config.context), batch=1)
     print(f"{held_out / math.log(2):.3f} bits a byte on text held out", flush=True)
     return trainer.model
@@ -85,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="file or folder to train on (default: Python's own library)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3000, help="of training (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="at its highest (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its highest (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     parser.add_argument("--checkpoint", type=Path, help="of examples/gpt/train.py or the demo, instead of training")
     parser.add_argument("--windows", type=int, default=1, help="of a checkpoint, a layer (default: %(default)s)")

@@ -23,11 +23,13 @@ target_sources(adasplash PRIVATE
   csrc/cuda/driver.cpp
   csrc/cuda/embedded.cpp
   csrc/cuda/implementation.cpp
+  csrc/cuda/few.cpp
   csrc/cuda/part.cpp
   csrc/cuda/register.cpp
   csrc/cuda/summary.cpp
   csrc/cuda/portable/backward.cpp
   csrc/cuda/portable/call.cpp
+  csrc/cuda/portable/few.cpp
   csrc/cuda/portable/forward.cpp
   csrc/cuda/portable/portable.cpp
   csrc/cuda/portable/summary.cpp)

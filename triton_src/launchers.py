@@ -8,6 +8,7 @@ that are named tuples are structs inside it, of the same name, with Mutable befo
 
 import struct
 
+from .attention.few import LISTED, SPLIT
 from .lib.marks import GATHER_ROOM, PROBE_EVERY
 from .spec import APPENDED, Aligned, is_group
 from .variants import KERNELS
@@ -113,6 +114,8 @@ def header():
         text.append(group_struct(name, argument, written) + "\n")
     text.append("// Of the kernels that gather, see triton_src/lib/marks.py.\n")
     text.append(f"constexpr int64_t kProbeEvery = {PROBE_EVERY.value}, kGatherRoom = {GATHER_ROOM.value};\n")
+    text.append("// Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.\n")
+    text.append(f"constexpr int64_t kListed = {LISTED.value}, kSplitTiles = {SPLIT.value};\n")
     for kernel, spec in KERNELS.items():
         name, definition = arguments_struct(spec)
         text.append(

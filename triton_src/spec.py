@@ -7,7 +7,7 @@ An argument is a type, or a named tuple of arguments with a type for each of its
 from dataclasses import dataclass, field
 from typing import Any
 
-from .lib.call import Call
+from .lib.call import Call, Few
 from .lib.dropout import Dropout
 from .lib.entmax import Alpha
 from .lib.matrices import Matrix
@@ -43,7 +43,9 @@ CALL = Call(
     tile_words="i32",
     head_dim=Aligned("i32"),
     value_dim=Aligned("i32"),
+    few_queries="i32",
 )
+FEW = Few(queries="i32", rows="i32", row_tiles="i64", scored="i32", weighers="i32", marks_tiles="i32")
 # Pointers that Triton appends to every kernel; no variant needs the memory, so they are null.
 APPENDED = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))
 

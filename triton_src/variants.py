@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .activation import ACTIVATE, ACTIVATE_GRAD
 from .attention.count import COUNT_SUPPORT
+from .attention.few import JOIN_FEW, SCORE_FEW, SOLVE_FEW, WEIGH_FEW
 from .attention.forward import ATTEND
 from .attention.grad_key_value import GRAD_KEY_VALUE
 from .attention.grad_query import GRAD_QUERY
@@ -30,7 +31,13 @@ ARCHS = tuple(SHARED_KIB)
 
 ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
 
-ATTENTION = {spec.name: spec for spec in (ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE, COUNT_SUPPORT)}
+ATTENTION = {
+    spec.name: spec
+    for spec in (
+        *(ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE, COUNT_SUPPORT),
+        *(SCORE_FEW, SOLVE_FEW, WEIGH_FEW, JOIN_FEW),
+    )
+}
 ACTIVATION = {spec.name: spec for spec in (ACTIVATE, ACTIVATE_GRAD)}
 KERNELS: dict[str, Spec] = ATTENTION | ACTIVATION
 

@@ -13,9 +13,22 @@ namespace adasplash::cuda {
 
 // KERNELS of triton_src/variants.py. The functions of launchers.h and the table of variants, both generated from there,
 // say Kernel::kName, so a kernel that is missing here does not compile. kKernelNames, for messages, is in this order.
-enum class Kernel { kAttend, kMark, kGradQuery, kGradKeyValue, kCountSupport, kActivate, kActivateGrad };
-constexpr const char* kKernelNames[] = {"attend",        "mark",     "grad_query",   "grad_key_value",
-                                        "count_support", "activate", "activate_grad"};
+enum class Kernel {
+  kAttend,
+  kMark,
+  kGradQuery,
+  kGradKeyValue,
+  kCountSupport,
+  kScoreFew,
+  kSolveFew,
+  kWeighFew,
+  kJoinFew,
+  kActivate,
+  kActivateGrad
+};
+constexpr const char* kKernelNames[] = {"attend",        "mark",      "grad_query",   "grad_key_value",
+                                        "count_support", "score_few", "solve_few",    "weigh_few",
+                                        "join_few",      "activate",  "activate_grad"};
 static_assert(std::size(kKernelNames) == static_cast<size_t>(Kernel::kActivateGrad) + 1);
 
 // The alphas that kernels have code of their own for (ALPHAS of triton_src/variants.py; the generated table of variants

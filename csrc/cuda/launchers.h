@@ -69,10 +69,23 @@ struct Call {
   Exactly<int32_t> tile_words;
   Exactly<int32_t> head_dim;
   Exactly<int32_t> value_dim;
+  Exactly<int32_t> few_queries;
+};
+
+// What the kernels of attention/few.py are told beside the call, of its sequences of few queries.
+struct Few {
+  Exactly<int32_t> queries;
+  Exactly<int32_t> rows;
+  Exactly<int64_t> row_tiles;
+  Exactly<int32_t> scored;
+  Exactly<int32_t> weighers;
+  Exactly<int32_t> marks_tiles;
 };
 
 // Of the kernels that gather, see triton_src/lib/marks.py.
 constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
+// Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.
+constexpr int64_t kListed = 1024, kSplitTiles = 16;
 
 struct AttendArguments {
   Matrix query;
@@ -184,6 +197,80 @@ static_assert(sizeof(CountSupportArguments) == 288);
 inline void count_support(const Variant& variant, const Place& place, int64_t programs,
                           const CountSupportArguments& arguments) {
   launch(Kernel::kCountSupport, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct ScoreFewArguments {
+  Matrix query;
+  Matrix key;
+  Exactly<float*> scores;
+  Exactly<float*> tile_max;
+  Call call;
+  Few few;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(ScoreFewArguments) == 280);
+inline void score_few(const Variant& variant, const Place& place, int64_t programs,
+                      const ScoreFewArguments& arguments) {
+  launch(Kernel::kScoreFew, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct SolveFewArguments {
+  Matrix value;
+  MutableMatrix out;
+  Exactly<float*> row_state;
+  Exactly<int32_t*> tiles;
+  Exactly<const float*> scores;
+  Exactly<const float*> tile_max;
+  Exactly<int32_t*> tile_lists;
+  Exactly<float*> listed_scores;
+  Exactly<int32_t*> listed_keys;
+  Exactly<int32_t*> is_long;
+  Call call;
+  Few few;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(SolveFewArguments) == 328);
+inline void solve_few(const Variant& variant, const Place& place, int64_t programs,
+                      const SolveFewArguments& arguments) {
+  launch(Kernel::kSolveFew, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct WeighFewArguments {
+  Matrix value;
+  Exactly<const float*> row_state;
+  Exactly<int32_t*> tiles;
+  Exactly<const float*> scores;
+  Exactly<const float*> tile_max;
+  Exactly<const int32_t*> is_long;
+  Exactly<float*> weighted;
+  Exactly<float*> weight_sums;
+  Call call;
+  Few few;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(WeighFewArguments) == 288);
+inline void weigh_few(const Variant& variant, const Place& place, int64_t programs,
+                      const WeighFewArguments& arguments) {
+  launch(Kernel::kWeighFew, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct JoinFewArguments {
+  Exactly<const float*> weighted;
+  Exactly<const float*> weight_sums;
+  Exactly<const int32_t*> is_long;
+  MutableMatrix out;
+  Call call;
+  Few few;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(JoinFewArguments) == 256);
+inline void join_few(const Variant& variant, const Place& place, int64_t programs,
+                     const JoinFewArguments& arguments) {
+  launch(Kernel::kJoinFew, variant, place, programs, &arguments, sizeof arguments);
 }
 
 struct ActivateArguments {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cuda/few.h"
+
 namespace adasplash::cuda {
 namespace {
 
@@ -25,8 +27,9 @@ int64_t bytes_of_key_head(const AttentionInputs& inputs, int64_t batch, int64_t 
     return Extents::Side{.tile_rows = heads * tile_row_count(rows, batch, options.packed()).expect_int(),
                          .max_seqlen = longest_sequence(options, max_seqlen, rows).expect_int()};
   };
-  const Extents extents =
+  Extents extents =
       Extents::of_tiles(side(inputs.query, group, options.max_seqlen_q), side(inputs.key, 1, options.max_seqlen_k));
+  add_few(extents, inputs, options.packed() ? batch : 1, 1, batch);
   return scratch.words(extents) * int64_t{sizeof(int32_t)};
 }
 

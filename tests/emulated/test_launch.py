@@ -10,6 +10,7 @@ from common import MANY, Inputs, assert_same_bits, gather, gradients, make_input
 
 pytestmark = pytest.mark.backends("emulated")
 FORWARD, BACKWARD = ["attend"], ["grad_query", "grad_key_value"]
+FEW = ["score_few", "solve_few", "weigh_few", "join_few"]
 GATHERING = ["mark", "mark", "grad_query", "grad_query", "grad_key_value", "grad_key_value"]
 
 
@@ -46,6 +47,23 @@ def test_what_a_call_launches(driver):
     assert kernels(driver) == FORWARD + BACKWARD + FORWARD
 
 
+@torch.no_grad()
+def test_which_way_few_queries_go(driver):
+    """By the tensors' sizes where there are no lengths, else the GPU sees to it."""
+    few, lengths = dict(heads=4, kv_heads=1, m=16, n=90), torch.tensor([3, 70])
+    for inputs, options, expected in (
+        (make_inputs(**few), {}, FEW),
+        (make_inputs(**few | dict(m=17)), {}, FORWARD),
+        (make_inputs(**few | dict(heads=5)), {}, FORWARD),
+        (make_inputs(**few), dict(kv_seqlens=lengths), FEW),
+        (make_inputs(**few | dict(m=70)), dict(q_seqlens=lengths), FORWARD + FEW),
+        (make_inputs(**few), dict(dropout_p=0.5, dropout_seed=torch.tensor([1])), FORWARD),
+    ):
+        driver.launches.clear()
+        attend(inputs, **options)
+        assert kernels(driver) == expected
+
+
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
 @pytest.mark.parametrize("length", (90, 5000))
 def test_content_of_an_activation(driver, length, alpha):
@@ -75,11 +93,17 @@ def every_option(form):
 @pytest.mark.parametrize("gathered", (False, True), ids=("tiles", "gathered"))
 @pytest.mark.parametrize(
     "form, limit, forward, walking, gathering",
-    (("padded", 1, 6, 6, 6), ("padded", 200, 3, 1, 6), ("padded", 400, 2, 1, 6), ("packed", 1, 2, 2, 2)),
+    (
+        ("padded", 1, 6, 6, 6),
+        ("padded", 400, 6, 1, 6),
+        ("padded", 600_000, 3, 1, 1),
+        ("padded", 1_200_000, 2, 1, 1),
+        ("packed", 1, 2, 2, 2),
+    ),
 )
 def test_heads_go_in_parts_where_scratch_is_large(driver, form, limit, forward, walking, gathering, gathered):
-    """A key head of an entry takes 96 bytes here forward, backward 32, and thousands to gather. No bit depends on it,
-    nor does the gradient of alpha."""
+    """A key head of an entry takes 282,720 bytes here forward, as any may have few queries, backward 32, and thousands
+    to gather. No bit depends on it, nor does the gradient of alpha."""
     op, inputs, lengths, options = every_option(form)
     gather(1 if gathered else MANY)
     backward = GATHERING if gathered else BACKWARD
@@ -88,7 +112,7 @@ def test_heads_go_in_parts_where_scratch_is_large(driver, form, limit, forward, 
         driver.launches.clear()
         out = op(*inputs, *lengths, is_causal=True, **options)
         results = out, *torch.autograd.grad(out.square().sum(), (*inputs, options["alpha"]))
-        assert kernels(driver) == FORWARD * of_forward + backward * of_backward
+        assert kernels(driver) == (FORWARD + FEW) * of_forward + backward * of_backward
         return results
 
     whole = run(1, 1)
@@ -140,7 +164,7 @@ def test_parts_are_as_large_as_each_other(driver):
 
 
 def test_code_is_loaded_once(driver):
-    inputs = make_inputs(1, 1, 5, 6, size=8, dtype=torch.float16)
+    inputs = make_inputs(1, 1, 20, 6, size=8, dtype=torch.float16)
     attend(inputs)
     before = driver.calls("cuLibraryLoadData")
     attend(inputs)
@@ -151,7 +175,7 @@ def test_code_is_loaded_once(driver):
 
 
 def test_launches_go_to_the_current_stream_and_device(driver):
-    inputs = make_inputs(1, 1, 5, 6, size=8)
+    inputs = make_inputs(1, 1, 20, 6, size=8)
     places = [(0, 0), (0, 0x1234), (1, 0x5678), (2, 1 << 40)]
     for device, stream in places:
         driver.set_place(device, stream)
@@ -162,7 +186,7 @@ def test_launches_go_to_the_current_stream_and_device(driver):
 
 def test_shared_memory_is_asked_for_once_a_device(driver):
     driver.run_kernels = False
-    inputs = make_inputs(1, 1, 5, 6, size=128, dtype=torch.bfloat16)  # whose kernels need more than 48 KiB
+    inputs = make_inputs(1, 1, 20, 6, size=128, dtype=torch.bfloat16)  # whose kernels need more than 48 KiB
     driver.set_place(0)
     attend(inputs)
     driver.reset()
@@ -177,14 +201,14 @@ def test_shared_memory_is_asked_for_once_a_device(driver):
 def test_the_code_that_a_device_runs(driver, device, arch, ptx):
     """sm_90: its own; sm_86: that of sm_80; sm_120: PTX."""
     driver.set_place(device)
-    attend(make_inputs(1, 1, 5, 6, size=8))
+    attend(make_inputs(1, 1, 20, 6, size=8))
     assert {(launch.variant["arch"], launch.variant["ptx"]) for launch in driver.launches} == {(arch, ptx)}
 
 
 def test_an_architecture_that_was_not_built(driver):
     driver.set_place(5)
     with pytest.raises(RuntimeError, match=r"no GPU kernels for the architecture of device 5, sm_75.*sm_80, sm_90"):
-        attend(make_inputs(1, 1, 5, 6, size=8))
+        attend(make_inputs(1, 1, 20, 6, size=8))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +227,7 @@ def test_an_architecture_that_was_not_built(driver):
 )
 def test_the_variant_that_a_call_runs(driver, size, dtype, alpha, name):
     driver.run_kernels = False
-    attend(make_inputs(1, 1, 5, 6, size=size, dtype=dtype), alpha)
+    attend(make_inputs(1, 1, 20, 6, size=size, dtype=dtype), alpha)
     assert driver.launches[-1].variant["name"] == name
 
 
@@ -269,7 +293,7 @@ def test_many_threads_load_each_kernel_once(driver):
 
 @pytest.mark.parametrize("call", ("cuLaunchKernelEx", "cuCtxGetCurrent"))
 def test_an_error_of_a_launch_names_call_and_kernel(driver, call):
-    inputs = make_inputs(1, 1, 5, 6, size=8)
+    inputs = make_inputs(1, 1, 20, 6, size=8)
     attend(inputs)
     driver.fail(call, 2)
     with pytest.raises(RuntimeError, match=rf"{call} failed for .*CUDA_ERROR_OUT_OF_MEMORY \(2\)"):
@@ -283,7 +307,7 @@ sys.path.insert(0, {tests!r})
 import adasplash
 from emulated import install
 driver = install()
-inputs = [torch.randn(1, 1, 5, 128).bfloat16() for _ in range(3)]
+inputs = [torch.randn(1, 1, 20, 128).bfloat16() for _ in range(3)]
 def attend():
     return torch.ops.adasplash.entmax_attn(*inputs)
 def message():

@@ -18,8 +18,9 @@ from emulated.interpreter import patched_once
 
 sys.path.append(str(ROOT))
 from triton_src import variants
+from triton_src.attention import few
 from triton_src.lib import entmax, marks, visibility
-from triton_src.lib.call import Call
+from triton_src.lib.call import Call, Few
 from triton_src.lib.dropout import Dropout
 from triton_src.lib.entmax import Alpha
 from triton_src.lib.matrices import Matrix
@@ -92,11 +93,13 @@ def attention(
     tiles: Tiles | None = None,
     gather_below: int = 101,
     summary: bool = False,
+    few_queries: int = -1,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
     ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
     (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
     cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
+    Sequences of up to `few_queries` queries go the way of attention/few.py.
     `dropout` is (p, seed), and `first` the first batch entry and head among those of the whole call."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
@@ -143,6 +146,7 @@ def attention(
         tile_words=tile_words,
         head_dim=head_dim,
         value_dim=value_dim,
+        few_queries=few_queries,
     )
     special = not isinstance(alpha, Tensor) and not dropout[0]
     alpha_code = alpha_code or ({1.5: "1_5", 2.0: "2"}.get(alpha, "any") if special else "any")
@@ -176,7 +180,12 @@ def attention(
         bits.zero_()  # as forward (csrc/cuda/attention.cpp) does: attend does not write all of it
     inputs = dict(query=matrix(query), key=matrix(key), value=matrix(value))
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
-    launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
+    if longest_q > few_queries:
+        launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
+    elif few_queries >= 0:
+        bits.zero_()  # as the portable forward does
+    if few_queries >= 0:
+        few_launches(inputs, matrix(out), row_state, bits, call, block_d, alpha_code)
     found = ()
     if summary:
         sizes, largest = (torch.full(row_state.shape[:-1], int(garbage), dtype=x) for x in (torch.int32, torch.float32))
@@ -251,3 +260,43 @@ def attention(
             constants=dict(GATHER=gather),
         )
     return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found)
+
+
+def few_launches(inputs, out, row_state, bits, call: Call, block_d: int, alpha_code: str) -> None:
+    """What csrc/cuda/portable/few.cpp launches."""
+    queries, keys = call.queries, call.keys
+    packed = queries.lengths_kind == visibility.LENGTHS_PACKED.value
+    batch = len(queries.lengths) - 1 if packed else inputs["query"].data.shape[0]
+    kv_heads = call.heads // call.group
+    most = min(call.few_queries, queries.max_seqlen)
+    rows, stored = most * call.group, kv_heads * (1 if packed else batch)
+    tiles = math.ceil(keys.max_seqlen / TILE)
+    splits = math.ceil(tiles / few.SPLIT.value)
+    shared = Few(most, rows, stored * keys.tile_rows, 2, 2, 1)
+    numbers = dict(
+        scores=torch.full((stored * rows * keys.rows,), torch.nan),
+        tile_max=torch.full((rows * shared.row_tiles,), torch.nan),
+        tile_lists=torch.full((rows * shared.row_tiles,), 1 << 30, dtype=torch.int32),
+        listed_scores=torch.full((batch * kv_heads * rows * few.LISTED.value,), torch.nan),
+        listed_keys=torch.full((batch * kv_heads * rows * few.LISTED.value,), 1 << 30, dtype=torch.int32),
+        is_long=torch.full((batch * kv_heads * rows,), 1, dtype=torch.int32),
+        weighted=torch.full((batch * kv_heads * splits * rows * block_d,), torch.nan),
+        weight_sums=torch.full((batch * kv_heads * splits * rows,), torch.nan),
+    )
+    known = inputs | numbers | dict(out=out, row_state=row_state, tiles=bits)
+    blocks = math.ceil(rows / 16) * kv_heads * batch
+    programs = dict(
+        score_few=math.ceil(tiles / shared.scored) * blocks,
+        solve_few=most * call.heads * batch,
+        weigh_few=shared.weighers * blocks,
+        join_few=most * call.heads * batch,
+    )
+    constants = dict(BLOCK_M=16, BLOCK_N=TILE, BLOCK_D=block_d)
+    for name, count in programs.items():
+        spec = variants.KERNELS[name]
+        given = {argument: known[argument] for argument in spec.arguments if argument in known}
+        code = variants.ALPHAS[alpha_code if alpha_code in spec.alphas else "any"]
+        used = {name: value for name, value in {**constants, "ALPHA": code}.items() if name in spec.constants}
+        if count:
+            with patched_once():
+                spec.kernel[(count,)](**given, call=call, few=shared, **used)

@@ -29,6 +29,7 @@ from ..lib.call import (
     key_rows_of,
     query_rows_of,
     tile_row_of,
+    without_few,
 )
 from ..lib.dropout import Dropout, drop, row_seeds_of
 from ..lib.entmax import (
@@ -100,7 +101,7 @@ def attend(
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     blocks = tl.cdiv(call.queries.max_seqlen, BLOCK_M)
     block, head, batch = block_of_program(blocks, call.heads)
-    at = head_in_sequence(call, batch, head)
+    at = without_few(call, head_in_sequence(call, batch, head))
     query_rows = query_rows_of(query, at, call.head_dim, at.queries.length)
     key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
     value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)

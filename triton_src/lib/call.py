@@ -31,6 +31,18 @@ class Call(NamedTuple):
     tile_words: tl.tensor  # of a tile row
     head_dim: tl.tensor
     value_dim: tl.tensor
+    few_queries: tl.tensor  # most queries that a sequence of few queries has; -1 where those go no way of their own
+
+
+class Few(NamedTuple):
+    """What the kernels of attention/few.py are told beside the call, of its sequences of few queries."""
+
+    queries: tl.tensor  # most queries that such a sequence of this call has
+    rows: tl.tensor  # of a key head, if it has that many: its query heads' one after the other
+    row_tiles: tl.tensor  # tiles that each row of a key head has numbers for, those of all key heads
+    scored: tl.tensor  # tiles that a program scores
+    weighers: tl.tensor  # programs that share the splits of the rows that are long
+    marks_tiles: tl.tensor  # whether bits of tiles are wanted
 
 
 class Head(NamedTuple):
@@ -58,6 +70,22 @@ def head_in_sequence(call, batch, head):
     queries = sequence_bounds(call.queries, batch)
     keys = sequence_bounds(call.keys, batch)
     return Head(batch, head, call.group, queries, keys, band_of(call, queries, keys))
+
+
+@triton.jit
+def has_many_queries(call, queries):
+    """Whether `attend` takes a sequence, and not the kernels of attention/few.py. It follows from the sequence alone,
+    whatever else is in the batch."""
+    return queries.length > call.few_queries
+
+
+@triton.jit
+def without_few(call, at):
+    """The Head, as if a sequence of few queries had none."""
+    queries = Sequence(
+        at.queries.offset, tl.where(has_many_queries(call, at.queries), at.queries.length, 0), at.queries.extent
+    )
+    return Head(at.batch, at.head, at.group, queries, at.keys, band_of(call, queries, at.keys))
 
 
 @triton.jit

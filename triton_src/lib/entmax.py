@@ -64,12 +64,13 @@ def alpha_or_nan(alpha):
 
 @triton.jit
 def alpha_of_head(alpha, head, ALPHA: tl.constexpr):
-    """A head's alpha, which may be 1."""
+    """A head's alpha, which may be 1; or those of a vector of heads."""
     if fixed_alpha(ALPHA):
         return alpha.number
     else:
         place = tl.where(alpha.source == ALPHA_PER_HEAD, head, 0)
-        given = tl.load(alpha.per_head + place, mask=alpha.source != ALPHA_NUMBER, other=alpha.number)
+        in_memory = tl.where(alpha.source != ALPHA_NUMBER, place, -1) >= 0
+        given = tl.load(alpha.per_head + place, mask=in_memory, other=alpha.number)
         return tl.where(given == 1.0, given, alpha_or_nan(given))
 
 

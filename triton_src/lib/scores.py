@@ -61,7 +61,7 @@ def qk_slope_of(scores, batch, head, alpha, z_scale, ALPHA: tl.constexpr):
     if fixed_alpha(ALPHA):
         return 0.0
     else:
-        given = scores.has_slopes != 0
+        given = tl.where(scores.has_slopes != 0, head, -1) >= 0
         slope = tl.load(scores.slopes + batch * scores.slopes_batch_stride + head, mask=given, other=0.0)
         return slope * rate_of(alpha, ALPHA) / z_scale
 

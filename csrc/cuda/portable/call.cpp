@@ -9,6 +9,8 @@
 #include <cmath>
 #include <limits>
 
+#include "cuda/few.h"
+
 namespace adasplash::cuda::portable {
 namespace {
 
@@ -166,6 +168,7 @@ Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) 
       .tile_words = static_cast<int32_t>(saved_sizes(query, key, options, 0).tiles.back().expect_int()),
       .head_dim = static_cast<int32_t>(aligned_size(query)),
       .value_dim = static_cast<int32_t>(aligned_size(value)),
+      .few_queries = static_cast<int32_t>(FewQueries::of(inputs).most),
   };
 }
 
@@ -201,7 +204,8 @@ void AlignedResult::finish() const {
 }
 
 PreparedCall::PreparedCall(const AttentionInputs& inputs)
-    : tensors_{.query_lengths = as_lengths(inputs.options.q_seqlens, inputs.options.cu_seqlens_q),
+    : inputs_(inputs),
+      tensors_{.query_lengths = as_lengths(inputs.options.q_seqlens, inputs.options.cu_seqlens_q),
                .key_lengths = as_key_lengths(inputs.key, inputs.options),
                .alphas = as_floats(inputs.options.head_alpha),
                .slopes = as_floats(inputs.options.alibi_slopes)},
@@ -233,6 +237,7 @@ Extents PreparedCall::extents() const {
   extents.state_rows = stored_heads * arguments.queries.rows.value;
   extents.tile_words = queries.tile_rows * arguments.tile_words.value;
   extents.kv_heads = kv_heads;
+  add_few(extents, inputs_, kv_heads, stored_kv_heads, batch_of(inputs_));
   return extents;
 }
 

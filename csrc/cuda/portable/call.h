@@ -51,6 +51,7 @@ class PreparedCall {
   Extents extents() const;
 
  private:
+  const AttentionInputs inputs_;
   const OptionTensors tensors_;
 
  public:

@@ -1,5 +1,6 @@
-// The forward of the portable kernels: one launch of `attend`.
+// The forward of the portable kernels: one launch of `attend`, and those of few.h for sequences of few queries.
 #include "cuda/portable/call.h"
+#include "cuda/portable/few.h"
 #include "cuda/portable/portable.h"
 
 namespace adasplash::cuda::portable {
@@ -7,16 +8,28 @@ namespace {
 
 constexpr Piece<int16_t> kTileMargins{"tile_margins", 4, &Extents::query_tile_pairs};
 constexpr Piece<int32_t> kTileLists{"tile_lists", 1, &Extents::query_tile_pairs};
-constexpr Scratch kTrainingScratch = {kTileMargins, kTileLists};
-
-// Inference keeps nothing, but the kernel writes these in any case.
+// Inference keeps nothing, but the kernels write these in any case; those of few queries write no tile bits then.
 constexpr Piece<float> kRowState{"row_state", 2, &Extents::state_rows};
 constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
+
+constexpr Scratch kTrainingScratch = {kTileMargins, kTileLists};
 constexpr Scratch kInferenceScratch = {kTileMargins, kRowState, kTileLists, kTiles};
+constexpr Scratch kFewTrainingScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,
+                                         kListedKeys, kIsLong,  kWeighted,     kWeightSums};
+constexpr Scratch kFewInferenceScratch = {kRowState,   kScores, kTileMax,  kFewTileLists, kListedScores,
+                                          kListedKeys, kIsLong, kWeighted, kWeightSums};
+// Where the lengths that the GPU has decide.
+constexpr Scratch kBothTrainingScratch = {kTileMargins,  kTileLists,  kScores, kTileMax,  kFewTileLists,
+                                          kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
+constexpr Scratch kBothInferenceScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
+                                           kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
 
 }  // namespace
 
-const Scratch& Portable::forward_scratch(const AttentionInputs&, bool training) const {
+const Scratch& Portable::forward_scratch(const AttentionInputs& inputs, bool training) const {
+  const FewQueries few = FewQueries::of(inputs);
+  if (few.all()) return training ? kFewTrainingScratch : kFewInferenceScratch;
+  if (few.some()) return training ? kBothTrainingScratch : kBothInferenceScratch;
   return training ? kTrainingScratch : kInferenceScratch;
 }
 
@@ -25,20 +38,30 @@ void Portable::forward(const AttentionInputs& inputs, const ForwardOutputs& outp
   const AlignedResult out(outputs.out);
   const bool training = outputs.row_state.defined();
   const Workspace workspace(forward_scratch(inputs, training), call.extents(), call.query);
+  float* const row_state = training ? outputs.row_state.mutable_data_ptr<float>() : workspace.write(kRowState);
+  const FewQueries few = FewQueries::of(inputs);
 
-  const Variant& variant = call.variant(Kernel::kAttend);
-  attend(variant, call.place, call.query_programs(variant),
-         {
-             .query = matrix_of(call.query),
-             .key = matrix_of(call.key),
-             .value = matrix_of(call.value),
-             .out = mutable_matrix_of(out.rows),
-             .row_state = training ? outputs.row_state.mutable_data_ptr<float>() : workspace.write(kRowState),
-             .tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles),
-             .tile_margins = workspace.write(kTileMargins),
-             .tile_lists = workspace.write(kTileLists),
-             .call = call.arguments,
-         });
+  if (few.all()) {
+    if (training) outputs.tiles.zero_();  // bits are set one by one
+  } else {
+    const Variant& variant = call.variant(Kernel::kAttend);
+    attend(variant, call.place, call.query_programs(variant),
+           {
+               .query = matrix_of(call.query),
+               .key = matrix_of(call.key),
+               .value = matrix_of(call.value),
+               .out = mutable_matrix_of(out.rows),
+               .row_state = row_state,
+               .tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles),
+               .tile_margins = workspace.write(kTileMargins),
+               .tile_lists = workspace.write(kTileLists),
+               .call = call.arguments,
+           });
+  }
+  if (few.some()) {
+    attend_few(call, few, workspace, out.rows, row_state,
+               training ? outputs.tiles.mutable_data_ptr<int32_t>() : nullptr);
+  }
   out.finish();
 }
 

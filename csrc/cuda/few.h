@@ -1,0 +1,32 @@
+// Sequences of few queries, as in decoding. An implementation may give them a way of their own, on which their keys are
+// split over programs.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/implementation.h"
+
+namespace adasplash::cuda {
+
+// Which sequences of a call go this way: those of at most `most` queries, by their own lengths, so that no bit depends
+// on what else is in the batch, nor on whether it is padded or packed. None do where `most` is negative.
+struct FewQueries {
+  static FewQueries of(const AttentionInputs& inputs);
+
+  // Whether all do, whatever lengths the GPU has.
+  bool all() const { return longest <= most; }
+  // Whether some may: of what is neither packed nor has lengths, all do or none.
+  bool some() const { return all() || (lengths_vary && most >= 0); }
+  // The most queries of one of them.
+  int64_t queries() const { return std::min(longest, most); }
+
+  int64_t most = -1, longest = 0;
+  bool lengths_vary = false;
+};
+
+// Adds what scratch for them is counted by, for some key heads of all sequences. `stored_kv_heads` have room for keys:
+// the sequences of a packed batch share theirs.
+void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads,
+             int64_t sequences);
+
+}  // namespace adasplash::cuda

@@ -1,0 +1,533 @@
+"""The forward where a sequence has few queries, as in decoding: its keys are split over programs and read once.
+
+A program of `attend` takes 64 query rows of one head, of which a single new query fills one, and walks all keys alone.
+Here a program of `score_few` takes some tiles of keys for the rows of all query heads that share a key head, and leaves
+each row's scores and the largest of each tile. The rest is about one row, with little to read, since few keys weigh:
+
+    row_max     the largest of the tiles' largest scores
+    a bound     gap of just these scores: a subset of the row's, so a lower bound of the row's own, and a close one
+    a list      the keys above it, in tiles whose largest score is above it: a superset of the support
+    gap, out    from that list
+
+That is `solve_few`. A row with more than LISTED keys on its list, and any row at alpha = 1, is long: its values are
+summed by `weigh_few`, split over programs again, and `join_few` adds up what they found.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..lib.call import (
+    Head,
+    block_of_program,
+    first_state_row,
+    has_many_queries,
+    head_in_sequence,
+    head_scale,
+    key_rows_of,
+    tile_row_of,
+)
+from ..lib.entmax import ALPHA_1_5, LOG2_E, fixed_alpha, newton_step, weights
+from ..lib.matrices import any_row, cast, dot, load_rows, max_or_nan, rows_from
+from ..lib.scores import ScoreRules, scores_of
+from ..lib.tile_lists import WORD, append, first_tile_row
+from ..lib.visibility import LENGTHS_PACKED, TILE, UNLIMITED, Span, visible_keys
+from ..spec import CALL, FEW, MATRIX, Spec
+
+LISTED = tl.constexpr(1024)  # keys that a row's list has room for
+TOGETHER = tl.constexpr(1024)  # keys of a row that are looked at together
+TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
+KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
+SPLIT = tl.constexpr(16)  # tiles whose values one program sums
+# Newton steps towards the bound; any number of them gives one.
+BOUND_STEPS_1_5 = tl.constexpr(3)
+BOUND_STEPS = tl.constexpr(5)
+ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
+ROUNDING = tl.constexpr(2.0**-21)  # how much a bound of gap may be off, relative to 1 and to row_max
+# How far from 1 the sum of weights may be before the last step, which leaves about the square of it: of the keys of a
+# list, which are in registers, and of long rows, which are read again for every step.
+NEAR = tl.constexpr(4e-6)
+NEAR_LONG = tl.constexpr(1e-4)
+
+
+class FewRows(NamedTuple):
+    """Some of the rows that share a key head in one sequence: those of its query heads, one head after the other."""
+
+    place: tl.tensor  # among the rows of the key head
+    head: tl.tensor
+    position: tl.tensor  # the row's number in its sequence
+    real: tl.tensor  # whether there is such a row
+
+
+@triton.jit
+def few_rows(first, call, few, kv_head, queries, ROWS: tl.constexpr):
+    place = first + tl.arange(0, ROWS)
+    member = place // few.queries
+    position = place - member * few.queries
+    real = (member < call.group) & (position < queries.length)
+    return FewRows(place, kv_head * call.group + tl.minimum(member, call.group - 1), position, real)
+
+
+@triton.jit
+def visible_of(rows, band):
+    """The Span of keys that each of FewRows sees."""
+    visible = visible_keys(rows.position, band)
+    return Span(visible.first, tl.where(rows.real, visible.end, 0))
+
+
+@triton.jit
+def keys_of_rows(visible):
+    """The Span of keys that some of some rows see."""
+    sees = visible.first < visible.end
+    return Span(tl.min(tl.where(sees, visible.first, UNLIMITED), 0), tl.max(tl.where(sees, visible.end, 0), 0))
+
+
+@triton.jit
+def tiles_of(keys):
+    return Span(keys.first // TILE, tl.cdiv(keys.end, TILE))
+
+
+@triton.jit
+def some_of(tiles, split, each):
+    """Those of some tiles that are in a split of `each` tiles."""
+    first = tl.maximum(tiles.first, split * each)
+    return Span(first, tl.maximum(tl.minimum(tiles.end, (split + 1) * each), first))
+
+
+@triton.jit
+def score_row(call, few, at, kv_head, place):
+    """Where the scores of a row are, by its place among those of a key head: that of the sequence's first key."""
+    stored = tl.where(
+        call.keys.lengths_kind == LENGTHS_PACKED, kv_head, at.batch * (call.heads // call.group) + kv_head
+    )
+    return (stored * few.rows + place) * call.keys.rows + at.keys.offset
+
+
+@triton.jit
+def tile_place(call, few, at, kv_head, place):
+    """Where the numbers of a row's tiles are: that of tile 0."""
+    kv_heads = call.heads // call.group
+    return place * few.row_tiles + first_tile_row(call.keys, kv_heads, at.batch, kv_head, at.keys.offset)
+
+
+@triton.jit
+def list_place(call, few, at, kv_head, place):
+    """The number of a row among those of all key heads and sequences."""
+    return (at.batch * (call.heads // call.group) + kv_head) * few.rows + place
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def score_few(
+    query, key, scores, tile_max, call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+):  # fmt: skip
+    """The largest z of each row in each tile, and all z of tiles that may hold weight. How many tiles a program takes,
+    few.scored, changes no bit."""
+    row_blocks = tl.cdiv(few.rows, BLOCK_M)
+    splits = tl.cdiv(tl.cdiv(call.keys.max_seqlen, TILE), few.scored)
+    index, kv_head, batch = block_of_program(splits * row_blocks, call.heads // call.group)
+    at = head_in_sequence(call, batch, kv_head * call.group)
+    if has_many_queries(call, at.queries):
+        return
+    split = index // row_blocks  # neighbours read the same keys
+    rows = few_rows(index % row_blocks * BLOCK_M, call, few, kv_head, at.queries, BLOCK_M)
+    visible = visible_of(rows, at.band)
+    tiles = tiles_of(keys_of_rows(visible))
+
+    column = tl.arange(0, BLOCK_D)
+    start = query.data + at.batch * query.batch_stride + at.queries.offset * query.row_stride
+    row_start = rows.head * query.head_stride + rows.position.to(tl.int64) * query.row_stride
+    inside = rows.real[:, None] & (column < call.head_dim)[None, :]
+    q = tl.load(start + row_start[:, None] + column[None, :], mask=inside, other=0.0)
+    scale = head_scale(call, batch, rows.head, ALPHA)
+    rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
+    key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
+    softmax = scale.alpha == 1.0
+    to_scores = scores + score_row(call, few, at, kv_head, rows.place)
+    to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
+
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mine = some_of(tiles, split, few.scored)
+    for index in tl.range(mine.end - mine.first):
+        tile = mine.first + index
+        keys = tile * TILE + tl.arange(0, BLOCK_N)
+        qk = dot(q, tl.trans(load_rows(key_rows, tile * TILE, BLOCK_N, BLOCK_D, True)))
+        z = scores_of(qk, rules, keys, 0, ALPHA, True) * scale.z[:, None]
+        largest = max_or_nan(z, 1)
+        tl.store(to_maxima + tile, largest, mask=rows.real)
+        row_max = tl.maximum(row_max, largest)
+        worth = rows.real & (softmax | (largest >= row_max - 1.0) | (largest != largest))
+        tl.store(to_scores[:, None] + keys[None, :], z, mask=worth[:, None] & (keys < at.keys.length)[None, :])
+
+
+SCORE_FEW = Spec(
+    score_few,
+    arguments=dict(query=MATRIX, key=MATRIX, scores="*fp32", tile_max="*fp32", call=CALL, few=FEW),
+    writes=("scores", "tile_max"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    programs="a block of BLOCK_M rows and few.scored tiles of keys, for all rows of all key heads and sequences",
+    scratch=dict(
+        scores="a number for each row of a key head and each of its keys",
+        tile_max="one for each of these rows and each tile",
+    ),
+    shapes="attention",
+    alphas=("any",),
+)  # fmt: skip
+
+
+# ---- one row ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def solve_few(
+    value, out, row_state, tiles, scores, tile_max, tile_lists, listed_scores, listed_keys, is_long, call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+):  # fmt: skip
+    """row_state of a row; and, unless it is long, its output and the bits of tiles in which it weighs keys."""
+    position, head, batch = block_of_program(few.queries, call.heads)
+    at = head_in_sequence(call, batch, head)
+    if has_many_queries(call, at.queries) | (position >= at.queries.extent):
+        return
+    kv_head = head // call.group
+    place = (head - kv_head * call.group) * few.queries + position
+    scale = head_scale(call, batch, head, ALPHA)
+    visible = visible_keys(position, at.band)
+    sees = visible.first < visible.end
+    tiles_seen = tiles_of(Span(visible.first, tl.where(sees, visible.end, 0)))
+    z_row = scores + score_row(call, few, at, kv_head, place)
+    maxima = tile_max + tile_place(call, few, at, kv_head, place)
+    bits = tiles + tile_row_of(call, at, position) * call.tile_words
+    number = list_place(call, few, at, kv_head, place)
+
+    first_maxima = load_maxima(maxima, tiles_seen, tiles_seen.first)
+    row_max = largest_of(first_maxima, maxima, tiles_seen)
+    sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
+    broken = sees & ~sound
+    row_max = tl.where(sound, row_max, 0.0)
+    gap = tl.where(sound, -1.0, float("inf"))
+    long = 0
+    count = 0
+    entries = tile_lists + tile_place(call, few, at, kv_head, place)
+    to_z = listed_scores + number * LISTED
+    to_keys = listed_keys + number * LISTED
+    if sound:
+        if is_softmax(scale.alpha, ALPHA):
+            long = 1
+            gap = log_sum(z_row, visible, row_max)
+        else:
+            gap = bound_of(first_maxima, maxima, tiles_seen, row_max, scale.alpha, ALPHA)
+            candidates = list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap)
+            count = list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max, gap)
+            long = (count > LISTED).to(tl.int32)
+            if long > 0:
+                gap = solve(z_row, entries, candidates * TILE, visible, row_max, gap, scale.alpha, ALPHA, False)
+            else:
+                gap = solve(to_z, entries, count, visible, row_max, gap, scale.alpha, ALPHA, True)
+    tl.store(is_long + number, long)
+    state = row_state + 2 * (first_state_row(call, at) + position)
+    tl.store(state, tl.where(broken, float("nan"), row_max))
+    tl.store(state + 1, tl.where(broken, float("nan"), gap))
+    if broken & (few.marks_tiles > 0):  # NaN goes back to all keys that are seen
+        for start in range(tiles_seen.first, tiles_seen.end, TOGETHER):
+            tile = start + tl.arange(0, TOGETHER)
+            mark_tiles(bits, tile, tile < tiles_seen.end)
+    if long == 0:
+        value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
+        weighted = tl.zeros([BLOCK_D], tl.float32)
+        sum_p = 0.0
+        for start in range(0, count, KEYS_AT_ONCE):
+            entry = start + tl.arange(0, KEYS_AT_ONCE)
+            z = tl.load(to_z + entry, mask=entry < count, other=float("-inf"))
+            keys = tl.load(to_keys + entry, mask=entry < count, other=0)
+            p, _ = weights(excess(z, row_max, gap), scale.alpha, ALPHA, True)
+            weigh = p > 0.0
+            if few.marks_tiles > 0:
+                mark_tiles(bits, keys // TILE, weigh)
+            v = load_rows(value_rows, tl.where(weigh, keys, at.keys.length), KEYS_AT_ONCE, BLOCK_D, True)
+            weighted += tl.sum(p[:, None] * v.to(tl.float32), 0)
+            sum_p += tl.sum(p, 0)
+        weighted /= tl.where(sound, sum_p, 1.0)
+        store_row(out, at, position, tl.where(broken, float("nan"), weighted), call, BLOCK_D)
+
+
+SOLVE_FEW = Spec(
+    solve_few,
+    arguments=dict(
+        value=MATRIX, out=MATRIX, row_state="*fp32", tiles="*i32", scores="*fp32", tile_max="*fp32", tile_lists="*i32",
+        listed_scores="*fp32", listed_keys="*i32", is_long="*i32", call=CALL, few=FEW,
+    ),
+    writes=("out", "row_state", "tiles", "tile_lists", "listed_scores", "listed_keys", "is_long"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    programs="a row, for few.queries * heads * batch",
+    scratch=dict(
+        tile_lists="an entry for each row of a key head and each tile of its keys",
+        listed_scores="LISTED numbers for each such row",
+        listed_keys="LISTED numbers for each such row",
+        is_long="a number for each such row",
+    ),
+    shapes="attention",
+)  # fmt: skip
+
+
+@triton.jit
+def store_row(out, at, position, x, call, BLOCK_D: tl.constexpr):
+    column = tl.arange(0, BLOCK_D)
+    row = at.queries.offset + position
+    place = out.data + at.batch * out.batch_stride + at.head * out.head_stride + row * out.row_stride
+    tl.store(place + column, cast(x, out.data.dtype.element_ty), mask=column < call.value_dim)
+
+
+@triton.jit
+def mark_tiles(bits, tile, mask):
+    """Sets the bits of tiles, which rows of other programs may set too."""
+    tl.atomic_or(bits + tile // WORD, mask.to(tl.int32) << (tile % WORD), mask=mask, sem="relaxed")
+
+
+@triton.jit
+def is_softmax(alpha, ALPHA: tl.constexpr):
+    """Whether a row's alpha is 1, which it is in the code for any alpha alone."""
+    if fixed_alpha(ALPHA):
+        return False
+    else:
+        return alpha == 1.0
+
+
+@triton.jit
+def excess(z, row_max, gap):
+    """[z - tau]+, from 0 to 1."""
+    return tl.minimum(tl.maximum((z - row_max) - gap, 0.0), 1.0)
+
+
+@triton.jit
+def load_maxima(maxima, tiles_seen, first):
+    """The largest scores of TILES_TOGETHER tiles from `first` on, -inf behind the last."""
+    tile = first + tl.arange(0, TILES_TOGETHER)
+    return tl.load(maxima + tile, mask=tile < tiles_seen.end, other=float("-inf"))
+
+
+@triton.jit
+def largest_of(first_maxima, maxima, tiles_seen):
+    largest = first_maxima
+    for start in range(tiles_seen.first + TILES_TOGETHER, tiles_seen.end, TILES_TOGETHER):
+        here = load_maxima(maxima, tiles_seen, start)
+        largest = tl.maximum(largest, here, propagate_nan=tl.PropagateNan.ALL)
+    return max_or_nan(largest, 0)
+
+
+@triton.jit
+def bound_of(first_maxima, maxima, tiles_seen, row_max, alpha, ALPHA: tl.constexpr):
+    """A lower bound of gap: that of the tiles' largest scores, less what rounding may do."""
+    gap = -1.0
+    for _ in range(BOUND_STEPS_1_5 if ALPHA == ALPHA_1_5 else BOUND_STEPS):
+        sum_p, sum_u = weights(excess(first_maxima, row_max, gap), alpha, ALPHA, True)
+        for start in range(tiles_seen.first + TILES_TOGETHER, tiles_seen.end, TILES_TOGETHER):
+            p, u = weights(excess(load_maxima(maxima, tiles_seen, start), row_max, gap), alpha, ALPHA, True)
+            sum_p += p
+            sum_u += u
+        gap += tl.maximum(newton_step(tl.sum(sum_p, 0), tl.sum(sum_u, 0), alpha, ALPHA), 0.0)
+    return gap - (1.0 + tl.abs(row_max)) * ROUNDING
+
+
+@triton.jit
+def list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap):
+    """How many tiles have a score above a bound of gap; they are listed."""
+    tile = tiles_seen.first + tl.arange(0, TILES_TOGETHER)
+    count = append(entries, 0, tile, first_maxima - row_max > gap)
+    for start in range(tiles_seen.first + TILES_TOGETHER, tiles_seen.end, TILES_TOGETHER):
+        tile = start + tl.arange(0, TILES_TOGETHER)
+        count = append(entries, count, tile, load_maxima(maxima, tiles_seen, start) - row_max > gap)
+    tl.debug_barrier()  # what other threads wrote is read from here on
+    return count
+
+
+@triton.jit
+def scores_of_tiles(z_row, entries, first, count, visible):
+    """(z, keys) of the listed tiles from `first` on that fit TOGETHER keys; -inf behind the list and for keys that are
+    not seen."""
+    entry = first * TILE + tl.arange(0, TOGETHER)
+    tile = tl.load(entries + entry // TILE, mask=entry < count * TILE, other=0)
+    keys = tile * TILE + entry % TILE
+    seen = (entry < count * TILE) & (keys >= visible.first) & (keys < visible.end)
+    return tl.load(z_row + keys, mask=seen, other=float("-inf")), keys
+
+
+@triton.jit
+def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max, gap):
+    """How many keys of the listed tiles are above a bound of gap, or some number above LISTED; up to LISTED are listed,
+    with their z."""
+    count = 0
+    first = 0
+    while (first < candidates) & (count <= LISTED):
+        z, keys = scores_of_tiles(z_row, entries, first, candidates, visible)
+        wanted = z - row_max > gap
+        place = count + tl.cumsum(wanted.to(tl.int32), 0) - 1
+        room = wanted & (place < LISTED)
+        tl.store(to_z + place, z, mask=room)
+        tl.store(to_keys + place, keys, mask=room)
+        count += tl.sum(wanted.to(tl.int32), 0)
+        first += TOGETHER // TILE
+    tl.debug_barrier()  # as above
+    return count
+
+
+@triton.jit
+def solve(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.constexpr, LIST: tl.constexpr):
+    """gap of `count` scores: of a LIST of at most LISTED, or of the listed tiles."""
+    attempts = 0
+    if LIST:
+        entry = tl.arange(0, LISTED)
+        z = tl.load(z_row + entry, mask=entry < count, other=float("-inf"))
+    moving = 1
+    while moving > 0:
+        part_p = tl.zeros([TOGETHER], tl.float32)
+        part_u = tl.zeros([TOGETHER], tl.float32)
+        if LIST:
+            part_p, part_u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
+        else:
+            for first in range(0, count // TILE, TOGETHER // TILE):
+                some, _ = scores_of_tiles(z_row, entries, first, count // TILE, visible)
+                p, u = weights(excess(some, row_max, gap), alpha, ALPHA, True)
+                part_p += p
+                part_u += u
+        sum_p = tl.sum(part_p, 0)
+        step = newton_step(sum_p, tl.sum(part_u, 0), alpha, ALPHA)
+        attempts += 1
+        more = (tl.abs(sum_p - 1.0) > (NEAR if LIST else NEAR_LONG)) & (gap + step != gap) & (attempts < ATTEMPTS)
+        gap += step
+        moving = more.to(tl.int32)
+    return gap
+
+
+@triton.jit
+def log_sum(z_row, visible, row_max):
+    """ln sum e^(z - row_max) over the keys that are seen."""
+    sums = tl.zeros([TOGETHER], tl.float32)
+    for start in range(visible.first, visible.end, TOGETHER):
+        keys = start + tl.arange(0, TOGETHER)
+        z = tl.load(z_row + keys, mask=keys < visible.end, other=float("-inf"))
+        sums += tl.exp2((z - row_max) * LOG2_E)
+    return tl.maximum(tl.log(tl.sum(sums, 0)), 0.0)
+
+
+# ---- long rows -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def weigh_few(
+    value, row_state, tiles, scores, tile_max, is_long, weighted, weight_sums, call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+):  # fmt: skip
+    """Of long rows: weighted values and weights, summed over SPLIT tiles of keys. How many programs share the splits,
+    few.weighers, changes no bit."""
+    row_blocks = tl.cdiv(few.rows, BLOCK_M)
+    splits = tl.cdiv(tl.cdiv(call.keys.max_seqlen, TILE), SPLIT)
+    index, kv_head, batch = block_of_program(few.weighers * row_blocks, call.heads // call.group)
+    at = head_in_sequence(call, batch, kv_head * call.group)
+    if has_many_queries(call, at.queries):
+        return
+    rows = few_rows(index % row_blocks * BLOCK_M, call, few, kv_head, at.queries, BLOCK_M)
+    number = list_place(call, few, at, kv_head, rows.place)
+    long = rows.real & (tl.load(is_long + number, mask=rows.real, other=0) != 0)
+    if not any_row(long):
+        return
+    visible = visible_of(rows, at.band)
+    tiles_seen = tiles_of(keys_of_rows(visible))
+    scale = head_scale(call, batch, rows.head, ALPHA)
+    softmax = scale.alpha == 1.0
+    heads = Head(batch, rows.head, call.group, at.queries, at.keys, at.band)
+    state = row_state + 2 * (first_state_row(call, heads) + rows.position)
+    row_max = tl.load(state, mask=long, other=0.0)
+    gap = tl.load(state + 1, mask=long, other=float("inf"))
+    z_rows = scores + score_row(call, few, at, kv_head, rows.place)
+    maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
+    value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
+    seen_by_any = keys_of_rows(visible)
+    value_rows = rows_from(value_rows, seen_by_any.first, seen_by_any.end)
+    bits = tiles + tile_row_of(call, heads, rows.position) * call.tile_words
+
+    for split in range(index // row_blocks, splits, few.weighers):
+        sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        sum_p = tl.zeros([BLOCK_M], tl.float32)
+        mine = some_of(tiles_seen, split, SPLIT)
+        for step in tl.range(mine.end - mine.first):
+            tile = mine.first + step
+            keys = tile * TILE + tl.arange(0, BLOCK_N)
+            largest = tl.load(maxima + tile, mask=long, other=float("-inf"))
+            weigh = long & (softmax | (largest - row_max > gap))
+            seen = (keys[None, :] >= visible.first[:, None]) & (keys[None, :] < visible.end[:, None])
+            z = tl.load(z_rows[:, None] + keys[None, :], mask=weigh[:, None] & seen, other=float("-inf"))
+            p, _ = weights(excess(z, row_max[:, None], gap[:, None]), scale.alpha[:, None], ALPHA, True)
+            p = tl.where(softmax[:, None], tl.exp2(((z - row_max[:, None]) - gap[:, None]) * LOG2_E), p)
+            p = tl.where(weigh[:, None], p, 0.0)
+            here = tl.sum(p, 1)
+            sum_p += here
+            if few.marks_tiles > 0:
+                mark_tiles(bits, tile, here > 0.0)
+            v = load_rows(value_rows, tile * TILE, BLOCK_N, BLOCK_D, True)
+            sums = dot(cast(p, v.dtype), v, sums)
+        part = ((at.batch * (call.heads // call.group) + kv_head) * splits + split) * few.rows + rows.place
+        tl.store(weight_sums + part, sum_p, mask=long)
+        tl.store(weighted + part[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], sums, mask=long[:, None])
+
+
+WEIGH_FEW = Spec(
+    weigh_few,
+    arguments=dict(
+        value=MATRIX, row_state="*fp32", tiles="*i32", scores="*fp32", tile_max="*fp32", is_long="*i32",
+        weighted="*fp32", weight_sums="*fp32", call=CALL, few=FEW,
+    ),
+    writes=("tiles", "weighted", "weight_sums"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    programs="a block of BLOCK_M rows and every few.weighers-th split, for all rows of all key heads and sequences",
+    scratch=dict(
+        weighted="BLOCK_D numbers for each row of a key head and each SPLIT tiles of its keys",
+        weight_sums="a number for each of these",
+    ),
+    shapes="attention",
+    alphas=("any",),
+)  # fmt: skip
+
+
+@triton.jit
+def join_few(
+    weighted, weight_sums, is_long, out, call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The output of a long row, from what weigh_few found in its splits."""
+    position, head, batch = block_of_program(few.queries, call.heads)
+    at = head_in_sequence(call, batch, head)
+    if has_many_queries(call, at.queries) | (position >= at.queries.length):
+        return
+    kv_head = head // call.group
+    place = (head - kv_head * call.group) * few.queries + position
+    if tl.load(is_long + list_place(call, few, at, kv_head, place)) == 0:
+        return
+    visible = visible_keys(position, at.band)
+    splits = tl.cdiv(tl.cdiv(call.keys.max_seqlen, TILE), SPLIT)
+    end = tl.cdiv(tl.cdiv(visible.end, TILE), SPLIT)
+    column = tl.arange(0, BLOCK_D)
+    sums = tl.zeros([BLOCK_D], tl.float32)
+    sum_p = 0.0
+    for start in range(visible.first // (TILE * SPLIT), end, BLOCK_M):
+        split = start + tl.arange(0, BLOCK_M)
+        part = ((at.batch * (call.heads // call.group) + kv_head) * splits + split) * few.rows + place
+        known = split < end
+        sum_p += tl.sum(tl.load(weight_sums + part, mask=known, other=0.0), 0)
+        here = tl.load(weighted + part[:, None] * BLOCK_D + column[None, :], mask=known[:, None], other=0.0)
+        sums += tl.sum(here, 0)
+    store_row(out, at, position, sums / sum_p, call, BLOCK_D)
+
+
+JOIN_FEW = Spec(
+    join_few,
+    arguments=dict(weighted="*fp32", weight_sums="*fp32", is_long="*i32", out=MATRIX, call=CALL, few=FEW),
+    writes=("out",),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D"),
+    programs="a row, for few.queries * heads * batch",
+    shapes="attention",
+    alphas=("any",),
+)  # fmt: skip
