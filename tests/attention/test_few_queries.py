@@ -38,7 +38,8 @@ def test_against_the_reference(make_inputs, dtype, shape, options, alpha):
         options["alibi_slopes"] = torch.linspace(0.01, 0.2, heads, device=device)
     if alpha == "1 for some heads":
         alpha = torch.where(torch.arange(heads, device=device) % 3 == 0, 1.0, 1.5)
-    check_gradients(entmax_attn, inputs, alpha=alpha, **options)
+    # Three times: the largest of few errors is now and then smaller in the dense composition by chance.
+    check_gradients(entmax_attn, inputs, alpha=alpha, times=3, **options)
 
 
 @pytest.mark.parametrize("alpha", (1.0, 1.25, 1.5, 2.0))

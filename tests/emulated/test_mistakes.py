@@ -120,7 +120,7 @@ def with_manifest(driver, monkeypatch, change):
 
 
 def attend():
-    return torch.ops.adasplash.entmax_attn(*make_inputs(1, 1, 5, 6, size=8))
+    return torch.ops.adasplash.entmax_attn(*make_inputs(1, 1, 20, 6, size=8))
 
 
 def test_a_dropped_argument(driver, monkeypatch):
@@ -158,7 +158,7 @@ def test_a_stale_manifest(driver, monkeypatch):
 def test_a_symbol_that_the_manifest_does_not_have(driver, monkeypatch):
     driver.set_place(2)
     monkeypatch.setattr(driver, "manifest", {"variants": []})
-    inputs = make_inputs(1, 1, 5, 6, size=200, dtype=torch.float16)  # not loaded by another test on this device
+    inputs = make_inputs(1, 1, 20, 6, size=200, dtype=torch.float16)  # not loaded by another test on this device
     with pytest.raises(RuntimeError, match=r"cuLibraryGetKernel failed for attend_fp16_d256.*NOT_FOUND"):
         torch.ops.adasplash.entmax_attn(*inputs)
 
@@ -216,7 +216,8 @@ void test(const Variant& variant, const Matrix& rows, const MutableMatrix& out, 
       .dropout = {.seed = static_cast<const int64_t*>(nullptr), .threshold = int32_t{0}, .scale = 1.f,
                   .first_batch = int32_t{0}, .first_head = int32_t{0}},
       .state_batch_stride = int64_t{1}, .heads = int32_t{1}, .group = int32_t{1},
-      .tile_words = int32_t{2}, .head_dim = int32_t{8}, .value_dim = int32_t{8}};
+      .tile_words = int32_t{2}, .head_dim = int32_t{8}, .value_dim = int32_t{8},
+      .few_queries = int32_t{-1}};
   attend(variant, Place{0, nullptr}, 1, {
       .query = rows, .key = rows, .value = rows, .out = out, .row_state = floats, .tiles = words,
       .tile_margins = margins, .tile_lists = words, .call = call});
