@@ -2,7 +2,7 @@
 
 from statistics import mean, stdev
 
-from results import Result
+from shared.results import Result
 
 
 def table(rows: list[Result], metrics: dict[str, str]) -> str:

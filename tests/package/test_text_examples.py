@@ -18,16 +18,12 @@ from common import ROOT
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-sys.path += [str(ROOT / "examples" / folder) for folder in ("shared", "classification", "retrieval")]
 
-import debian
-import descriptions
 import labelled_texts
 import pairs
-import results
-import table
 import train_classifier
-from descriptions import Description
+from shared import debian, descriptions, results, table
+from shared.descriptions import Description
 
 pytestmark = pytest.mark.backends("cpu")
 
@@ -341,10 +337,11 @@ def test_classifiers_learn_with_every_attention(file, tmp_path, monkeypatch):
 def test_an_encoder_is_taken_to_entmax(file, tmp_path):
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("datasets")
-    import train_retriever
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    import train_retriever
 
     folder = tmp_path / "bert"
     words = sorted({word for each in made_up() for word in f"{each.short} {each.long}".replace("-", " ").split()})
