@@ -3,6 +3,7 @@
 # make test-all   every case, the library built in all ways, and all of the emulation (about an hour)
 # make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
+# make examples  the experiments of examples/, quick forms (about 10 minutes); DEVICE=cuda is the full forms
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
 
 PYTHON ?= python3
@@ -17,20 +18,27 @@ HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo demo-quick test test-all sanitize lint bench clean
+.PHONY: help setup demo demo-quick examples test test-all sanitize lint bench clean
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+# The packages of some extras of pyproject.toml.
+packages_of = $$($(BIN)/python -c "import sys, tomllib; \
+  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+  print(*sorted({package for extra in sys.argv[1:] for package in extras[extra]}))" $(1))
 
 # torch first and alone: the packages after it then find one that serves and fetch no other.
 $(VENV)/.requirements: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; \
-	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-	  print(*sorted({*extras['test'], *extras['examples'], *extras['lint']}))")
+	$(BIN)/python -m pip install --quiet $(call packages_of,test examples lint)
+	touch $@
+
+$(VENV)/.experiments: $(VENV)/.requirements
+	$(BIN)/python -m pip install --quiet $(call packages_of,examples experiments)
 	touch $@
 
 # Without GPU kernels where they could not run, so that nobody waits for them; CMake rebuilds what differs. .installed says
@@ -55,6 +63,21 @@ demo: $(if $(HAS_GPU),setup,$(VENV)/.installed)
 # The same way in about a minute, for CI.
 demo-quick: $(VENV)/.installed
 	$(BIN)/python examples/gpt/demo.py --device "$(DEVICE)" --steps 20 --bytes 40 --out build/demo-quick
+
+# What is committed in examples/results stays as it is: rows of this run are beside the models, and its tables are printed.
+# RESULTS=examples/results keeps them.
+WRITTEN := build/examples
+RESULTS ?= $(WRITTEN)/results
+FORM := --device $(DEVICE)$(if $(filter cpu,$(DEVICE)), --quick)
+examples: $(if $(HAS_GPU),setup,$(VENV)/.installed) $(VENV)/.experiments
+	$(BIN)/python examples/length_generalisation/compare.py $(FORM) --out $(RESULTS)
+	$(BIN)/python examples/language_modelling/compare.py $(FORM) --out $(WRITTEN)/language_modelling --results $(RESULTS)
+	$(BIN)/python examples/language_modelling/continue_text.py $(WRITTEN)/language_modelling/entmax --device $(DEVICE)
+	$(BIN)/python examples/language_modelling/serve_in_cpp.py $(WRITTEN)/language_modelling/entmax --device $(DEVICE) \
+	  --programs $(WRITTEN)/libtorch
+	$(BIN)/python examples/classification/train_classifier.py $(FORM) --save $(WRITTEN)/classification --results $(RESULTS)
+	$(BIN)/python examples/retrieval/train_retriever.py $(FORM) --save $(WRITTEN)/retrieval --results $(RESULTS)
+	$(BIN)/python examples/report.py --results $(RESULTS) --pictures $(WRITTEN)
 
 # The emulation takes seconds a test: one case of each and no slow ones, but all of what is about the launches.
 test: setup

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import debian
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 import adasplash.integrations.transformers  # noqa: F401  registers the word
+from shared import debian
 
 #: softmax; entmax with a fixed α; α of each head learned; softmax that is taken to entmax while it is trained.
 ATTENTION = ("softmax", "entmax", "learned", "scheduled")

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import descriptions
+from shared import descriptions
 
 #: Sections that say what a package is for the others (symbols, names of old, bundles, translations), not its subject.
 _NO_SUBJECT = ("debug", "oldlibs", "metapackages", "localization")

@@ -14,11 +14,10 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
-
-from classifiers import load
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adasplash.integrations.transformers import configure, record
+from classifiers import load
 
 _COLOUR = "#0b6e4f"
 _COLUMNS = 88  # letters a line

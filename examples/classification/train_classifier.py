@@ -9,15 +9,14 @@ import torch
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
-
-import results
-from classifiers import ATTENTION, SHAPES, Size, attention_keys, attention_name, build, tokenizer_for
-from labelled_texts import LabelledTexts, load
-from steps import StepTimes
-from table import table
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adasplash.integrations.transformers import AlphaSchedule, configure, record
+from classifiers import ATTENTION, SHAPES, Size, attention_keys, attention_name, build, tokenizer_for
+from labelled_texts import LabelledTexts, load
+from shared import results
+from shared.steps import StepTimes
+from shared.table import table
 
 #: What the program does if told nothing: on a GPU, and with --quick.
 FULL = {

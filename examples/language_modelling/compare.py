@@ -31,11 +31,10 @@ from transformers import (
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from adasplash.integrations.transformers import AlphaSchedule, LogAttention, record
 from byte_tokenizer import VOCABULARY, byte_tokenizer
 from shared.results import FOLDER, Result, append
 from token_windows import Texts, bytes_of_files, tokens_of_hub
-
-from adasplash.integrations.transformers import AlphaSchedule, LogAttention, record
 
 EXPERIMENT = Path(__file__).resolve().parent.name
 ALPHA = 1.5

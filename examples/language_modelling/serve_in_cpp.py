@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gpt"))
 
+import adasplash.integrations.transformers  # noqa: F401  (models that were saved with it need it)
 from byte_tokenizer import VOCABULARY
 from continue_text import PROMPT
-
-import adasplash.integrations.transformers  # noqa: F401  (models that were saved with it need it)
 from export import export_aoti
 from generate import continue_greedily
 from serve import Failure, Verdict, build, verify

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 sys.path.append(str(Path(__file__).resolve().parents[1] / "gpt"))
 
 from byte_tokenizer import byte_tokenizer
-
 from data import load_corpus
 
 

@@ -9,10 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import debian
-import descriptions
+from shared import debian, descriptions
 
 _HELD_OUT = 0.2
 #: What is shorter refers to another entry.

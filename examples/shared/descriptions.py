@@ -5,11 +5,14 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import debian
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from shared import debian
 
 #: A paragraph that more sources share says what kind of package it is, not what it is about.
 _MOST_SOURCES = 20

@@ -17,12 +17,10 @@ from common import ROOT
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
+from model_stack import Attention, SelfAttention, Sizes, Stack, length_factor
+from tasks import KEYS, NONE, SYMBOLS, TASKS
+
 LENGTHS, LANGUAGE = ROOT / "examples/length_generalisation", ROOT / "examples/language_modelling"
-sys.path += [str(LENGTHS), str(LANGUAGE)]
-
-from model_stack import Attention, SelfAttention, Sizes, Stack, length_factor  # noqa: E402
-from tasks import KEYS, NONE, SYMBOLS, TASKS  # noqa: E402
-
 pytestmark = pytest.mark.backends("cpu")
 
 
@@ -249,9 +247,8 @@ def test_a_saved_model_continues_a_text(trained):
 
 
 def test_what_is_exported_for_cpp_is_the_model(trained):
-    from serve_in_cpp import Logits
-
     from export import export_program
+    from serve_in_cpp import Logits
 
     folder, _ = trained
     logits = Logits(transformers.AutoModelForCausalLM.from_pretrained(folder / "entmax").eval())

@@ -18,16 +18,13 @@ from common import ROOT
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-sys.path += [str(ROOT / "examples" / folder) for folder in ("shared", "classification", "retrieval")]
 
-import debian
-import descriptions
 import labelled_texts
 import pairs
-import results
-import table
+import report
 import train_classifier
-from descriptions import Description
+from shared import debian, descriptions, results, table
+from shared.descriptions import Description
 
 pytestmark = pytest.mark.backends("cpu")
 
@@ -85,6 +82,48 @@ def test_a_table_has_means_over_seeds():
     lines = table.table(rows, {"accuracy": ".1%", "loss": ".2f"}).splitlines()
     assert lines[2] == "| model | softmax | 60.0% ± 14.1% | – | 10.0 ± 0.0 | 7.0 ± 0.0 | 2 |"
     assert lines[3] == "| model | learned | 90.0% | 1.00 | – | – | 1 |"
+
+
+def test_lines_are_of_one_setting_and_columns_have_something():
+    rows = [results.Result("some", "model", "softmax", 0, {"a_b": n}, setting={"steps": n}) for n in (1, 2)]
+    assert table.table(rows, {"a_b": "d", "c": ".1%"}).splitlines() == [
+        "| model | attention | a b | seeds |",
+        "| --- | --- | ---: | ---: |",
+        "| model | softmax | 1 | 1 |",
+        "| model | softmax | 2 | 1 |",
+    ]
+
+
+def test_a_report_writes_blocks_and_pictures(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    made = dict(seed=0, command="python a.py --quick --out /some/folder", commit="abc", date="2026-01-01")
+    setting = {"task": "copying", "trained_length": 1000}
+    metrics = {"length": [1000, 2000], "accuracy": [1.0, 0.25], "losses": [1.0]}
+    row = results.Result("length_generalisation", "m", "softmax", metrics=metrics, setting=setting, **made)
+    results.append(row, folder=tmp_path)
+    page = tmp_path / "models.md"
+    page.write_text("".join(f"<!-- results:{n} -->\n<!-- /results:{n} -->\nafter\n" for n in report.EXPERIMENTS))
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "images")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--write", "--results", str(tmp_path)])
+    report.main()
+    written = page.read_text()
+    assert "\n### On a CPU\n\n*task copying; trained length 1,000; seed 0*\n" in written
+    assert "(images/length_generalisation.png)" in written
+    assert (tmp_path / "images/length_generalisation.png").stat().st_size > 1000
+    assert "| m | softmax | 100.0% | 25.0% | 1 |" in written and "| 1,000 | 2,000 | seeds |" in written
+    assert "```sh\npython a.py --quick\n```" in written and "commit abc, 2026-01-01" in written
+    assert written.count("after") == len(report.EXPERIMENTS) and written.count("No results yet.") == 3
+    report.main()
+    assert page.read_text() == written, "a second time, something was added"
+
+
+@pytest.mark.parametrize("name", report.EXPERIMENTS)
+def test_the_page_of_models_says_what_the_rows_say(name):
+    block = report.PAGE.read_text().partition(f"<!-- results:{name} -->")[2].partition(f"<!-- /results:{name} -->")[0]
+    for device in report.DEVICES:
+        rows = results.read(name, device)
+        assert not rows or report.tables(name, rows) in block, "python examples/report.py --write was not run"
 
 
 # Debian
@@ -341,10 +380,11 @@ def test_classifiers_learn_with_every_attention(file, tmp_path, monkeypatch):
 def test_an_encoder_is_taken_to_entmax(file, tmp_path):
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("datasets")
-    import train_retriever
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    import train_retriever
 
     folder = tmp_path / "bert"
     words = sorted({word for each in made_up() for word in f"{each.short} {each.long}".replace("-", " ").split()})
