@@ -42,12 +42,13 @@ ALPHA = 1.5
 
 @dataclass(frozen=True)
 class Attention:
-    """A kind of attention: what it is called in results, transformers' word for it, and which of torch's kernels
-    softmax is to run in."""
+    """A kind of attention: what it is called in results, transformers' word for it, which of torch's kernels softmax is
+    to run in, and whether the model begins with softmax and is taken to entmax in the first half of its training."""
 
     name: str
     word: str
     backend: SDPBackend | None = None
+    scheduled: bool = False
 
     def chosen(self):
         """A context in which it is so."""
@@ -59,10 +60,13 @@ ATTENTIONS = {
     "flash": Attention("softmax, FlashAttention-2", "sdpa", SDPBackend.FLASH_ATTENTION),
     "cudnn": Attention("softmax, cuDNN", "sdpa", SDPBackend.CUDNN_ATTENTION),
     "entmax": Attention(f"entmax {ALPHA:g}", "adasplash"),
+    "scheduled": Attention(f"softmax to entmax {ALPHA:g}", "adasplash", scheduled=True),
 }
 DEFAULTS = {
-    "cpu": dict(attentions=["softmax", "entmax"], context=1024, layers=4, heads=4, width=128, steps=300),
-    "cuda": dict(attentions=["flash", "cudnn", "entmax"], context=8192, layers=8, heads=8, width=512, steps=700),
+    "cpu": dict(attentions=["softmax", "entmax", "scheduled"], context=1024, layers=4, heads=4, width=128, steps=300),
+    "cuda": dict(
+        attentions=["flash", "cudnn", "entmax", "scheduled"], context=8192, layers=8, heads=8, width=512, steps=700
+    ),
 }
 QUICK = dict(context=256, layers=3, width=96, steps=160, every=40, windows=8)
 
@@ -167,7 +171,7 @@ def train(
     trainer.add_callback(Progress)
     if attention.word == "adasplash":
         trainer.add_callback(LogAttention(trainer.log))
-        if options.model:
+        if options.model or attention.scheduled:
             trainer.add_callback(AlphaSchedule(end=ALPHA, over=0.5))
     with attention.chosen():
         trainer.train()
