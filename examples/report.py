@@ -100,11 +100,12 @@ def _written(value: object) -> str:
 
 def _machines(rows: Sequence[Result]) -> str:
     """Where, with what and when rows were measured."""
-    ran = {}
+    ran: dict[str, dict[str, None]] = {}  # what ran, by where and with what
     for row in rows:
         packages = (f"{package} {version}" for package, version in row.versions.items() if package != "python")
-        ran[", ".join(filter(None, (row.device_name, *packages, f"commit {row.commit}", row.date)))] = True
-    return "Measured on: " + "; ".join(ran)
+        when = f"{row.date} (commit {row.commit})" if row.commit else row.date
+        ran.setdefault(", ".join([row.device_name, *packages]), {})[when] = None
+    return "Measured on: " + "; ".join(", ".join([where, *when]) for where, when in ran.items())
 
 
 def portable(command: str) -> str:

@@ -112,7 +112,7 @@ def test_a_report_writes_blocks_and_pictures(tmp_path, monkeypatch):
     assert "(images/length_generalisation.png)" in written
     assert (tmp_path / "images/length_generalisation.png").stat().st_size > 1000
     assert "| m | softmax | 100.0% | 25.0% | 1 |" in written and "| 1,000 | 2,000 | seeds |" in written
-    assert "```sh\npython a.py --quick\n```" in written and "commit abc, 2026-01-01" in written
+    assert "```sh\npython a.py --quick\n```" in written and "2026-01-01 (commit abc):" in written
     assert written.count("after") == len(report.EXPERIMENTS) and written.count("No results yet.") == 3
     report.main()
     assert page.read_text() == written, "a second time, something was added"
@@ -381,7 +381,7 @@ def test_an_encoder_is_taken_to_entmax(file, tmp_path):
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("datasets")
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     import train_retriever
