@@ -49,7 +49,6 @@ BLOCKS = {
         "FlashAttention-2 and cuDNN are softmax, as torch's `scaled_dot_product_attention` runs it; AdaSplash-2 is the "
         "same α-entmax attention from the package `adasplash` 0.2.2 on PyPI.",
         {
-            TRAINED_CASE: "a trained GPT: 8,192 tokens, 8 layers of 8 heads",
             _structured(0.8): "80 % of the blocks empty",
             _structured(0.8, head_dim=128): "80 % of the blocks empty, head size 128",
             _structured(0.5): "half of the blocks empty",
@@ -60,6 +59,7 @@ BLOCKS = {
             replace(GPU_BASE, input="captured:captured64.pt", batch=384, heads=4, length=256, head_dim=32): (
                 "the demo's trained model: 256 tokens, 1,536 heads of size 32"
             ),
+            TRAINED_CASE: "a trained GPT: 8,192 tokens, 8 layers of 8 heads",
         },
         "A block is 64 queries by 64 keys, and empty if none of these pairs has weight: here keys belong to topics. "
         "In random vectors and in trained models the keys with weight lie anywhere. The trained GPT reads Python "

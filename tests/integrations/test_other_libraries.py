@@ -55,7 +55,7 @@ def test_sentence_transformers(tokenizer, tmp_path):
     library = pytest.importorskip("sentence_transformers")
     pytest.importorskip("datasets")
     from datasets import Dataset
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     build("bert", dtype=torch.float32, attn_implementation="sdpa").save_pretrained(tmp_path / "softmax")
     tokenizer.save_pretrained(tmp_path / "softmax")
