@@ -1,7 +1,8 @@
 """Forward and backward through each kernel of the attention, small enough for compute-sanitizer; `make sanitize`.
 
 Half types with head sizes 64 and 128, every kind of alpha, softmax in some heads, dropout, grouped queries, a window,
-packed lengths and a negative scale; bfloat16 at 256 and float32 once; a summary. Walks tiles, then gathers.
+packed lengths and a negative scale; few queries, of which some rows are long; bfloat16 at 256 and float32 once; a
+summary. Walks tiles, then gathers.
 """
 
 import argparse
@@ -29,6 +30,14 @@ def packed(device, dtype, head_dim, **options):
     entmax_attn_varlen(*inputs, ends, ends, 130, 130, **options).square().sum().backward()
 
 
+def packed_few(device, head_dim):
+    """A sequence of three queries beside a long one."""
+    queries, keys = (torch.tensor(ends, device=device, dtype=torch.int32) for ends in ([0, 3, 73], [0, 200, 300]))
+    query, key = leaves(device, BF16, (73, 2, head_dim), (300, 1, head_dim))
+    some_heads = torch.tensor([1.0, 1.4], device=device)
+    entmax_attn_varlen(query, key, key, queries, keys, 70, 200, some_heads, is_causal=True).sum().backward()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -38,6 +47,9 @@ def main():
         for head_dim in (64, 128):
             for alpha in (1.5, 2.0, 1.3):
                 padded(device, BF16, head_dim, alpha=alpha, is_causal=True)
+                padded(device, BF16, head_dim, lengths=(5, 203), alpha=alpha, is_causal=True)
+            padded(device, BF16, head_dim, lengths=(1, 4000), scale=1e-3)
+            packed_few(device, head_dim)
             padded(device, BF16, head_dim, heads=(1, 1), lengths=(130, 500), window=(300, 70))
             packed(device, BF16, head_dim, is_causal=True, scale=-0.3)
             some_heads = torch.tensor([1.0, 1.4], device=device)
