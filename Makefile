@@ -1,6 +1,7 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
 # make test   the tests: up to 8 cases of each on the CPU, and 1 of the GPU's code, emulated (about 20 minutes with set-up)
 # make test-all   every case, the library built in all ways, and all of the emulation (about an hour)
+# make test-models  the tests of models with transformers 5.2, then with the newest, peft and sentence-transformers (10 minutes)
 # make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # make examples  the experiments of examples/, quick forms (about 10 minutes); DEVICE=cuda is the full forms
@@ -18,7 +19,7 @@ HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo demo-quick examples test test-all sanitize lint bench clean
+.PHONY: help setup demo demo-quick examples test test-all test-models sanitize lint bench clean
 help:
 	@sed -n '1,7s/^# //p' Makefile
 
@@ -87,6 +88,14 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python -m pytest -n 2 --backend emulated tests
+
+# The oldest transformers lies in a folder of its own, before the newest on the path.
+OLDEST := $(CURDIR)/build/transformers-5.2
+test-models: setup $(VENV)/.experiments
+	$(BIN)/python -m pip install --quiet --upgrade --target $(OLDEST) "transformers==5.2.*"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 tests/integrations
+	$(BIN)/python -m pip install --quiet --no-deps peft
+	$(BIN)/python -m pytest -n 2 tests/integrations tests/package/test_text_examples.py
 
 # Without torch's cache of memory, so that every tensor ends where its memory does.
 sanitize: setup
