@@ -80,6 +80,9 @@ def attend_by_keys(
 
     queries, keys = [query, torch.full_like(query[..., :1], far)], [key, column(hidden.to(key.dtype) * -far)]
     if added is not None:
+        # Weights do not change with what all keys have in common, and what is left of large ones keeps its digits.
+        largest = added.masked_fill(hidden, -torch.inf).amax(1, keepdim=True).detach()
+        added = added - torch.where(largest.isfinite(), largest, 0.0)
         most = min(torch.finfo(each.dtype).max for each in (key, added)) / 4
         added = (added / scale).clamp(-most, most).to(key.dtype)
         queries, keys = [*queries, torch.ones_like(query[..., :1])], [*keys, column(added)]

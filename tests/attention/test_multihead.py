@@ -469,3 +469,17 @@ def test_softmax_that_sees_nothing_gives_the_bias():
 def test_wrong_sizes(options, message):
     with pytest.raises((TypeError, ValueError), match=f"^EntmaxMultiheadAttention: {message}"):
         EntmaxMultiheadAttention(**dict(embed_dim=16, num_heads=4) | options)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("alpha", (1.0, 1.5))
+def test_large_biases_of_keys_keep_their_digits(alpha):
+    """In bfloat16, whose numbers near 100 are half of one apart."""
+    from adasplash.masked import attend_by_keys
+
+    query, key = torch.zeros(1, 1, 1, 4).bfloat16(), torch.zeros(1, 1, 4, 4).bfloat16()
+    biases = torch.tensor([[100.3, 100.0, 99.9, 100.1]])
+    weights = attend_by_keys(query, key, torch.eye(4).bfloat16()[None, None], alpha, biases, False, 1.0, 0.0)
+    torch.testing.assert_close(
+        weights.flatten().double(), reference.entmax(biases.double()[0], alpha), atol=5e-3, rtol=0
+    )
