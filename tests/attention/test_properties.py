@@ -62,7 +62,7 @@ def cases_with_softmax_and_dropout(draw):
 # alpha = 2 may be as far from delta as dS is large: where keys are nearly equal and their dS cancel, dq is off by half
 # roundings of dS times the keys (`room`), dk likewise; dS is as large as dO.v, which of normal numbers is the root of
 # value_size.
-TIMES, TIMES_CUDA = 4, 10
+TIMES, TIMES_CUDA = 6, 10
 ROOM_CUDA = 40
 
 
