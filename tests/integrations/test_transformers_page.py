@@ -11,8 +11,9 @@ pytest.importorskip("accelerate")
 
 import transformers
 
-import adasplash.integrations.transformers  # noqa: F401
-from common import ROOT, run
+import adasplash
+import adasplash.integrations.transformers
+from common import ROOT, build_once, run
 
 pytestmark = [pytest.mark.backends("cpu"), pytest.mark.slow]
 PAGE = (ROOT / "docs/transformers.md").read_text()
@@ -52,24 +53,53 @@ def save_checkpoints(folder) -> dict[str, str]:
     return {name: str(folder / "hub" / name) for name in made}
 
 
-def test_the_page_runs_as_it_stands(tmp_path):
-    code = program()
-    for name, folder in save_checkpoints(tmp_path).items():
-        assert f'("{name}"' in code
-        code = code.replace(f'("{name}"', f"({folder!r}")
-    (tmp_path / "texts.txt").write_text("\n".join(TEXT))
-    (tmp_path / "page.py").write_text(code)
-    said = run(sys.executable, "page.py", cwd=tmp_path).stdout
-    assert "transformer.h.1.attn" in said  # what was recorded
-    config = (tmp_path / "entmax-gpt2/config.json").read_text()
+@pytest.fixture(scope="session")
+def what_it_leaves(tmp_path_factory):
+    def build(folder):
+        code = program()
+        for name, checkpoint in save_checkpoints(folder).items():
+            assert f'("{name}"' in code
+            code = code.replace(f'("{name}"', f"({checkpoint!r}")
+        (folder / "texts.txt").write_text("\n".join(TEXT))
+        (folder / "page.py").write_text(code)
+        (folder / "said").write_text(run(sys.executable, "page.py", cwd=folder).stdout)
+
+    return build_once(tmp_path_factory, "transformers_page", build)
+
+
+@pytest.fixture
+def encoder(what_it_leaves):
+    options = dict(attn_implementation="adasplash", adasplash_alpha=1.25)
+    return transformers.AutoModel.from_pretrained(what_it_leaves / "hub/roberta-base", **options).eval()
+
+
+def test_the_fine_tuned_model(what_it_leaves):
+    said = (what_it_leaves / "said").read_text()
+    assert "'adasplash/support'" in said  # by LogAttention
+    assert "transformer.h.1.attn" in said  # by record
+    config = (what_it_leaves / "entmax-gpt2/config.json").read_text()
     assert '"adasplash_alpha": 1.5' in config and '"attn_implementation": "adasplash"' in config
 
-    options = dict(attn_implementation="adasplash", adasplash_alpha=1.25)
-    encoder = transformers.AutoModel.from_pretrained(tmp_path / "hub/roberta-base", **options).eval()
-    served = torch._inductor.aoti_load_package(tmp_path / "encoder.pt2")
+
+def test_the_served_encoder(what_it_leaves, encoder):
+    served = torch._inductor.aoti_load_package(what_it_leaves / "encoder.pt2")
     for rows, length in ((1, 9), (3, 40)):
         ids, mask = torch.randint(5, 60, (rows, length)), torch.ones(rows, length, dtype=torch.long)
         mask[-1, 7:] = 0
         expected = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         found = served(ids, mask)["last_hidden_state"]
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_the_served_encoder_in_cpp(what_it_leaves, encoder, tmp_path):
+    (source,) = re.findall(r"^```cpp\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "app.cpp").write_text(source)
+    lines = ("cmake_minimum_required(VERSION 3.18)", "project(app CXX)", "find_package(AdaSplash REQUIRED)")
+    lines += ("add_executable(app app.cpp)", "target_link_libraries(app PRIVATE AdaSplash::adasplash)")
+    (tmp_path / "CMakeLists.txt").write_text("\n".join(lines))
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={adasplash.cmake_prefix_path}")
+    run("cmake", "--build", tmp_path / "build")
+    sizes, _, first = run(tmp_path / "build/app", cwd=what_it_leaves).stdout.strip().rpartition(" ")
+    expected = encoder(input_ids=torch.arange(5, 14)[None]).last_hidden_state
+    assert sizes == str(list(expected.shape))
+    assert float(first) == pytest.approx(expected[0, 0, 0].item(), abs=1e-4)
