@@ -122,6 +122,31 @@ def test_configure_a_model_in_hand():
     assert [layer.self_attn.entmax_norm.value() for layer in model.model.layers] == [1.1, 1.9]
 
 
+@pytest.mark.parametrize("before", ("sdpa", "adasplash"))
+@pytest.mark.parametrize(
+    "changes",
+    (
+        dict(alpha=3),
+        dict(alpha=1.25, scale="2"),
+        dict(alpha=[1.25]),
+        dict(alpha=[1.25, [1.5] * 3]),
+        dict(alpha=1.0, learn_alpha=True),
+        dict(local_alpha=0, learn_alpha=True),
+    ),
+    ids=str,
+)
+def test_configure_changes_nothing_where_it_raises(before, changes):
+    model = build("bert", attn_implementation=before)
+    written, expected = model.config.to_dict(), model(IDS).last_hidden_state
+    modules, parameters = list(model.modules()), list(model.parameters())
+    with pytest.raises((TypeError, ValueError), match="adasplash: "):
+        configure(model, **changes)
+    assert word(model) == before and model.config.to_dict() == written
+    assert all(x is y for x, y in zip(model.modules(), modules, strict=True))
+    assert all(x is y for x, y in zip(model.parameters(), parameters, strict=True))
+    assert torch.equal(model(IDS).last_hidden_state, expected)
+
+
 def test_set_attn_implementation():
     model = build("bert", attn_implementation="sdpa")
     model.set_attn_implementation("adasplash")

@@ -128,6 +128,28 @@ def test_encoder_and_decoder(mask):
         assert_close(model(**given, use_cache=use_cache).last_hidden_state, expected, 1e-10)
 
 
+@pytest.mark.parametrize("mask", ("none", "right", "left"))
+def test_windows_that_only_the_mask_has(mask):
+    """Phi-MoE does not tell its layers of its window."""
+    from transformers import PhimoeConfig, PhimoeModel
+
+    sizes = dense_models.SIZES | dense_models.GROUPED
+    out = {}
+    for window in (5, None):
+        config = PhimoeConfig(**sizes, num_local_experts=2, num_experts_per_tok=1, sliding_window=window)
+        torch.manual_seed(0)
+        model = dense_models.enlarge(PhimoeModel(config).double().eval())
+        assert not hasattr(model.layers[0].self_attn, "sliding_window")
+        given = dict(attention_mask=MASKS[mask], use_cache=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out[window] = model(IDS, **given).last_hidden_state[seen(MASKS[mask])]
+        with softmax_is_entmax(1.5):
+            expected = eager(model)(IDS, **given).last_hidden_state[seen(MASKS[mask])]
+        assert_close(out[window], expected)
+    assert not torch.allclose(out[5], out[None], atol=1e-2)
+
+
 WAYS = {
     "greedy": {},
     "beams": dict(num_beams=3),

@@ -190,6 +190,24 @@ def test_what_is_recorded(mask, dense):
     assert seen.numbers() == numbers  # nothing is added behind the context
 
 
+def test_recordings_that_overlap():
+    """Each has all forwards in its context."""
+    model, numbers = build("llama"), []
+    for row in IDS:
+        with record(model) as alone:
+            model(row[None])
+        numbers.append(alone.numbers()["adasplash/support"])
+    assert numbers[0] != numbers[1]
+    with record(model) as outer:
+        model(IDS[:1])
+        with record(model) as inner:
+            model(IDS[1:2])
+        model(IDS[2:])
+    assert inner.numbers()["adasplash/support"] == numbers[1]
+    assert outer.numbers()["adasplash/support"] == pytest.approx(sum(numbers) / 3)
+    assert_nothing_is_recorded(model)
+
+
 def test_empty_tiles_are_those_of_the_op():
     """With and without a matrix of weights, packed too."""
     model = build("bert", max_position_embeddings=256)
@@ -229,8 +247,84 @@ def test_logging_in_trainer(tmp_path):
     assert 1 <= logged[0]["adasplash/support"] <= 12
     assert [entry["adasplash/alpha"] for entry in logged] == pytest.approx([1.2, 1.4])  # of the step's forward
     assert json.dumps(logged)
-    assert all(module.entmax_norm.recorder is None for module in model.modules() if hasattr(module, "entmax_norm"))
+    assert_nothing_is_recorded(model)
     assert adasplash.__version__
+
+
+def assert_nothing_is_recorded(model):
+    """And compiled code is compiled again."""
+    assert not any(module.entmax_norm.recorders for module in model.modules() if hasattr(module, "entmax_norm"))
+    assert "forward" not in vars(model)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert len(compiled) == 1
+
+
+class Broken(Trainer):
+    """Its second step raises."""
+
+    where, error = "", RuntimeError
+
+    def training_step(self, model, inputs, *others):
+        if self.state.global_step == 1:
+            if self.where == "before":
+                raise self.error("broken")
+            if self.where == "forward":
+                model.transformer.h[1].register_forward_hook(self.fail)
+            if self.where == "backward":
+                model.transformer.wte.weight.register_hook(self.fail)
+        return super().training_step(model, inputs, *others)
+
+    def fail(self, *_):
+        raise self.error("broken")
+
+
+@pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
+@pytest.mark.parametrize("where", ("before", "forward", "backward"))
+def test_a_logged_step_that_raises(tmp_path, where, error):
+    """Nothing is left behind: the model is not recorded, and what is compiled runs compiled."""
+    model, logged = small(), []
+    trainer = Broken(
+        model, arguments(tmp_path, 3), train_dataset=DATA, callbacks=[LogAttention(logged.append, every=1)]
+    )
+    trainer.where, trainer.error = where, error
+    with pytest.raises(error, match="broken"):
+        trainer.train()
+    assert len(logged) == 1
+    if where == "before":  # the forward that was to be recorded comes later
+        assert not any(module.entmax_norm.recorders for module in model.modules() if hasattr(module, "entmax_norm"))
+        model(IDS)
+    assert_nothing_is_recorded(model)
+
+
+@pytest.mark.parametrize("checkpointing", (False, True), ids=("", "checkpointing"))
+def test_logging_of_a_compiled_model(tmp_path, checkpointing):
+    """Steps that are logged run eagerly; nothing more is compiled for them, and results are the same."""
+    compiled, logged, runs = [], [], []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for callbacks in ([], [LogAttention(logged.append, every=2)]):
+        torch.compiler.reset()
+        compiled.clear()
+        model = small()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.compile(backend=backend)
+        trainer = Trainer(model, arguments(tmp_path, 4), train_dataset=DATA, callbacks=callbacks)
+        loss = trainer.train().training_loss
+        runs.append((loss, len(compiled)))
+    (loss, graphs), (logged_loss, logged_graphs) = runs
+    assert graphs == logged_graphs > 0
+    assert logged_loss == pytest.approx(loss, rel=1e-4)
+    assert len(logged) == 2 and logged[0]["adasplash/support"] >= 1
 
 
 def test_logging_to_tensorboard(tmp_path):

@@ -199,12 +199,13 @@ def _weights_are_captured() -> bool:
 
 def _is_recorded(layer: nn.Module) -> bool:
     norm = getattr(layer, "entmax_norm", None)
-    return norm is not None and norm.recorder is not None
+    return norm is not None and len(norm.recorders) > 0
 
 
 def _recorder(layer: nn.Module, method: str, *facts: Any) -> None:
     if _is_recorded(layer):
-        getattr(layer.entmax_norm.recorder, method)(*facts)
+        for recorder in layer.entmax_norm.recorders:
+            getattr(recorder, method)(*facts)
 
 
 def _is_window_alone(mask: Lengths, keys: int) -> bool:

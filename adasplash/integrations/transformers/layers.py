@@ -3,11 +3,12 @@
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from adasplash.integrations.transformers.configuration import (
     WORD,
@@ -16,6 +17,7 @@ from adasplash.integrations.transformers.configuration import (
     is_local,
     layer_alpha,
     layer_of,
+    sub_configs,
 )
 from adasplash.integrations.transformers.normaliser import EntmaxNormaliser
 
@@ -101,15 +103,18 @@ def prepare(model: PreTrainedModel, again: bool = False) -> None:
     """
     refuse_what_cannot_be_switched(model)
     unnumbered = 0
+    made = []  # and given at last, so that an error changes no layer
     for _, module in attention_layers(model):
         if getattr(module, "layer_idx", None) is None:
             module._adasplash_place = unnumbered
             unnumbered += 1
         if again or not isinstance(getattr(module, "entmax_norm", None), EntmaxNormaliser):
-            _give(module, layer_alpha(module.config, layer_of(module), is_local(module)))
+            made.append((module, _make(module, layer_alpha(module.config, layer_of(module), is_local(module)))))
+    for module, norm in made:
+        module.entmax_norm = norm
 
 
-def _give(module: nn.Module, alpha: float | list[float], scheduled: bool = False) -> None:
+def _make(module: nn.Module, alpha: float | list[float], scheduled: bool = False) -> EntmaxNormaliser:
     config = module.config
     check_keys(config)
     learn = config.adasplash_learn_alpha and not scheduled
@@ -119,7 +124,7 @@ def _give(module: nn.Module, alpha: float | list[float], scheduled: bool = False
     anchor = next(module.parameters(), None)
     if anchor is not None:
         made = made.to(anchor.device)
-    module.entmax_norm = made.train(module.training)
+    return made.train(module.training)
 
 
 def hold_alpha_in_tensors(model: nn.Module) -> None:
@@ -129,7 +134,7 @@ def hold_alpha_in_tensors(model: nn.Module) -> None:
         if norm.alpha_logit is not None:
             raise ValueError("adasplash: adasplash_learn_alpha must be False where α is scheduled")
         if norm.alpha is None:
-            _give(module, norm.start, scheduled=True)
+            module.entmax_norm = _make(module, norm.start, scheduled=True)
 
 
 def alpha_of(module: nn.Module, query: Tensor) -> float | Tensor:
@@ -177,7 +182,8 @@ def configure(
         `model`.
 
     Raises:
-        ValueError, TypeError: the model cannot be switched, or a value does not fit; the message names it.
+        ValueError, TypeError: the model cannot be switched, or a value does not fit; the message names it. Nothing has
+            changed then.
     """
     given = {
         "adasplash_alpha": alpha,
@@ -187,17 +193,38 @@ def configure(
     }
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
-    for config in configs.values():
-        for key, value in changes.items():
-            setattr(config, key, value)
-        check_keys(config)
-    if not any(True for _ in attention_layers(model)):
-        model.set_attn_implementation(WORD)
-    starts_anew = changes.keys() - {"adasplash_scale"}
-    prepare(model, again=bool(starts_anew))
-    if not any(True for _ in attention_layers(model)):
-        raise cannot_switch(type(model).__name__)
+    with _unchanged_by_errors(configs.values()):
+        for config in configs.values():
+            for key, value in changes.items():
+                setattr(config, key, value)
+            check_keys(config)
+        if not any(True for _ in attention_layers(model)):
+            model.set_attn_implementation(WORD)
+        starts_anew = changes.keys() - {"adasplash_scale"}
+        prepare(model, again=bool(starts_anew))
+        if not any(True for _ in attention_layers(model)):
+            raise cannot_switch(type(model).__name__)
     return model
+
+
+@contextmanager
+def _unchanged_by_errors(configs: Iterable[PreTrainedConfig]) -> Iterator[None]:
+    """These configs, and those inside of them, are what they were where the context ends by an exception."""
+    everything = [each for config in configs for each in (config, *_all_inside(config))]
+    before = [(config, dict(vars(config))) for config in everything]
+    try:
+        yield
+    except BaseException:
+        for config, values in before:
+            vars(config).clear()
+            vars(config).update(values)
+        raise
+
+
+def _all_inside(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    for _, inner in sub_configs(config):
+        yield inner
+        yield from _all_inside(inner)
 
 
 def shard_alpha(model: nn.Module, **options: Any) -> nn.Module:

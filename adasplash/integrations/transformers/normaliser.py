@@ -28,7 +28,7 @@ class EntmaxNormaliser(nn.Module):
         if isinstance(alpha, list) and len(alpha) != heads:
             raise ValueError(f"adasplash: alpha must have a number for each of {heads} heads, got {len(alpha)}")
         self.heads, self.start = heads, alpha
-        self.recorder: Any = None  # while record() looks on
+        self.recorders: list[Any] = []  # while record() looks on
         self.number = alpha if isinstance(alpha, float) and not learn and not scheduled else None
         logit = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if learn else None
         self.register_parameter("alpha_logit", logit)

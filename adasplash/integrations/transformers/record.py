@@ -1,7 +1,8 @@
 """What the attention layers of a model do in a forward: how many keys have weight, and how large the weights are."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,8 @@ def record(model: nn.Module) -> Iterator[Recording]:
     and then in training. Compiled code runs eagerly meanwhile. A backward in the context that computes a forward again
     (gradient checkpointing) counts twice, which changes no mean.
 
+    Recordings of one model may overlap: each has all forwards in its context.
+
     Raises:
         ValueError: no layer of `model` runs this attention.
     """
@@ -115,20 +118,56 @@ def record(model: nn.Module) -> Iterator[Recording]:
     layers = dict(attention_layers(model))
     if not layers:
         raise ValueError('adasplash: record needs a model with attn_implementation="adasplash"')
-    for name, layer in layers.items():
-        recording._sums[name] = layer.entmax_norm.recorder = _Sums()
+    recording._sums = {name: _Sums() for name in layers}
     try:
+        for name, layer in layers.items():
+            layer.entmax_norm.recorders.append(recording._sums[name])
         with torch.compiler.set_stance("force_eager"):
             yield recording
     finally:
-        for layer in layers.values():
-            layer.entmax_norm.recorder = None
+        for name, layer in layers.items():
+            recorders = layer.entmax_norm.recorders
+            if recording._sums[name] in recorders:
+                recorders.remove(recording._sums[name])
+
+
+class _RecordedForward:
+    """The next forward of a model runs in ``record``, once; nothing else of the process changes until then.
+
+    ``model.forward`` is shadowed, as Trainer shows a step's beginning and end to callbacks, and neither its forward nor
+    an exception in it. What compiled the model meets a function that is not to be compiled, and goes on behind it
+    with the code that it has.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.recording: Recording | None = None
+        self._model, self._theirs, self._own = model, model.forward, "forward" in vars(model)
+
+        @torch.compiler.disable
+        @functools.wraps(self._theirs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.give_back()
+            with record(model) as self.recording:
+                return self._theirs(*args, **kwargs)
+
+        self._forward = model.forward = forward
+
+    def give_back(self) -> None:
+        """Takes the shadow away, if it is still there."""
+        if vars(self._model).get("forward") is self._forward:
+            if self._own:
+                self._model.forward = self._theirs
+            else:
+                del self._model.forward
 
 
 class LogAttention(TrainerCallback):
     """Logs what attention layers do in training, to TensorBoard or wherever else Trainer logs::
 
         trainer.add_callback(LogAttention(trainer.log))
+
+    Of a logged step it is the first forward that is recorded, and that alone runs eagerly where the model is compiled.
+    Whatever ends a step, Ctrl-C included, leaves nothing behind.
 
     Args:
         log: is called with a dictionary of numbers, for instance ``adasplash/support`` of all layers and
@@ -140,22 +179,25 @@ class LogAttention(TrainerCallback):
         if every is not None and every < 1:
             raise ValueError(f"adasplash: every must be 1 or more, got {every}")
         self.log, self.every = log, every
-        self._open: tuple[ExitStack, Recording] | None = None
+        self._recorded: _RecordedForward | None = None
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self._end()  # of a training that an exception has ended before the forward
         every = self.every or max(1, int(args.logging_steps))
-        if self._open is None and state.global_step % every == 0:
-            stack = ExitStack()
-            self._open = stack, stack.enter_context(record(model))
+        if state.global_step % every == 0:
+            self._recorded = _RecordedForward(model)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self._open is not None:
-            stack, recording = self._open
-            self._open = None
-            stack.close()
+        recording = self._end()
+        if recording is not None:
             self.log(recording.numbers())
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self._open is not None:
-            self._open[0].close()
-            self._open = None
+        self._end()
+
+    def _end(self) -> Recording | None:
+        recorded, self._recorded = self._recorded, None
+        if recorded is None:
+            return None
+        recorded.give_back()
+        return recorded.recording
