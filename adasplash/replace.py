@@ -25,6 +25,20 @@ from adasplash.sdpa import scaled_dot_product_attention
 _SDPA = "scaled_dot_product_attention"
 #: Attention that is no function of torch's, or none that can be replaced, by the beginning of its name.
 _OTHERS = ("flash_attn", "flex_attention", "memory_efficient_attention", "multi_head_attention_forward", "sageattn")
+#: Looked up once, as a mode is asked for each function.
+_REPLACED = (
+    nn.functional.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+_SOFTMAX = (
+    Tensor.softmax,
+    torch.softmax,
+    torch.special.softmax,
+    nn.functional.softmax,
+    torch.ops.aten.softmax.int,
+    torch.ops.aten._softmax.default,
+)
 
 
 class replace_sdpa(TorchFunctionMode):
@@ -77,11 +91,7 @@ class replace_sdpa(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func is nn.functional.scaled_dot_product_attention
-            or func is torch.ops.aten.scaled_dot_product_attention
-            or func is torch.ops.aten.scaled_dot_product_attention.default
-        ):
+        if func in _REPLACED:
             if not torch.compiler.is_compiling():
                 self._refuse_checkpoints()
             return scaled_dot_product_attention(*args, **kwargs, alpha=self.alpha)
@@ -90,7 +100,7 @@ class replace_sdpa(TorchFunctionMode):
                 f"{self.who}: nn.MultiheadAttention does not let its attention be replaced from outside; "
                 "adasplash.patch_sdpa(model) makes it an EntmaxMultiheadAttention"
             )
-        if func is Tensor.softmax or func is torch.softmax or func is nn.functional.softmax:
+        if func in _SOFTMAX:
             scores = args[0] if args else kwargs.get("input")
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             if isinstance(scores, Tensor) and scores.dim() >= 4 and dim in (-1, scores.dim() - 1):
@@ -238,7 +248,7 @@ def _is_to_be_patched(name: str, module: nn.Module, alpha: float | Tensor) -> bo
             refuse("takes a number as alpha")
         return True
     if isinstance(module, GraphModule):
-        return any(_SDPA in str(node.target) or _SDPA in _name(node.target) for node in module.graph.nodes)
+        return any(_SDPA in str(node.target) for node in module.graph.nodes)
     # Parametrizations and fully_shard make classes in torch, which derive from the module's.
     written = any(not each.__module__.startswith(("torch.", "adasplash.")) for each in type(module).__mro__[:-1])
     if not written and not isinstance(module, nn.MultiheadAttention):
@@ -340,7 +350,9 @@ def _reached_from(function: Callable) -> Iterator[str]:
             values |= {name: vars(module)[name] for name in names if name in vars(module)}
         yield from names
         for value in values.values():
-            yield _name(value)  # which an import may have changed
+            name = getattr(value, "__name__", None)
+            if isinstance(name, str):
+                yield name  # which an import may have changed
             if isinstance(value, FunctionType) and not str(value.__module__).startswith("torch."):
                 waiting.append(value)
 
@@ -350,8 +362,3 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
-
-
-def _name(value: Any) -> str:
-    name = getattr(value, "__name__", None)
-    return name if isinstance(name, str) else ""

@@ -682,6 +682,7 @@ OTHER_WAYS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 @pytest.mark.parametrize("way", OTHER_WAYS)
 def test_whatever_is_reached_in_the_models_forward(way):
     """Beside a module whose code names the function, and no longer once it is undone."""
@@ -692,8 +693,7 @@ def test_whatever_is_reached_in_the_models_forward(way):
     assert (expected - softmax).abs().max() > 1e-2
     patch_sdpa(model, 1.3)
     assert_close([model(X)], [expected], 1e-4)
-    if way != "exported":  # which cannot be copied once its guards hold a module
-        assert_close([copy.deepcopy(model)(X)], [expected], 1e-4)
+    assert_close([copy.deepcopy(model)(X)], [expected], 1e-4)
     assert torch.equal(unpatch_sdpa(model)(X), softmax)
     assert type(model) is nn.Sequential
 
@@ -792,6 +792,7 @@ def test_parametrizations(patched_first):
     assert (model[0](X) - model[0].by_hand(X, 1.5)).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("patched_first", (False, True))
 def test_fully_shard(patched_first):
     from torch import distributed
@@ -842,6 +843,17 @@ def test_a_graph_alone_is_refused():
         patch_sdpa(graph)
     with replace_sdpa():
         assert_close([graph(X)], [exact(X, X, X)], 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+def test_a_graph_whose_attention_was_decomposed():
+    heads = X[:, None]
+    program = torch.export.export(PlainAttention(), (heads,)).run_decompositions()
+    model = patch_sdpa(nn.Sequential(PlainAttention(), program.module()))
+    with pytest.raises(
+        NotImplementedError, match=r"^Sequential: a softmax over the last dimension of sizes \[3, 1, 12"
+    ):
+        model(heads)
 
 
 def test_alpha_keeps_its_type():
