@@ -15,15 +15,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
-from adasplash._arguments import NUMBER_OR_TENSOR, check
+from adasplash._arguments import NUMBER_OR_TENSOR, check, refuse
 from adasplash.multihead import EntmaxMultiheadAttention
 from adasplash.sdpa import scaled_dot_product_attention
 
 _SDPA = "scaled_dot_product_attention"
 #: Attention that is no function of torch's, or none that can be replaced, by the beginning of its name.
 _OTHERS = ("flash_attn", "flex_attention", "memory_efficient_attention", "multi_head_attention_forward", "sageattn")
+#: Looked up once, as a mode is asked for each function.
+_REPLACED = (
+    nn.functional.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+_SOFTMAX = (
+    Tensor.softmax,
+    torch.softmax,
+    torch.special.softmax,
+    nn.functional.softmax,
+    torch.ops.aten.softmax.int,
+    torch.ops.aten._softmax.default,
+)
 
 
 class replace_sdpa(TorchFunctionMode):
@@ -56,28 +71,27 @@ class replace_sdpa(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        if not torch.compiler.is_compiling():
+        if (
+            not torch.compiler.is_compiling() and self._entered
+        ):  # empty where compiled code entered, up to a graph break
             self._entered.pop()
         super().__exit__(*error)
 
     def _refuse_checkpoints(self) -> None:
         """Raises if a checkpoint is on the way here from where the context was entered: it would be left by then."""
-        frame = sys._getframe(2)
-        while frame is not None and frame is not self._entered[-1]:
+        frame, entered = sys._getframe(2), self._entered[-1] if self._entered else None
+        while frame is not None and frame is not entered:
             if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
                 raise NotImplementedError(
                     f"{self.who}: checkpointing would compute softmax in the backward, where this context is left; "
-                    "adasplash.patch_sdpa(model) holds there, for modules that are checkpointed as a whole"
+                    "enter adasplash.replace_sdpa in what is checkpointed, as modules do for themselves that "
+                    f"adasplash.patch_sdpa(model) knows by their code, which names {_SDPA}"
                 )
             frame = frame.f_back
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func is nn.functional.scaled_dot_product_attention
-            or func is torch.ops.aten.scaled_dot_product_attention
-            or func is torch.ops.aten.scaled_dot_product_attention.default
-        ):
+        if func in _REPLACED:
             if not torch.compiler.is_compiling():
                 self._refuse_checkpoints()
             return scaled_dot_product_attention(*args, **kwargs, alpha=self.alpha)
@@ -86,11 +100,12 @@ class replace_sdpa(TorchFunctionMode):
                 f"{self.who}: nn.MultiheadAttention does not let its attention be replaced from outside; "
                 "adasplash.patch_sdpa(model) makes it an EntmaxMultiheadAttention"
             )
-        if func is Tensor.softmax or func is torch.softmax or func is nn.functional.softmax:
+        if func in _SOFTMAX:
+            scores = args[0] if args else kwargs.get("input")
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            if args[0].dim() >= 4 and dim in (-1, args[0].dim() - 1):
+            if isinstance(scores, Tensor) and scores.dim() >= 4 and dim in (-1, scores.dim() - 1):
                 raise NotImplementedError(
-                    f"{self.who}: a softmax over the last dimension of sizes {list(args[0].shape)} is attention that "
+                    f"{self.who}: a softmax over the last dimension of sizes {list(scores.shape)} is attention that "
                     "does not call scaled_dot_product_attention; switch the model to that function (in timm by "
                     "fused_attn=True)"
                 )
@@ -100,44 +115,59 @@ class replace_sdpa(TorchFunctionMode):
 
 
 def patch_sdpa(model: nn.Module, alpha: float | Tensor = 1.5) -> nn.Module:
-    """Gives α-entmax attention to the modules of one model that call ``scaled_dot_product_attention``, for good::
+    """Gives α-entmax attention to one model that calls ``scaled_dot_product_attention``, for good::
 
         model = adasplash.patch_sdpa(timm.create_model("vit_small_patch16_224"), alpha=1.5)
 
-    Parameters, buffers, state_dict, hooks and names stay; copies, pickles, compiled and exported models and modules
-    that are run again by checkpointing have it too. Which modules those are is read from the code of their classes and
-    of the functions that it names; ``nn.MultiheadAttention`` becomes :class:`adasplash.EntmaxMultiheadAttention`. Once
-    more with another alpha it changes that. :func:`adasplash.unpatch_sdpa` undoes it.
+    The model's forward replaces every call that is reached in it, as :class:`adasplash.replace_sdpa` does. Modules
+    whose code names the function, which is read from their classes and from the functions that these name, replace it
+    for themselves too: so they may be called alone, and run again by checkpointing. ``nn.MultiheadAttention`` becomes
+    :class:`adasplash.EntmaxMultiheadAttention`.
+
+    Parameters, buffers, state_dict, hooks and names stay; copies, pickles, compiled and exported models have it too.
+    Once more with another alpha it changes that. :func:`adasplash.unpatch_sdpa` undoes it.
 
     Args:
         model: any model; it is changed in place.
         alpha: a number, 1 (softmax) or from 1.01 to 2; or a tensor of shape () or (H,), shared by all modules, on
             their device. It is a buffer ``entmax_alpha`` that is not saved; changed in place it needs no new
-            compilation. With ``nn.MultiheadAttention`` in the model only a number.
+            compilation. It keeps its type where the model changes that; where the model goes to another device, each
+            module has a copy there. With ``nn.MultiheadAttention`` in the model only a number.
 
     Returns:
         `model`.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: a module would go on with softmax, as it computes that itself or asks FlashAttention,
-            FlexAttention or the like; a part of the model is TorchScript; or nothing in it calls the function. The
+            FlexAttention or the like, or has a forward that is not its class's; a part of the model is TorchScript;
+            the model itself is a graph of ``torch.fx`` or ``torch.export``; or nothing in it names the function. The
             message names the module. Nothing is changed then. NotImplementedError in a forward: a patched module
-            computes softmax after all.
+            computes softmax after all, or checkpointing would, of a module that does not name the function.
     """
+    _check_model("patch_sdpa", model)
     _check_alpha("patch_sdpa", alpha)
-    found = [(name, module) for name, module in model.named_modules() if _is_to_be_patched(name, module, alpha)]
+    found = {module: name for name, module in model.named_modules() if _is_to_be_patched(name, module, alpha)}
     if not found:
-        raise ValueError(f"patch_sdpa: no module of {type(model).__name__} calls {_SDPA}")
-    for _, module in found:
+        raise ValueError(
+            f"patch_sdpa: no module of {type(model).__name__} names {_SDPA}; adasplash.replace_sdpa takes it by "
+            "whatever name it is called"
+        )
+    compiled = getattr(model, "_orig_mod", None)  # of what torch.compile returns, which has no class of its own
+    root = compiled if isinstance(compiled, nn.Module) else model
+    for module, name in ({root: ""} | found).items():
+        _check_forward(name, module, is_root=module is root)
+    for module in {root: ""} | found:
         if isinstance(module, nn.MultiheadAttention):
             module.__class__ = EntmaxMultiheadAttention
             module._qkv_same_embed_dim = False
             module.alpha, module._was_patched = float(alpha), True
             continue
+        if isinstance(module, (GraphModule, EntmaxMultiheadAttention)):
+            continue
         if not isinstance(module, _Patched):
             module.__class__ = _patched(type(module))
-        for names in (module.__dict__, module._buffers):
-            names.pop("entmax_alpha", None)
+        _forget_alpha(module)
         if isinstance(alpha, Tensor):
             module.register_buffer("entmax_alpha", alpha, persistent=False)
         else:
@@ -146,16 +176,39 @@ def patch_sdpa(model: nn.Module, alpha: float | Tensor = 1.5) -> nn.Module:
 
 
 def unpatch_sdpa(model: nn.Module) -> nn.Module:
-    """Gives the modules of `model` back what :func:`adasplash.patch_sdpa` took."""
+    """Gives the modules of `model` back what :func:`adasplash.patch_sdpa` took.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: a module has got another class or another forward since, as by ``fully_shard``, parametrizations or
+            accelerate's hooks, which would be lost. Nothing is changed then.
+    """
+    _check_model("unpatch_sdpa", model)
+    for name, module in model.named_modules():
+        if isinstance(module, _Patched) and ("_unpatched" not in vars(type(module)) or "forward" in vars(module)):
+            raise ValueError(
+                f"unpatch_sdpa: {name or 'the model'} ({type(module).__name__}) has got another class or forward since "
+                "it was patched; undo that first"
+            )
     for module in model.modules():
         if isinstance(module, _Patched):
             module.__class__ = type(module)._unpatched
-            del module.entmax_alpha
+            _forget_alpha(module)
         elif isinstance(module, EntmaxMultiheadAttention) and getattr(module, "_was_patched", False):
             module.__class__ = nn.MultiheadAttention
             module._qkv_same_embed_dim = module.in_proj_weight is not None
             del module.alpha, module._was_patched
     return model
+
+
+def _forget_alpha(module: nn.Module) -> None:
+    if hasattr(module, "entmax_alpha"):
+        del module.entmax_alpha
+
+
+def _check_model(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        refuse(function, "model", "a module", model)
 
 
 def _check_alpha(function: str, alpha: float | Tensor) -> None:
@@ -164,12 +217,24 @@ def _check_alpha(function: str, alpha: float | Tensor) -> None:
         raise ValueError(f"{function}: alpha must be 1 or from 1.01 to 2, got {alpha}")
 
 
+def _refuse(name: str, module: nn.Module, what: str) -> None:
+    raise ValueError(f"patch_sdpa: {name or 'the model'} ({type(module).__name__}) {what}")
+
+
+def _check_forward(name: str, module: nn.Module, is_root: bool) -> None:
+    """Raises where a class that is made of the module's would not be asked for its forward."""
+    if isinstance(module, GraphModule):
+        if is_root:  # these write their class anew when they are compiled and copied
+            _refuse(name, module, "is a graph; patch the model that it was made of, or enter adasplash.replace_sdpa")
+    elif not isinstance(module, _Patched) and (
+        "forward" in vars(module) or not isinstance(inspect.getattr_static(type(module), "forward"), FunctionType)
+    ):
+        _refuse(name, module, "has a forward that is not its class's, as accelerate's hooks give it; patch it before")
+
+
 def _is_to_be_patched(name: str, module: nn.Module, alpha: float | Tensor) -> bool:
     """Raises where the module would go on with softmax."""
-
-    def refuse(what: str) -> None:
-        raise ValueError(f"patch_sdpa: {name or 'the model'} ({type(module).__name__}) {what}")
-
+    refuse = functools.partial(_refuse, name, module)
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         refuse("is TorchScript, and cannot be changed any more; patch the module that it was made of")
     if isinstance(module, _Patched):
@@ -182,7 +247,11 @@ def _is_to_be_patched(name: str, module: nn.Module, alpha: float | Tensor) -> bo
         if isinstance(alpha, Tensor):
             refuse("takes a number as alpha")
         return True
-    if type(module).__module__.startswith(("torch.", "adasplash.")) and not isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, GraphModule):
+        return any(_SDPA in str(node.target) for node in module.graph.nodes)
+    # Parametrizations and fully_shard make classes in torch, which derive from the module's.
+    written = any(not each.__module__.startswith(("torch.", "adasplash.")) for each in type(module).__mro__[:-1])
+    if not written and not isinstance(module, nn.MultiheadAttention):
         return False
     mentioned = {each for names in _mentions(type(module)).values() for each in names}
     if _SDPA in mentioned:
@@ -217,6 +286,14 @@ class _Patched:
             made_by, arguments = _new, (self._unpatched, *arguments[1:])
         return (made_by, arguments, *rest)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """α keeps its type, which bfloat16 would round, and stays the tensor that others hold while it can."""
+        alpha = self._buffers.pop("entmax_alpha", None)
+        super()._apply(fn, recurse)
+        if alpha is not None:
+            self._buffers["entmax_alpha"] = alpha.to(fn(alpha).device)
+        return self
+
 
 def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
     made = _patched(kind)
@@ -236,6 +313,8 @@ def _patched(kind: type[nn.Module]) -> type[nn.Module]:
 def _replacing(method: Callable) -> Callable:
     @functools.wraps(method)
     def replaced(self, *args, **kwargs):
+        if not hasattr(self, "entmax_alpha"):  # made anew of the class, as a slice of nn.Sequential is
+            return method(self, *args, **kwargs)
         with replace_sdpa(self.entmax_alpha, type(self).__name__):
             return method(self, *args, **kwargs)
 
@@ -250,8 +329,11 @@ def _mentions(kind: type) -> dict[str, frozenset[str]]:
         if each is object or each.__module__.startswith("torch."):
             continue
         for name, function in vars(each).items():
-            if isinstance(function, (FunctionType, staticmethod, classmethod)) and name not in methods:
-                methods[name] = frozenset(_reached_from(function))
+            if not isinstance(function, (FunctionType, staticmethod, classmethod)):
+                continue
+            above = methods.get(name, frozenset())
+            if name not in methods or not above.isdisjoint({"super", each.__name__}):  # it goes on to this one
+                methods[name] = above | frozenset(_reached_from(function))
     return methods
 
 

@@ -2,6 +2,7 @@
 the models that call torch's."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -569,8 +570,317 @@ def test_what_would_go_on_with_softmax_is_refused(module, message):
     assert type(model[0]) is Attention  # nothing is changed then
 
 
+def called_by_dotted_path(query):
+    return torch.nn.functional.scaled_dot_product_attention(query, query, query)
+
+
+class Callable:
+    def __call__(self, x):
+        return imported_before(x, x, x)
+
+
+class Held(nn.Module):
+    """Calls what it is given, which no name in its code leads to."""
+
+    def __init__(self, attend):
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, x):
+        return self.attend(x)
+
+
+class AsAttribute(nn.Module):
+    attend = staticmethod(F.scaled_dot_product_attention)
+
+    def forward(self, x):
+        return self.attend(x, x, x)
+
+
+class AsProperty(nn.Module):
+    @property
+    def attended(self):
+        return F.scaled_dot_product_attention(self.x, self.x, self.x)
+
+    def forward(self, x):
+        self.x = x.detach()
+        return self.attended
+
+
+class ByName(nn.Module):
+    def forward(self, x):
+        return getattr(F, "scaled_dot" + "_product_attention")(x, x, x)
+
+
+class ImportedInside(nn.Module):
+    def forward(self, x):
+        from torch.nn import functional
+
+        return called_by_dotted_path(x) if functional is F else None
+
+
+class PlainAttention(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class BySuper(PlainAttention):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ByParent(PlainAttention):
+    def forward(self, x):
+        return PlainAttention.forward(self, x)
+
+
+class InAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plain = [PlainAttention()]
+
+    def forward(self, x):
+        return self.plain[0](x)
+
+
+TABLE = {"sdpa": F.scaled_dot_product_attention}
+
+
+class ByTable(nn.Module):
+    def forward(self, x):
+        return TABLE["sdpa"](x, x, x)
+
+
+def hooked() -> nn.Module:
+    module = nn.Identity()
+    module.register_forward_hook(lambda module, inputs, out: imported_before(out, out, out))
+    return module
+
+
+def of_a_closure() -> nn.Module:
+    attend = F.scaled_dot_product_attention
+    return Held(lambda x: attend(x, x, x))
+
+
+#: Modules of x that call the function in ways of which most cannot be read from their classes.
+OTHER_WAYS = {
+    "super": BySuper,
+    "parent": ByParent,
+    "dotted path": lambda: Held(called_by_dotted_path),
+    "imported inside": ImportedInside,
+    "closure": of_a_closure,
+    "partial": lambda: Held(functools.partial(lambda attend, x: attend(x, x, x), F.scaled_dot_product_attention)),
+    "table": ByTable,
+    "getattr": ByName,
+    "attribute": AsAttribute,
+    "callable": lambda: Held(Callable()),
+    "property": AsProperty,
+    "hook": hooked,
+    "list": InAList,
+    "graph": lambda: torch.fx.symbolic_trace(PlainAttention()),
+    "exported": lambda: torch.export.export(PlainAttention(), (X,)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_whatever_is_reached_in_the_models_forward(way):
+    """Beside a module whose code names the function, and no longer once it is undone."""
+    model = nn.Sequential(Attention(), OTHER_WAYS[way]())
+    softmax = model(X)
+    between = model[0].by_hand(X, 1.3)
+    expected = exact(between, between, between, alpha=1.3)
+    assert (expected - softmax).abs().max() > 1e-2
+    patch_sdpa(model, 1.3)
+    assert_close([model(X)], [expected], 1e-4)
+    assert_close([copy.deepcopy(model)(X)], [expected], 1e-4)
+    assert torch.equal(unpatch_sdpa(model)(X), softmax)
+    assert type(model) is nn.Sequential
+
+
+@pytest.mark.parametrize("way", ("super", "parent"))
+def test_what_a_class_takes_from_its_parent_is_known_by_its_code(way):
+    """So it may be called alone."""
+    model = patch_sdpa(nn.Sequential(OTHER_WAYS[way]()))
+    assert_close([model[0](X)], [exact(X, X, X)], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ("super", "closure", "getattr", "attribute", "graph"))
+def test_other_ways_compiled_and_exported(way):
+    torch.compiler.reset()
+    model = nn.Sequential(Attention(), OTHER_WAYS[way]())
+    between = model[0].by_hand(X, 1.5)
+    expected = exact(between, between, between)
+    patch_sdpa(model)
+    assert_close([torch.compile(model, fullgraph=True, backend="aot_eager")(X)], [expected], 1e-4)
+    assert_close([torch.export.export(model, (X,), strict=False).module()(X)], [expected], 1e-4)
+    torch.compiler.reset()
+
+
+class Broken(nn.Module):
+    """Compiled in two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Attention(), ByName()
+
+    def forward(self, x):
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", (False, True), ids=("patched before", "compiled before"))
+def test_compiled_with_a_graph_break(before):
+    torch.compiler.reset()
+    model = Broken()
+    between = model.first.by_hand(X, 1.5)
+    if before:
+        run = patch_sdpa(torch.compile(model, backend="aot_eager"))
+    else:
+        run = torch.compile(patch_sdpa(model), backend="aot_eager")
+    for _ in range(2):
+        assert_close([run(X)], [exact(between, between, between)], 1e-4)
+    assert type(unpatch_sdpa(run)._orig_mod) is Broken
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpointing_what_is_only_known_from_outside(reentrant):
+    """It would be softmax when it is computed again, where the model's forward is left."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = PlainAttention(), ByName()
+
+        def forward(self, x):
+            return checkpoint(self.second, self.first(x), use_reentrant=reentrant)
+
+    leaf = X.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"^Checkpointed: checkpointing would compute softmax"):
+        patch_sdpa(Checkpointed())(leaf)
+
+
+def test_a_part_has_its_own_alpha():
+    model = patch_sdpa(nn.Sequential(PlainAttention(), PlainAttention()), 1.5)
+    patch_sdpa(model[1], 1.2)
+    between = exact(X, X, X)
+    assert_close([model(X)], [exact(between, between, between, alpha=1.2)], 1e-5)
+    assert_close([model[:1](X)], [between], 1e-5)
+
+
+@pytest.mark.parametrize("patched_first", (False, True))
+def test_parametrizations(patched_first):
+    """They make classes in torch; those that come after stand in the way of undoing."""
+    model = nn.Sequential(Attention())
+    model[0].register_parameter("gain", nn.Parameter(torch.ones(1)))
+    if patched_first:
+        patch_sdpa(model)
+    nn.utils.parametrize.register_parametrization(model[0], "gain", nn.Identity())
+    if not patched_first:
+        patch_sdpa(model)
+    assert_close([model[0](X)], [model[0].by_hand(X, 1.5)], 1e-4)
+    if patched_first:
+        with pytest.raises(ValueError, match=r"^unpatch_sdpa: 0 \(ParametrizedAttention\) has got another class"):
+            unpatch_sdpa(model)
+        nn.utils.parametrize.remove_parametrizations(model[0], "gain")
+    unpatch_sdpa(model)
+    assert type(model[0]).__name__ == ("Attention" if patched_first else "ParametrizedAttention")
+    assert (model[0](X) - model[0].by_hand(X, 1.5)).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("patched_first", (False, True))
+def test_fully_shard(patched_first):
+    from torch import distributed
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model = nn.Sequential(Attention(), Attention())
+        expected = model[1].by_hand(model[0].by_hand(X, 1.5), 1.5)
+        if patched_first:
+            patch_sdpa(model)
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if not patched_first:
+            patch_sdpa(model)
+        assert_close([model(X)], [expected], 1e-4)
+        if patched_first:
+            with pytest.raises(ValueError, match=r"^unpatch_sdpa: .* has got another class"):
+                unpatch_sdpa(model)
+        else:
+            unpatch_sdpa(model)
+        assert isinstance(model[0], FSDPModule)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_forward_that_is_not_its_classs():
+    """As accelerate's hooks give it."""
+    for at in (0, None):
+        model = nn.Sequential(Attention())
+        module = model if at is None else model[at]
+        module.forward = functools.partial(type(module).forward, module)
+        with pytest.raises(ValueError, match=r"^patch_sdpa: .* has a forward that is not its class's, as accelerate's"):
+            patch_sdpa(model)
+        assert type(model[0]) is Attention
+        del module.forward
+        patch_sdpa(model)
+        module.forward = functools.partial(type(module).forward, module)
+        assert_close([model(X)], [model[0].by_hand(X, 1.5)], 1e-4)
+        with pytest.raises(ValueError, match=r"^unpatch_sdpa: .* has got another class or forward"):
+            unpatch_sdpa(model)
+
+
+def test_a_graph_alone_is_refused():
+    graph = torch.fx.symbolic_trace(PlainAttention())
+    with pytest.raises(ValueError, match=r"^patch_sdpa: the model \(PlainAttention\) is a graph; patch the model that"):
+        patch_sdpa(graph)
+    with replace_sdpa():
+        assert_close([graph(X)], [exact(X, X, X)], 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+def test_a_graph_whose_attention_was_decomposed():
+    heads = X[:, None]
+    program = torch.export.export(PlainAttention(), (heads,)).run_decompositions()
+    model = patch_sdpa(nn.Sequential(PlainAttention(), program.module()))
+    with pytest.raises(
+        NotImplementedError, match=r"^Sequential: a softmax over the last dimension of sizes \[3, 1, 12"
+    ):
+        model(heads)
+
+
+def test_alpha_keeps_its_type():
+    alpha = torch.tensor(1.333)
+    model = patch_sdpa(Model(), alpha).bfloat16()
+    assert model.layers[0].qkv.weight.dtype == torch.bfloat16
+    assert all(layer.entmax_alpha is alpha for layer in model.layers)
+    assert alpha.dtype == torch.float32 and alpha == torch.tensor(1.333)
+    assert model.to("meta").layers[0].entmax_alpha.device.type == "meta"
+
+
+def test_softmax_by_keyword():
+    with replace_sdpa():
+        assert_close([torch.softmax(input=X, dim=1), F.softmax(input=X, dim=1)], [X.softmax(1)] * 2)
+        with pytest.raises(NotImplementedError, match=r"^replace_sdpa: a softmax"):
+            torch.softmax(input=X[None], dim=-1)
+
+
+@pytest.mark.parametrize("model", (None, [nn.Linear(2, 2)], Model), ids=str)
+def test_what_is_no_module(model):
+    for function in (patch_sdpa, unpatch_sdpa):
+        with pytest.raises(TypeError, match=f"^{function.__name__}: model must be a module, got "):
+            function(model)
+
+
 def test_nothing_to_patch():
-    with pytest.raises(ValueError, match=f"no module of Linear calls {NAME}"):
+    with pytest.raises(ValueError, match=f"no module of Linear names {NAME}; adasplash.replace_sdpa"):
         patch_sdpa(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"patch_sdpa: alpha must be 1 or from 1.01 to 2, got 3"):
         patch_sdpa(Model(), alpha=3)
