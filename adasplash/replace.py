@@ -72,9 +72,8 @@ class replace_sdpa(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        if (
-            not torch.compiler.is_compiling() and self._entered
-        ):  # empty where compiled code entered, up to a graph break
+        # Nothing is noted where compiled code entered, up to a graph break.
+        if not torch.compiler.is_compiling() and self._entered:
             self._entered.pop()
         super().__exit__(*error)
 
