@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from adasplash._arguments import NUMBER_OR_TENSOR, check, refuse
 from adasplash.multihead import EntmaxMultiheadAttention
@@ -71,9 +72,8 @@ class replace_sdpa(TorchFunctionMode):
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
-        if (
-            not torch.compiler.is_compiling() and self._entered
-        ):  # empty where compiled code entered, up to a graph break
+        # Nothing is noted where compiled code entered, up to a graph break.
+        if not torch.compiler.is_compiling() and self._entered:
             self._entered.pop()
         super().__exit__(*error)
 
@@ -88,6 +88,13 @@ class replace_sdpa(TorchFunctionMode):
                     f"adasplash.patch_sdpa(model) knows by their code, which names {_SDPA}"
                 )
             frame = frame.f_back
+
+    def _holding(self, function: Callable) -> Callable:
+        def held(*args, **kwargs):
+            with replace_sdpa(self.alpha, self.who):
+                return function(*args, **kwargs)
+
+        return held
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -109,6 +116,8 @@ class replace_sdpa(TorchFunctionMode):
                     "does not call scaled_dot_product_attention; switch the model to that function (in timm by "
                     "fused_attn=True)"
                 )
+        if func is checkpoint:  # in compiled code only, which would trace its function without this mode
+            return func(self._holding(args[0]), *args[1:], **kwargs)
         if func is Tensor.unflatten:  # written in Python, with a super() that torch's compiler does not know
             return args[0].unflatten(*args[1:], **kwargs)
         return func(*args, **kwargs)

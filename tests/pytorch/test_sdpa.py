@@ -764,6 +764,24 @@ def test_checkpointing_what_is_only_known_from_outside(reentrant):
         patch_sdpa(Checkpointed())(leaf)
 
 
+@pytest.mark.slow
+def test_checkpointing_in_compiled_code():
+    """Which computes again by itself: nothing is left by then. A context from outside cannot get into it: an error."""
+    torch.compiler.reset()
+    model = Model(checkpointing=False)
+    run = torch.compile(patch_sdpa(model), fullgraph=True, backend="aot_eager")
+    assert_close(gradients_of(model, run(X)), gradients_of(model, model.by_hand(X)), 1e-4)
+    leaf, inner = X.clone().requires_grad_(), ByName()
+    model = patch_sdpa(nn.Sequential(PlainAttention(), Held(lambda x: checkpoint(inner, x, use_reentrant=False))))
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    between = exact(leaf, leaf, leaf)
+    assert_close(with_gradients(run, [leaf]), with_gradients(lambda _: exact(between, between, between), [leaf]), 1e-4)
+    run = torch.compile(unpatch_sdpa(model), fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported), replace_sdpa():
+        run(leaf)
+    torch.compiler.reset()
+
+
 def test_a_part_has_its_own_alpha():
     model = patch_sdpa(nn.Sequential(PlainAttention(), PlainAttention()), 1.5)
     patch_sdpa(model[1], 1.2)
