@@ -91,6 +91,7 @@ def test_the_served_encoder(what_it_leaves, encoder):
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.builds
 def test_the_served_encoder_in_cpp(what_it_leaves, encoder, tmp_path):
     (source,) = re.findall(r"^```cpp\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     (tmp_path / "app.cpp").write_text(source)

@@ -66,7 +66,7 @@ def test_a_second_run_comes_from_the_cache(compiled, outside):
     assert f"{count} variants, {count} from the cache" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.builds
 @pytest.mark.parametrize("arch", (86, 100))
 def test_other_architectures_compile(tmp_path, outside, arch):
     """One variant of each kernel, where all of them would take minutes: the one with the most shared memory."""
