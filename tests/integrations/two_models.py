@@ -3,10 +3,8 @@ FOLDER` runs every case and writes what went wrong in each, "" if nothing did.""
 
 import copy
 import datetime
-import json
 import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dense_models import build, draw_ids
+from ranks import run_cases
 
 CASES = {}
 IDS = draw_ids(4, 12)
@@ -225,13 +224,5 @@ if __name__ == "__main__":
     # What goes wrong in one process alone leaves the other waiting.
     dist.init_process_group("gloo", rank=RANK, world_size=2, timeout=datetime.timedelta(seconds=60))
     MESH = init_device_mesh("cpu", (2,))
-    outcome = {}
-    for name, function in CASES.items():
-        torch.manual_seed(0)
-        try:
-            function()
-            outcome[name] = ""
-        except Exception:
-            outcome[name] = traceback.format_exc()
-    (FOLDER / f"{RANK}.json").write_text(json.dumps(outcome))
+    run_cases(CASES, FOLDER / f"{RANK}.json")
     dist.destroy_process_group()

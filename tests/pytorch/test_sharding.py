@@ -1,8 +1,5 @@
 """DTensor: the rules by which calls split over devices, with two processes, each against one process."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ import two_ranks
 
 import adasplash
 import common
+import ranks
 
-RANKS = range(2)
 # In a process of its own, with a mesh of 2 x 2 devices of which only this one exists.
 FAKE_MESH = """
 import torch, torch.distributed as dist
@@ -28,22 +25,11 @@ def split(*shape, placements):
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> list[dict[str, str]]:
     """What went wrong in each case of two_ranks.py, for both ranks."""
-    folder = common.build_once(tmp_path_factory, "two_ranks", run_ranks)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in RANKS]
+    return ranks.read_outcomes(common.build_once(tmp_path_factory, "two_ranks", run_two_ranks))
 
 
-def run_ranks(folder: Path) -> None:
-    def start(rank):
-        command = [sys.executable, two_ranks.__file__, str(rank), str(folder / "store"), str(folder / f"{rank}.json")]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    processes = [start(rank) for rank in RANKS]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
+def run_two_ranks(folder: Path) -> None:
+    ranks.run_ranks(two_ranks.__file__, lambda rank: [rank, folder / "store", folder / f"{rank}.json"])
 
 
 @pytest.mark.slow

@@ -2,15 +2,14 @@
 and writes what went wrong in each, "" if nothing did."""
 
 import datetime
-import json
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import adasplash
+from ranks import run_cases
 
 CASES = {}
 LENGTHS = torch.tensor([5, 0, 9, 7]), torch.tensor([7, 8, 0, 3])
@@ -279,13 +278,5 @@ if __name__ == "__main__":
     wait = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
     MESH = init_device_mesh("cpu", (2,))
-    outcome = {}
-    for name, function in CASES.items():
-        torch.manual_seed(0)
-        try:
-            function()
-            outcome[name] = ""
-        except Exception:
-            outcome[name] = traceback.format_exc()
-    results.write_text(json.dumps(outcome))
+    run_cases(CASES, results)
     dist.destroy_process_group()

@@ -1,0 +1,49 @@
+"""Tests over two processes: a program that runs cases in each, and what starts it twice."""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+RANKS = range(2)
+
+
+def run_ranks(program: str, arguments: Callable[[int], list[object]]) -> None:
+    """`python program *arguments(rank)` for both ranks at once; an error of either is one here."""
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+
+    def start(rank):
+        command = [sys.executable, program, *map(str, arguments(rank))]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    processes = [start(rank) for rank in RANKS]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert not any(process.returncode for process in processes), "\n".join(outputs)
+
+
+def run_cases(cases: Mapping[str, Callable[[], None]], outcomes: Path) -> None:
+    """In one of the processes: runs every case and writes what went wrong in each, "" if nothing did."""
+    outcome = {}
+    for name, function in cases.items():
+        torch.manual_seed(0)
+        try:
+            function()
+            outcome[name] = ""
+        except Exception:
+            outcome[name] = traceback.format_exc()
+    outcomes.write_text(json.dumps(outcome))
+
+
+def read_outcomes(folder: Path) -> list[dict[str, str]]:
+    """What both processes wrote, as RANK.json in a folder."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in RANKS]
