@@ -30,7 +30,7 @@ OPTIONS = {
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0, "1 for some heads"))
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_against_the_reference(make_inputs, dtype, shape, options, alpha):
+def test_against_the_reference(backend, make_inputs, dtype, shape, options, alpha):
     inputs = make_inputs(**SHAPES[shape], dtype=dtype)
     heads, device = inputs.query.shape[1], inputs.query.device
     options = dict(is_causal=True) | OPTIONS[options]
@@ -38,8 +38,8 @@ def test_against_the_reference(make_inputs, dtype, shape, options, alpha):
         options["alibi_slopes"] = torch.linspace(0.01, 0.2, heads, device=device)
     if alpha == "1 for some heads":
         alpha = torch.where(torch.arange(heads, device=device) % 3 == 0, 1.0, 1.5)
-    # Three times: the largest of few errors is now and then smaller in the dense composition by chance.
-    check_gradients(entmax_attn, inputs, alpha=alpha, times=3, **options)
+    # Three times on a GPU: the largest of few errors is now and then smaller in the dense composition by chance.
+    check_gradients(entmax_attn, inputs, alpha=alpha, times=2 if backend.name == "cpu" else 3, **options)
 
 
 @pytest.mark.parametrize("alpha", (1.0, 1.25, 1.5, 2.0))
