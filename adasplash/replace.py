@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from adasplash._arguments import NUMBER_OR_TENSOR, check, refuse
+from adasplash.masked import LEAST_ALPHA
 from adasplash.multihead import EntmaxMultiheadAttention
 from adasplash.sdpa import scaled_dot_product_attention
 
@@ -222,8 +223,8 @@ def _check_model(function: str, model: nn.Module) -> None:
 
 def _check_alpha(function: str, alpha: float | Tensor) -> None:
     check(function, "alpha", NUMBER_OR_TENSOR, alpha)
-    if not isinstance(alpha, Tensor) and alpha != 1 and not 1.01 <= alpha <= 2:
-        raise ValueError(f"{function}: alpha must be 1 or from 1.01 to 2, got {alpha}")
+    if not isinstance(alpha, Tensor) and alpha != 1 and not LEAST_ALPHA <= alpha <= 2:
+        raise ValueError(f"{function}: alpha must be 1 or from {LEAST_ALPHA} to 2, got {alpha}")
 
 
 def _refuse(name: str, module: nn.Module, what: str) -> None:
