@@ -70,6 +70,13 @@ def few_rows(first, call, few, kv_head, queries, ROWS: tl.constexpr):
 
 
 @triton.jit
+def row_of(call, few, head, position):
+    """(the key head of a head's row, the row's place among those of the key head)."""
+    kv_head = head // call.group
+    return kv_head, (head - kv_head * call.group) * few.queries + position
+
+
+@triton.jit
 def visible_of(rows, band):
     """The Span of keys that each of FewRows sees."""
     visible = visible_keys(rows.position, band)
@@ -96,11 +103,16 @@ def some_of(tiles, split, each):
 
 
 @triton.jit
+def kv_number(call, at, kv_head):
+    """kv_head_of where the key head is known: its number among those of all sequences."""
+    return at.batch * (call.heads // call.group) + kv_head
+
+
+@triton.jit
 def score_row(call, few, at, kv_head, place):
     """Where the scores of a row are, by its place among those of a key head: that of the sequence's first key."""
-    stored = tl.where(
-        call.keys.lengths_kind == LENGTHS_PACKED, kv_head, at.batch * (call.heads // call.group) + kv_head
-    )
+    packed = call.keys.lengths_kind == LENGTHS_PACKED
+    stored = tl.where(packed, kv_head, kv_number(call, at, kv_head))
     return (stored * few.rows + place) * call.keys.rows + at.keys.offset
 
 
@@ -114,7 +126,13 @@ def tile_place(call, few, at, kv_head, place):
 @triton.jit
 def list_place(call, few, at, kv_head, place):
     """The number of a row among those of all key heads and sequences."""
-    return (at.batch * (call.heads // call.group) + kv_head) * few.rows + place
+    return kv_number(call, at, kv_head) * few.rows + place
+
+
+@triton.jit
+def part_place(call, few, at, kv_head, splits, split, place):
+    """The number of what a split adds to a row."""
+    return (kv_number(call, at, kv_head) * splits + split) * few.rows + place
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -192,8 +210,7 @@ def solve_few(
     at = head_in_sequence(call, batch, head)
     if has_many_queries(call, at.queries) | (position >= at.queries.extent):
         return
-    kv_head = head // call.group
-    place = (head - kv_head * call.group) * few.queries + position
+    kv_head, place = row_of(call, few, head, position)
     scale = head_scale(call, batch, head, ALPHA)
     visible = visible_keys(position, at.band)
     sees = visible.first < visible.end
@@ -435,7 +452,8 @@ def weigh_few(
     if not any_row(long):
         return
     visible = visible_of(rows, at.band)
-    tiles_seen = tiles_of(keys_of_rows(visible))
+    keys_seen = keys_of_rows(visible)
+    tiles_seen = tiles_of(keys_seen)
     scale = head_scale(call, batch, rows.head, ALPHA)
     softmax = scale.alpha == 1.0
     heads = Head(batch, rows.head, call.group, at.queries, at.keys, at.band)
@@ -445,8 +463,7 @@ def weigh_few(
     z_rows = scores + score_row(call, few, at, kv_head, rows.place)
     maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
     value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
-    seen_by_any = keys_of_rows(visible)
-    value_rows = rows_from(value_rows, seen_by_any.first, seen_by_any.end)
+    value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
     bits = tiles + tile_row_of(call, heads, rows.position) * call.tile_words
 
     for split in range(index // row_blocks, splits, few.weighers):
@@ -469,7 +486,7 @@ def weigh_few(
                 mark_tiles(bits, tile, here > 0.0)
             v = load_rows(value_rows, tile * TILE, BLOCK_N, BLOCK_D, True)
             sums = dot(cast(p, v.dtype), v, sums)
-        part = ((at.batch * (call.heads // call.group) + kv_head) * splits + split) * few.rows + rows.place
+        part = part_place(call, few, at, kv_head, splits, split, rows.place)
         tl.store(weight_sums + part, sum_p, mask=long)
         tl.store(weighted + part[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], sums, mask=long[:, None])
 
@@ -502,8 +519,7 @@ def join_few(
     at = head_in_sequence(call, batch, head)
     if has_many_queries(call, at.queries) | (position >= at.queries.length):
         return
-    kv_head = head // call.group
-    place = (head - kv_head * call.group) * few.queries + position
+    kv_head, place = row_of(call, few, head, position)
     if tl.load(is_long + list_place(call, few, at, kv_head, place)) == 0:
         return
     visible = visible_keys(position, at.band)
@@ -514,7 +530,7 @@ def join_few(
     sum_p = 0.0
     for start in range(visible.first // (TILE * SPLIT), end, BLOCK_M):
         split = start + tl.arange(0, BLOCK_M)
-        part = ((at.batch * (call.heads // call.group) + kv_head) * splits + split) * few.rows + place
+        part = part_place(call, few, at, kv_head, splits, split, place)
         known = split < end
         sum_p += tl.sum(tl.load(weight_sums + part, mask=known, other=0.0), 0)
         here = tl.load(weighted + part[:, None] * BLOCK_D + column[None, :], mask=known[:, None], other=0.0)
