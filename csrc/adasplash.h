@@ -125,6 +125,37 @@ ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
     const std::optional<at::Tensor>& dropout_seed = std::nullopt);
 
+// Attention on a paged cache of keys and values, as in serving; without a gradient.
+//
+//   query  (T, H, D)      key_cache  (blocks, page, H_kv, D)      value_cache  (blocks, page, H_kv, D_v)
+//   block_table  (B, W)   kv_seqlens  (B,)                        result  (T, H, D_v)
+//
+// Sequence b has kv_seqlens[b] keys, of which key j is row j % page of page block_table[b, j / page]. Its queries are
+// the last of its tokens, as a causal mask is aligned bottom right: max_seqlen_q of them, behind those of the sequences
+// before it; or with cu_seqlens_q (B + 1,) those from cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1, which max_seqlen_q
+// bounds. So chunks of a prompt and single tokens may be in one call. Tables and lengths are int32 or int64; caches may
+// have any strides. What they hold out of range is an error on the CPU; on a GPU lengths and pages are clamped.
+ADASPLASH_API at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache,
+                                           const at::Tensor& value_cache, const at::Tensor& block_table,
+                                           const at::Tensor& kv_seqlens, double alpha = 1.5, bool is_causal = true,
+                                           const std::optional<at::Tensor>& cu_seqlens_q = std::nullopt,
+                                           c10::SymInt max_seqlen_q = 1, std::optional<double> scale = std::nullopt,
+                                           c10::IntArrayRef window = {-1, -1},
+                                           const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+ADASPLASH_API at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache,
+                                           const at::Tensor& value_cache, const at::Tensor& block_table,
+                                           const at::Tensor& kv_seqlens, const at::Tensor& alpha, bool is_causal = true,
+                                           const std::optional<at::Tensor>& cu_seqlens_q = std::nullopt,
+                                           c10::SymInt max_seqlen_q = 1, std::optional<double> scale = std::nullopt,
+                                           c10::IntArrayRef window = {-1, -1},
+                                           const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+
+// Writes the keys (T, H_kv, D) and values (T, H_kv, D_v) of tokens to a paged cache, in place. slots (T,) int32 or int64
+// are page number * page + row; a slot of -1 is skipped, another one out of range is an error on the CPU and skipped on a
+// GPU. Of equal slots the last one's key and value stay.
+ADASPLASH_API void entmax_cache_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
+                                       const at::Tensor& value_cache, const at::Tensor& slots);
+
 // The activation alone: entmax of the scores along one dimension of `input`, which may have any shape; as
 // torch.softmax, with exact zeros. Fully masked rows (all -infinity) give zeros; a NaN or +infinity makes its row NaN.
 // alpha is 1 (torch.softmax) or from 1.01 to 2. Differentiable once in input. The result is contiguous.

@@ -96,6 +96,32 @@ AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::T
                  is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
 }
 
+at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+                             const at::Tensor& block_table, const at::Tensor& kv_seqlens, double alpha,
+                             bool is_causal, const std::optional<at::Tensor>& cu_seqlens_q, c10::SymInt max_seqlen_q,
+                             std::optional<double> scale, c10::IntArrayRef window,
+                             const std::optional<at::Tensor>& alibi_slopes) {
+  static const auto op = find_op<PagedSignature<double>>("adasplash::entmax_attn_paged");
+  return op.call(query, key_cache, value_cache, block_table, kv_seqlens, alpha, is_causal, cu_seqlens_q,
+                 std::move(max_seqlen_q), scale, window, alibi_slopes);
+}
+
+at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+                             const at::Tensor& block_table, const at::Tensor& kv_seqlens, const at::Tensor& alpha,
+                             bool is_causal, const std::optional<at::Tensor>& cu_seqlens_q, c10::SymInt max_seqlen_q,
+                             std::optional<double> scale, c10::IntArrayRef window,
+                             const std::optional<at::Tensor>& alibi_slopes) {
+  static const auto op = find_op<PagedSignature<PerHead>>("adasplash::entmax_attn_paged", "per_head");
+  return op.call(query, key_cache, value_cache, block_table, kv_seqlens, alpha, is_causal, cu_seqlens_q,
+                 std::move(max_seqlen_q), scale, window, alibi_slopes);
+}
+
+void entmax_cache_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
+                         const at::Tensor& value_cache, const at::Tensor& slots) {
+  static const auto op = find_op<decltype(entmax_cache_append)>("adasplash::entmax_cache_append");
+  op.call(key, value, key_cache, value_cache, slots);
+}
+
 at::Tensor entmax(const at::Tensor& input, double alpha, int64_t dim) {
   static const auto op = find_op<at::Tensor(const at::Tensor&, double, int64_t)>("adasplash::entmax");
   return op.call(input, alpha, dim);

@@ -14,18 +14,20 @@
 namespace adasplash {
 
 // Extents of one call. Padded: query (B, H, M, D), key (B, H_kv, N, D), value (B, H_kv, N, D_v). Packed: query
-// (M, H, D), key (N, H_kv, D), value (N, H_kv, D_v), where M and N count the tokens of all B sequences.
+// (M, H, D), key (N, H_kv, D), value (N, H_kv, D_v), where M and N count the tokens of all B sequences. In a paged
+// cache, whichever form query has: key (blocks, H_kv, page, D), value (blocks, H_kv, page, D_v), and N is the number of
+// keys that a row of the block table has room for.
 struct AttentionShape {
   c10::SymInt batch, heads, kv_heads, queries, keys, head_dim, value_dim;
 
   static AttentionShape of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                            const AttentionOptions& options) {
-    const int64_t token = options.packed() ? 0 : 2;
+    const c10::SymInt keys = key.sym_size(options.packed_keys() ? 0 : 2);
     return {options.packed() ? options.cu_seqlens_q->sym_size(0) - 1 : query.sym_size(0),
             query.sym_size(1),
             key.sym_size(1),
-            query.sym_size(token),
-            key.sym_size(token),
+            query.sym_size(options.packed() ? 0 : 2),
+            options.paged() ? options.block_table->sym_size(1) * keys : keys,
             query.sym_size(-1),
             value.sym_size(-1)};
   }
@@ -83,7 +85,7 @@ BackwardResult allocate_backward(const at::Tensor& query, const at::Tensor& key,
 
 // The op that a user called, for messages.
 inline const char* public_name(const AttentionOptions& options) {
-  return options.packed() ? "entmax_attn_varlen" : "entmax_attn";
+  return options.paged() ? "entmax_attn_paged" : options.packed() ? "entmax_attn_varlen" : "entmax_attn";
 }
 
 // Through the dispatcher, so that tracers and profilers see the two ops.

@@ -202,9 +202,6 @@ AttentionSummary summary_inference(const at::Tensor& query, const at::Tensor& ke
   return with_summary(by_torch ? softmax_attn(query, key, value, options) : ours, query, key, saved, options);
 }
 
-void set_alpha(AttentionOptions& o, double alpha) { o.alpha = alpha; }
-void set_alpha(AttentionOptions& o, const at::Tensor& alpha) { o.head_alpha = alpha; }
-
 // A public op over a kernel, a function of query, key, value and the options: what is registered has the signature that
 // options.h makes for it.
 template <auto kernel, typename Signature>

@@ -11,16 +11,9 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-// Of the right layout, number of dimensions and device; `shape` says in words what the dimensions are.
-void check_dense(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const char* shape,
-                 const at::Tensor& query) {
-  TORCH_CHECK(tensor.defined(), op, ": ", name, " must be a tensor, got none");
-  TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, " must be a dense (strided) tensor, got layout ",
-              tensor.layout());
-  TORCH_CHECK(tensor.dim() == dim, op, ": ", name, " must have ", dim, " dimension", dim == 1 ? " " : "s ", shape,
-              ", got ", tensor.dim(), " with sizes ", tensor.sym_sizes());
-  TORCH_CHECK(tensor.device() == query.device(), op, ": ", name, " must be on query's device ", query.device(),
-              ", got ", tensor.device());
+void check_head_dim(const char* op, const char* what, const c10::SymInt& size) {
+  TORCH_SYM_CHECK(size.sym_ge(1).sym_and(size.sym_le(kMaxHeadDim)), op, ": ", what, " must be from 1 to ", kMaxHeadDim,
+                  ", got ", size);
 }
 
 void check_tensor(const char* op, const char* name, const char* padded_shape, const char* packed_shape,
@@ -28,24 +21,6 @@ void check_tensor(const char* op, const char* name, const char* padded_shape, co
   check_dense(op, name, tensor, options.packed() ? 3 : 4, options.packed() ? packed_shape : padded_shape, query);
   TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), op, ": ", name, " must have query's dtype ",
               query.scalar_type(), ", got ", tensor.scalar_type());
-}
-
-void check_size(const char* op, const char* name, const char* what, const c10::SymInt& got, const char* source,
-                const c10::SymInt& expected) {
-  TORCH_SYM_CHECK(got.sym_eq(expected), op, ": ", name, " must have ", source, " ", what, " ", expected, ", got ", got);
-}
-
-void check_head_dim(const char* op, const char* what, const c10::SymInt& size) {
-  TORCH_SYM_CHECK(size.sym_ge(1).sym_and(size.sym_le(kMaxHeadDim)), op, ": ", what, " must be from 1 to ", kMaxHeadDim,
-                  ", got ", size);
-}
-
-// A list of lengths, or of where sequences begin and end. Their values are the backend's to check.
-void check_lengths(const char* op, const char* name, const char* shape, const at::Tensor& lengths,
-                   const at::Tensor& query) {
-  check_dense(op, name, lengths, 1, shape, query);
-  TORCH_CHECK(lengths.scalar_type() == at::kInt || lengths.scalar_type() == at::kLong, op, ": ", name,
-              " must be int32 or int64, got ", lengths.scalar_type());
 }
 
 // Before AttentionShape: it takes the packed form's number of sequences from cu_seqlens_q.
@@ -94,7 +69,9 @@ void check_alibi_slopes(const char* op, const AttentionShape& shape, const at::T
   TORCH_CHECK(slopes.scalar_type() == at::kFloat, op, ": alibi_slopes must be float32, got ", slopes.scalar_type());
   check_size(op, "alibi_slopes", "number of heads", slopes.sym_size(-1), "query's", shape.heads);
   if (per_batch) {
-    check_size(op, "alibi_slopes", "batch size", slopes.sym_size(0), options.packed() ? "cu_seqlens_q's" : "query's",
+    check_size(op, "alibi_slopes", "batch size", slopes.sym_size(0), options.paged()    ? "block_table's"
+                                                                       : options.packed() ? "cu_seqlens_q's"
+                                                                                          : "query's",
                shape.batch);
   }
 }
@@ -118,6 +95,52 @@ void check_like(const char* op, const char* name, const at::Tensor& tensor, at::
 }
 
 }  // namespace
+
+void check_dense(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const char* shape,
+                 const at::Tensor& query) {
+  TORCH_CHECK(tensor.defined(), op, ": ", name, " must be a tensor, got none");
+  TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, " must be a dense (strided) tensor, got layout ",
+              tensor.layout());
+  TORCH_CHECK(tensor.dim() == dim, op, ": ", name, " must have ", dim, " dimension", dim == 1 ? " " : "s ", shape,
+              ", got ", tensor.dim(), " with sizes ", tensor.sym_sizes());
+  TORCH_CHECK(tensor.device() == query.device(), op, ": ", name, " must be on query's device ", query.device(),
+              ", got ", tensor.device());
+}
+
+void check_size(const char* op, const char* name, const char* what, const c10::SymInt& got, const char* source,
+                const c10::SymInt& expected) {
+  TORCH_SYM_CHECK(got.sym_eq(expected), op, ": ", name, " must have ", source, " ", what, " ", expected, ", got ", got);
+}
+
+void check_lengths(const char* op, const char* name, const char* shape, const at::Tensor& lengths,
+                   const at::Tensor& query) {
+  check_dense(op, name, lengths, 1, shape, query);
+  TORCH_CHECK(lengths.scalar_type() == at::kInt || lengths.scalar_type() == at::kLong, op, ": ", name,
+              " must be int32 or int64, got ", lengths.scalar_type());
+}
+
+void check_heads(const char* op, const AttentionShape& shape) {
+  check_head_dim(op, "head_dim of query and key", shape.head_dim);
+  check_head_dim(op, "head_dim of value", shape.value_dim);
+  TORCH_CHECK(shape.kv_heads == 0 ? shape.heads == 0 : shape.heads % shape.kv_heads == 0, op,
+              ": query's number of heads must be a multiple of key's and value's, got ", shape.heads, " and ",
+              shape.kv_heads);
+}
+
+void check_options(const char* op, const AttentionShape& shape, const at::Tensor& query,
+                   const AttentionOptions& options) {
+  check_attention_alpha(op, shape, query, options);
+  if (options.scale) {
+    const double scale = query.scalar_type() == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
+    TORCH_CHECK(std::isfinite(scale), op, ": scale must be finite in ", row_state_type(query), ", got ",
+                *options.scale);
+  }
+  TORCH_CHECK(options.window[0] >= -1 && options.window[1] >= -1, op,
+              ": window (left, right) must be 0 or more each, or -1 for no limit, got (", options.window[0], ", ",
+              options.window[1], ")");
+  check_alibi_slopes(op, shape, query, options);
+  check_dropout(op, query, options);
+}
 
 void check_type(const char* op, const char* name, const at::Tensor& tensor) {
   const auto type = tensor.scalar_type();
@@ -155,26 +178,11 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
   check_size(op, "value", "number of heads", value.sym_size(1), "key's", shape.kv_heads);
   check_size(op, "value", "number of keys", value.sym_size(options.packed() ? 0 : 2), "key's", shape.keys);
   check_size(op, "key", "head_dim", key.sym_size(-1), "query's", shape.head_dim);
-  check_head_dim(op, "head_dim of query and key", shape.head_dim);
-  check_head_dim(op, "head_dim of value", shape.value_dim);
-  TORCH_CHECK(shape.kv_heads == 0 ? shape.heads == 0 : shape.heads % shape.kv_heads == 0, op,
-              ": query's number of heads must be a multiple of key's and value's, got ", shape.heads, " and ",
-              shape.kv_heads);
-
-  check_attention_alpha(op, shape, query, options);
-  if (options.scale) {
-    const double scale = query.scalar_type() == at::kDouble ? *options.scale : static_cast<float>(*options.scale);
-    TORCH_CHECK(std::isfinite(scale), op, ": scale must be finite in ", row_state_type(query), ", got ",
-                *options.scale);
-  }
+  check_heads(op, shape);
   check_seqlens(op, "q_seqlens", options.q_seqlens, shape, query);
   check_seqlens(op, "kv_seqlens", options.kv_seqlens, shape, query);
   check_seqlens(op, "kv_starts", options.kv_starts, shape, query);
-  TORCH_CHECK(options.window[0] >= -1 && options.window[1] >= -1, op,
-              ": window (left, right) must be 0 or more each, or -1 for no limit, got (", options.window[0], ", ",
-              options.window[1], ")");
-  check_alibi_slopes(op, shape, query, options);
-  check_dropout(op, query, options);
+  check_options(op, shape, query, options);
 }
 
 void check_saved(const char* op, const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,

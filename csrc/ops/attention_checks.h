@@ -16,6 +16,26 @@ void check_type(const char* op, const char* name, const at::Tensor& tensor);
 void check_type_and_device(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type,
                            at::Device device);
 
+// Throws unless the tensor is dense, on query's device and of so many dimensions; `shape` says in words what they are.
+void check_dense(const char* op, const char* name, const at::Tensor& tensor, int64_t dim, const char* shape,
+                 const at::Tensor& query);
+
+// Throws unless a size, called `what`, is what `source` has.
+void check_size(const char* op, const char* name, const char* what, const c10::SymInt& got, const char* source,
+                const c10::SymInt& expected);
+
+// Throws unless the tensor is a list of lengths, or of where sequences begin and end. Their values are the backend's to
+// check.
+void check_lengths(const char* op, const char* name, const char* shape, const at::Tensor& lengths,
+                   const at::Tensor& query);
+
+// Throws unless head sizes are in range and the numbers of heads go together.
+void check_heads(const char* op, const AttentionShape& shape);
+
+// Throws unless the options that all forms have fit: alpha, scale, window, ALiBi's slopes and dropout.
+void check_options(const char* op, const AttentionShape& shape, const at::Tensor& query,
+                   const AttentionOptions& options);
+
 // Throws unless alpha is in its range. alpha = 1 passes only where the op computes softmax or knows who does.
 void check_alpha(const char* op, double alpha, bool takes_softmax);
 

@@ -1,15 +1,21 @@
 // Autocast: query, key and value go to the region's lower precision, as for torch's own attention, and the activation's
-// input to fp32 where torch.softmax's goes there, which is on CUDA. Nothing else is cast.
+// input to fp32 where torch.softmax's goes there, which is on CUDA. A cache keeps its type, to which goes what meets it.
+// Nothing else is cast.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include <utility>
 
 #include "adasplash.h"
+#include "ops/cache.h"
 #include "ops/options.h"
 
 namespace adasplash {
 namespace {
+
+template <c10::DeviceType device>
+constexpr auto kAutocastKey =
+    device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
 
 // A function of adasplash.h with its first three tensors cast; the others, `rest`, are handed on.
 template <c10::DeviceType device, auto function>
@@ -21,11 +27,27 @@ struct Autocast<device, function> {
     const auto cast = [](const at::Tensor& t) {
       return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
     };
-    c10::impl::ExcludeDispatchKeyGuard no_autocast(device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA
-                                                                                   : c10::DispatchKey::AutocastCPU);
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKey<device>);
     return function(cast(query), cast(key), cast(value), std::forward<Rest>(rest)...);
   }
 };
+
+template <c10::DeviceType device>
+at::Tensor attend_paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+                        const at::Tensor& block_table, const at::Tensor& kv_seqlens, const AttentionOptions& options) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKey<device>);
+  return call_paged(at::autocast::cached_cast(key_cache.scalar_type(), query, device), key_cache, value_cache,
+                    block_table, kv_seqlens, options);
+}
+
+template <c10::DeviceType device>
+void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache, const at::Tensor& value_cache,
+            const at::Tensor& slots) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKey<device>);
+  entmax_cache_append(at::autocast::cached_cast(key_cache.scalar_type(), key, device),
+                      at::autocast::cached_cast(value_cache.scalar_type(), value, device), key_cache, value_cache,
+                      slots);
+}
 
 // The casts name overloads.
 template <c10::DeviceType device>
@@ -43,6 +65,8 @@ void implement_attention(torch::Library& m) {
          Autocast<device, static_cast<PackedSignature<double, S>*>(entmax_attn_varlen_summary)>::call);
   m.impl("entmax_attn_varlen_summary.per_head",
          Autocast<device, static_cast<PackedSignature<PerHead, S>*>(entmax_attn_varlen_summary)>::call);
+  implement_paged<attend_paged<device>>(m);
+  m.impl("entmax_cache_append", append<device>);
 }
 
 template <typename Alpha>

@@ -5,6 +5,7 @@
 #include "ops/activation_checks.h"
 #include "ops/attention.h"
 #include "ops/attention_checks.h"
+#include "ops/cache.h"
 #include "ops/summary.h"
 
 namespace adasplash {
@@ -29,6 +30,11 @@ SummaryResult summary(const at::Tensor& query, const at::Tensor& key, const Save
   return allocate_summary(query, key, saved, options);
 }
 
+at::Tensor paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+                 const at::Tensor& block_table, const at::Tensor& kv_seqlens, const AttentionOptions& options) {
+  return PagedCall::of(query, key_cache, value_cache, block_table, kv_seqlens, options).allocate();
+}
+
 at::Tensor activation(const at::Tensor& input, const ActivationAlpha& alpha) {
   check_activation("_entmax_forward", input, alpha);
   return allocate_activation(input);
@@ -48,6 +54,8 @@ TORCH_LIBRARY_IMPL(adasplash, Meta, m) {
   m.impl("_entmax_attn_forward", forward_op<forward>);
   m.impl("_entmax_attn_backward", backward_op<backward>);
   m.impl("_entmax_attn_summary", summary_op<summary>);
+  implement_paged<paged>(m);
+  m.impl("entmax_cache_append", check_append);
   m.impl("_entmax_forward", activation_op<activation>);
   m.impl("_entmax_backward", activation_backward_op<activation_backward>);
 }

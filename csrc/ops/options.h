@@ -36,9 +36,14 @@ struct AttentionOptions {
   OptionalTensor kv_starts;                  // (B,), padded form: the first key of each entry
   double dropout_p = 0;                      // the share of weights that become zero
   OptionalTensor dropout_seed;               // one int64, from which it follows which ones
+  OptionalTensor block_table;                // (B, W): the pages of a cache that hold each sequence's keys (cache.h)
 
-  // Whether this is the packed form, whose sequences stand behind each other in one dimension of tokens.
+  // Whether queries are packed: their sequences stand behind each other in one dimension of tokens. So do keys then,
+  // unless they are in a paged cache.
   bool packed() const { return cu_seqlens_q.has_value() || cu_seqlens_k.has_value(); }
+  bool packed_keys() const { return packed() && !paged(); }
+  // Whether keys and values are in a paged cache, whatever form queries have.
+  bool paged() const { return block_table.has_value(); }
   // Of 2^32 random numbers, how many drop a weight.
   uint32_t dropout_threshold() const {
     return static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 0x1p32 - 1));
@@ -116,6 +121,12 @@ inline constexpr std::tuple kPaddedOptions(kIsCausal, kScale, kQSeqlens, kKvSeql
                                            kDropoutP, kDropoutSeed);
 inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlopes, kDropoutP, kDropoutSeed);
 
+// The op on a paged cache, which has its own defaults.
+inline constexpr std::tuple kPagedOptions(Option("is_causal", &AttentionOptions::is_causal, "True"),
+                                          Option("cu_seqlens_q", &AttentionOptions::cu_seqlens_q, "None"),
+                                          Option("max_seqlen_q", &AttentionOptions::max_seqlen_q, "1"), kScale, kWindow,
+                                          kAlibiSlopes);
+
 // The private pair, which serves the padded and the packed form, alpha as a number (head_alpha absent) and per head.
 // Files saved by users look options up by place and by name, so the first list never changes; it has no defaults here.
 // Options that came later stand in the second one, as kLaterOptions(kOne, kAnother), and in both ops behind all other
@@ -150,6 +161,9 @@ inline std::array<int64_t, 2> as_member(c10::IntArrayRef window) {
   return {window[0], window[1]};
 }
 
+inline void set_alpha(AttentionOptions& options, double alpha) { options.alpha = alpha; }
+inline void set_alpha(AttentionOptions& options, const at::Tensor& alpha) { options.head_alpha = alpha; }
+
 // Sets the options of a list to arguments in its order.
 template <typename... T>
 void set_options(AttentionOptions& options, const std::tuple<Option<T>...>& list, OptionArgument<T>... arguments) {
@@ -180,5 +194,9 @@ using PackedSignature =
     SignatureWith<decltype(kPackedOptions)>::Behind<Result, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                                     const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt,
                                                     Alpha>;
+template <typename Alpha>
+using PagedSignature = SignatureWith<decltype(kPagedOptions)>::Behind<at::Tensor, const at::Tensor&, const at::Tensor&,
+                                                                      const at::Tensor&, const at::Tensor&,
+                                                                      const at::Tensor&, Alpha>;
 
 }  // namespace adasplash

@@ -1,0 +1,62 @@
+// The ops on a paged cache above the backends. They have no gradient, and say so; a change of the cache is counted, by
+// which autograd finds that something it saved was overwritten.
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+
+#include <initializer_list>
+#include <utility>
+
+#include "adasplash.h"
+#include "ops/cache.h"
+
+namespace adasplash {
+namespace {
+
+void refuse_gradients(const char* op, std::initializer_list<std::pair<const char*, OptionalTensor>> arguments) {
+  for (const auto& [name, tensor] : arguments) {
+    if (!tensor || !tensor->defined()) continue;
+    TORCH_CHECK(!at::GradMode::is_enabled() || !tensor->requires_grad(), op, " has no gradient, and ", name,
+                " requires one: call it under torch.no_grad(), or detach ", name);
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(/*level=*/0).defined(), op, " has no forward-mode AD");
+  }
+}
+
+at::Tensor attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+                  const at::Tensor& block_table, const at::Tensor& kv_seqlens, const AttentionOptions& options) {
+  refuse_gradients("entmax_attn_paged", {{"query", query},
+                                         {"key_cache", key_cache},
+                                         {"value_cache", value_cache},
+                                         {"alpha", options.head_alpha},
+                                         {"alibi_slopes", options.alibi_slopes}});
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_paged(query, key_cache, value_cache, block_table, kv_seqlens, options);
+}
+
+void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache, const at::Tensor& value_cache,
+            const at::Tensor& slots) {
+  refuse_gradients("entmax_cache_append",
+                   {{"key", key}, {"value", value}, {"key_cache", key_cache}, {"value_cache", value_cache}});
+  at::AutoDispatchBelowAutograd guard;
+  entmax_cache_append(key, value, key_cache, value_cache, slots);
+}
+
+void append_and_count(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
+                      const at::Tensor& value_cache, const at::Tensor& slots) {
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    entmax_cache_append(key, value, key_cache, value_cache, slots);
+  }
+  torch::autograd::increment_version(key_cache);
+  torch::autograd::increment_version(value_cache);
+}
+
+}  // namespace
+}  // namespace adasplash
+
+TORCH_LIBRARY_IMPL(adasplash, Autograd, m) {
+  adasplash::implement_paged<adasplash::attend>(m);
+  m.impl("entmax_cache_append", adasplash::append);
+}
+
+TORCH_LIBRARY_IMPL(adasplash, ADInplaceOrView, m) { m.impl("entmax_cache_append", adasplash::append_and_count); }
