@@ -77,8 +77,13 @@ def _fits(wanted: str, value: object) -> bool:
         if wanted == LENGTH:
             return value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool
         return wanted in (TENSOR, OPTIONAL_TENSOR, NUMBER_OR_TENSOR)
-    if hasattr(type(value), "__torch_function__"):  # stands for something else, while a graph is recorded
-        return True
+    # What has __torch_function__ stands for something else, while a graph is recorded. That is asked last, as torch 2.11
+    # cannot compile the question for the class of None.
+    return _is_of_kind(wanted, value) or hasattr(type(value), "__torch_function__")
+
+
+def _is_of_kind(wanted: str, value: object) -> bool:
+    """Of what is no tensor."""
     if value is None:
         return wanted in (OPTIONAL_TENSOR, SCALE)
     if isinstance(value, (bool, torch.SymBool)):

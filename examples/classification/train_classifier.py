@@ -158,6 +158,8 @@ def attended(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_se
 
 def run(texts: LabelledTexts, options: argparse.Namespace) -> list[results.Result]:
     """Trains every model with every attention and seed; rows are written as they come."""
+    # With cuDNN's attention softmax became NaN in ModernBERT's local layers, on torch 2.11 and in bfloat16.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     size = Size(options.layers, options.heads, options.width, options.length, options.vocabulary, options.dropout)
     rows = []
     for name in options.model:
