@@ -13,6 +13,7 @@ load_library()
 
 # The ops must be registered first.
 from adasplash.activation import entmax, entmax15, sparsemax  # noqa: E402
+from adasplash.cache import entmax_attn_paged, entmax_attn_with_kvcache, entmax_cache_append  # noqa: E402
 from adasplash.checkpoint import ops_to_save  # noqa: E402
 from adasplash.compat import (  # noqa: E402
     adasplash,
@@ -69,9 +70,12 @@ __all__ = [
     "entmax15",
     "entmax15_loss",
     "entmax_attn",
+    "entmax_attn_paged",
     "entmax_attn_summary",
     "entmax_attn_varlen",
     "entmax_attn_varlen_summary",
+    "entmax_attn_with_kvcache",
+    "entmax_cache_append",
     "entmax_loss",
     "ops_to_save",
     "patch_sdpa",

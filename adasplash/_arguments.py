@@ -77,7 +77,7 @@ def _fits(wanted: str, value: object) -> bool:
         if wanted == LENGTH:
             return value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool
         return wanted in (TENSOR, OPTIONAL_TENSOR, NUMBER_OR_TENSOR)
-    # What has __torch_function__ stands for something else, while a graph is recorded. That is asked last, as torch 2.11
+    # What has __torch_function__ stands for something else, while a graph is recorded. That is asked last: torch 2.11
     # cannot compile the question for the class of None.
     return _is_of_kind(wanted, value) or hasattr(type(value), "__torch_function__")
 

@@ -29,6 +29,7 @@ def _register() -> None:
     register_flop_formula([ops.entmax_attn, ops.entmax_attn_summary], get_raw=True)(_padded)
     register_flop_formula([ops.entmax_attn_varlen, ops.entmax_attn_varlen_summary], get_raw=True)(_packed)
     register_flop_formula(ops._entmax_attn_forward, get_raw=True)(_forward)
+    register_flop_formula(ops.entmax_attn_paged, get_raw=True)(_paged)
     register_flop_formula(ops._entmax_attn_backward, get_raw=True)(_backward)
 
 
@@ -41,6 +42,23 @@ def _packed(
 ) -> int:
     offsets = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _forward(query, key, value, None, 1.5, False, None, None, None, *offsets)
+
+
+def _paged(
+    query, key_cache, value_cache, block_table, kv_seqlens, alpha=1.5, is_causal=True, *, cu_seqlens_q=None,
+    max_seqlen_q=1, out_val=None, **more
+) -> int:  # fmt: skip
+    """Of sequences of their own lengths; where those have no values, of as many keys as the tables have room for."""
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    heads, size, value_size = query.shape[1], query.shape[-1], value_cache.shape[-1]
+    room = block_table.shape[1] * key_cache.shape[1]
+    keys = [room] * len(kv_seqlens) if _has_no_values(kv_seqlens) else kv_seqlens.tolist()
+    queries = [max_seqlen_q] * len(keys) if cu_seqlens_q is None else _lengths(cu_seqlens_q, max_seqlen_q)
+    return sum(
+        sdpa_flop_count((1, heads, m, size), (1, heads, n, size), (1, heads, n, value_size))
+        for m, n in zip(queries, keys, strict=True)
+    )
 
 
 def _forward(
@@ -85,9 +103,13 @@ def _sum_over_sequences(
 
 def _lengths(offsets: Tensor, longest: int) -> list[int]:
     """Those of the sequences; where the offsets have no values, the longest for each, as torch takes it."""
+    if _has_no_values(offsets):
+        return [longest] * (offsets.shape[0] - 1)
+    return offsets.diff().tolist()
+
+
+def _has_no_values(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    if offsets.is_meta or isinstance(offsets, FakeTensor | FunctionalTensor):
-        return [longest] * (offsets.shape[0] - 1)
-    return offsets.diff().tolist()
+    return tensor.is_meta or isinstance(tensor, FakeTensor | FunctionalTensor)

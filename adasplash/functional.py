@@ -34,17 +34,22 @@ _PACKED = {
 }
 
 
-def _call(
-    op, function, kinds, tensors, alpha, is_causal, scale, window, options, dropout_p, dropout_seed, names=None
+def call_attention(
+    op, function, kinds, tensors, alpha, is_causal, scale, window, options, dropout_p=0.0, dropout_seed=None,
+    names=None, numbers=None,
 ):  # fmt: skip
     """An eager call of an op (``OpOverloadPacket``), by the overload that takes this alpha and with the options that
     say something: torch tries overloads that are not named in turn and reads all options, which on small tensors takes
     as long as the op does.
 
     Errors name `function`; `names` are its names for arguments, where they are not the op's. What the op takes in
-    silence for something else is refused before, all the rest only where the op has failed."""
+    silence for something else is refused before, all the rest only where the op has failed.
+
+    `options` are those that are tensors or None, `numbers` others that are to be handed on, which the caller has
+    checked."""
     options = {**options, "dropout_seed": dropout_seed}
     given = {name: option for name, option in options.items() if option is not None}
+    given.update(numbers or {})
     if type(is_causal) is not bool:
         check(function, "is_causal", BOOL, is_causal)
     if type(window) is not tuple or len(window) != 2 or type(window[0]) is not int or type(window[1]) is not int:
@@ -118,7 +123,7 @@ def attend(
         "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts
     }  # fmt: skip
     op = torch.ops.adasplash.entmax_attn if op is None else op
-    out = _call(
+    out = call_attention(
         op, function, _PADDED, (query, key, value), alpha, is_causal, scale, window, options, dropout_p, dropout_seed,
         names,
     )  # fmt: skip
@@ -138,7 +143,7 @@ def attend_packed(
         check(function, "max_seqlen_k", LENGTH, max_seqlen_k)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k))
     options = {"alibi_slopes": alibi_slopes}
-    return _call(
+    return call_attention(
         op, function, _PACKED, tensors, alpha, is_causal, scale, window, options, dropout_p, dropout_seed
     )  # fmt: skip
 

@@ -21,6 +21,8 @@ _PUBLIC_NAMES = {
     "_entmax_attn_summary": "entmax_attn_summary",
     "_entmax_attn_forward": "entmax_attn",
     "_entmax_attn_backward": "entmax_attn",
+    "entmax_attn_paged": "entmax_attn_paged",
+    "entmax_cache_append": "entmax_cache_append",
     "entmax": "entmax",
     "_entmax_forward": "entmax",
     "_entmax_backward": "entmax",
