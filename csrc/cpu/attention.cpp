@@ -18,6 +18,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/call.h"
+#include "cpu/few.h"
 #include "cpu/kernels.h"
 #include "cpu/tasks.h"
 #include "cpu/types.h"
@@ -32,8 +33,13 @@ void attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& va
     using A = Accumulate<scalar_t>;
     const Call<scalar_t> call(query, key, value, options, saved);
     const auto& kernel = kernels<scalar_t, A>();
-    const Blocks blocks = call.query_blocks();
     const at::Tensor out_by_head = by_head(out, options.packed());
+    FewQueries<scalar_t>(call, out_by_head).run();
+    auto others = call.sequences;
+    for (Sequence& s : others) {
+      if (has_few_queries(s, call.group)) s.queries = 0;
+    }
+    const Blocks blocks = call.query_blocks(others);
     run_tasks(blocks.count(), kernel.forward_scratch(query.size(-1), value.size(-1)),
               [&](int64_t index, char* scratch) {
                 const auto [sequence, h, first] = blocks[index];

@@ -72,7 +72,10 @@ struct Call {
         tiles_(saved.tiles.contiguous()) {}
 
   // Causal heads have their longest blocks of queries last; those go first.
-  Blocks query_blocks() const { return {sequences, &Sequence::queries, heads, kQueryBlock, /*last_first=*/true}; }
+  Blocks query_blocks() const { return query_blocks(sequences); }
+  Blocks query_blocks(const std::vector<Sequence>& of) const {
+    return {of, &Sequence::queries, heads, kQueryBlock, /*last_first=*/true};
+  }
   Blocks key_blocks() const { return {sequences, &Sequence::keys, kv_heads, kKeyBlock, /*last_first=*/false}; }
 
   int64_t rows() const { return query.size(0) * heads * query.size(2); }
