@@ -16,13 +16,44 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/call.h"
+#include "cpu/few.h"
 #include "cpu/kernels.h"
 #include "cpu/tasks.h"
 #include "cpu/types.h"
 #include "ops/attention_checks.h"
 
 namespace adasplash {
+namespace cpu {
+
+void attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const AttentionOptions& options,
+            const SavedForBackward& saved, const at::Tensor& out) {
+  ADASPLASH_DISPATCH(query.scalar_type(), "adasplash attention", [&] {
+    using A = Accumulate<scalar_t>;
+    const Call<scalar_t> call(query, key, value, options, saved);
+    const auto& kernel = kernels<scalar_t, A>();
+    const at::Tensor out_by_head = by_head(out, options.packed());
+    FewQueries<scalar_t>(call, out_by_head).run();
+    auto others = call.sequences;
+    for (Sequence& s : others) {
+      if (has_few_queries(s, call.group)) s.queries = 0;
+    }
+    const Blocks blocks = call.query_blocks(others);
+    run_tasks(blocks.count(), kernel.forward_scratch(query.size(-1), value.size(-1)),
+              [&](int64_t index, char* scratch) {
+                const auto [sequence, h, first] = blocks[index];
+                const Sequence& s = call.sequences[sequence];
+                ForwardHead<scalar_t, A> head;
+                call.describe(sequence, h, head);
+                head.out = rows_of<scalar_t>(out_by_head, s.entry, h, s.first_query);
+                kernel.forward(head, first, scratch);
+              });
+  });
+}
+
+}  // namespace cpu
+
 namespace {
 
 using namespace cpu;
@@ -42,22 +73,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
       row_state.select(-1, 1).fill_(std::numeric_limits<double>::infinity());
     }
   }
-  ADASPLASH_DISPATCH(query.scalar_type(), name, [&] {
-    using A = Accumulate<scalar_t>;
-    const Call<scalar_t> call(query, key, value, options, {row_state, support, tiles, /*out=*/{}});
-    const auto& kernel = kernels<scalar_t, A>();
-    const Blocks blocks = call.query_blocks();
-    const at::Tensor out_by_head = by_head(out, options);
-    run_tasks(blocks.count(), kernel.forward_scratch(query.size(-1), value.size(-1)),
-              [&](int64_t index, char* scratch) {
-                const auto [sequence, h, first] = blocks[index];
-                const Sequence& s = call.sequences[sequence];
-                ForwardHead<scalar_t, A> head;
-                call.describe(sequence, h, head);
-                head.out = rows_of<scalar_t>(out_by_head, s.entry, h, s.first_query);
-                kernel.forward(head, first, scratch);
-              });
-  });
+  attend(query, key, value, options, {row_state, support, tiles, /*out=*/{}}, out);
   return result;
 }
 
@@ -85,10 +101,10 @@ class Backward {
   Backward(const Call<T>& call, const at::Tensor& grad_out, const AttentionOptions& options, int64_t capacity,
            const BackwardResult& result)
       : call_(call),
-        grad_out_(with_dense_rows(by_head(grad_out, options))),
-        dq_(by_head(std::get<0>(result), options)),
-        dk_(by_head(std::get<1>(result), options)),
-        dv_(by_head(std::get<2>(result), options)),
+        grad_out_(with_dense_rows(by_head(grad_out, options.packed()))),
+        dq_(by_head(std::get<0>(result), options.packed())),
+        dk_(by_head(std::get<1>(result), options.packed_keys())),
+        dv_(by_head(std::get<2>(result), options.packed_keys())),
         row_terms_(at::empty({call.rows() * int64_t(sizeof(RowTerms<A>))}, at::kByte)),
         scratch_bytes_(kernel_.backward_scratch(call.query.size(-1), call.value.size(-1), capacity)) {
     if (options.head_alpha) {

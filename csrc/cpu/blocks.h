@@ -24,7 +24,7 @@ constexpr int64_t kBlockStride = kKeyBlock + 4 * kLanes<A>;
 
 // block (rows x keys) = scale * left right^T, where right are the given rows of key or value.
 template <typename A, typename T>
-inline void multiply(Rows<const A> left, int64_t rows, A scale, Rows<const T> right, Interval keys, int64_t dim,
+inline void multiply(Rows<const A> left, int64_t rows, A scale, KeyRows<const T> right, Interval keys, int64_t dim,
                      A* converted, A* block) {
   const Rows<const A> columns = in_type<A>(right, keys.begin, keys.size(), dim, converted);
   // BLAS does not look at its operands where the scale is zero, but NaN must come through.
@@ -38,7 +38,7 @@ inline void multiply(Rows<const A> left, int64_t rows, A scale, Rows<const T> ri
 // Rows of key or value in type A, with zeros in the place of those that are not finite: 0 * NaN must not reach sums of
 // rows that give them no weight. Calls broken(e, row) for each of these. `converted` has room for the rows.
 template <typename A, typename T, typename F>
-inline Rows<const A> finite_rows(Rows<const T> rows, Interval keys, int64_t n, A* converted, const F& broken) {
+inline Rows<const A> finite_rows(KeyRows<const T> rows, Interval keys, int64_t n, A* converted, const F& broken) {
   for (int64_t e = 0; e < keys.size(); ++e) {
     A* row = converted + e * n;
     convert(rows[keys.begin + e], n, row);

@@ -34,6 +34,19 @@ Rows<T> rows_of(const at::Tensor& t, int64_t entry, int64_t h, int64_t first) {
   }
 }
 
+// The same of what keys and values are read from.
+template <typename T>
+KeyRows<const T> key_rows_of(const at::Tensor& t, int64_t entry, int64_t h, int64_t first) {
+  const auto rows = rows_of<const T>(t, entry, h, first);
+  return {rows.data, rows.stride};
+}
+// One head of a cache (pages, heads, rows, width), where the sequence has these pages.
+template <typename T>
+KeyRows<const T> paged_rows_of(const at::Tensor& cache, int64_t h, const int64_t* pages) {
+  const auto rows = rows_of<const T>(cache, /*entry=*/0, h, /*first=*/0);
+  return {rows.data, rows.stride, pages, cache.size(2), cache.stride(0)};
+}
+
 // One call's tensors and options, from which the description of each head is filled in.
 template <typename T>
 struct Call {
@@ -42,13 +55,14 @@ struct Call {
   Call(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options,
        const SavedForBackward& saved)
       : sequences(sequences_of(q, k, options)),
-        query(with_dense_rows(by_head(q, options))),
-        key(with_dense_rows(by_head(k, options))),
-        value(with_dense_rows(by_head(v, options))),
+        query(with_dense_rows(by_head(q, options.packed()))),
+        key(with_dense_rows(by_head(k, options.packed_keys()))),
+        value(with_dense_rows(by_head(v, options.packed_keys()))),
         heads(query.size(1)),
         kv_heads(key.size(1)),
         group(heads / std::max<int64_t>(kv_heads, 1)),
         options_(options),
+        pages_(pages_of(sequences, key, options)),
         alphas_(alphas_of(heads, options)),
         slopes_(slopes_of(sequences.size(), heads, options)),
         dropout_(dropout_of(options)),
@@ -58,7 +72,10 @@ struct Call {
         tiles_(saved.tiles.contiguous()) {}
 
   // Causal heads have their longest blocks of queries last; those go first.
-  Blocks query_blocks() const { return {sequences, &Sequence::queries, heads, kQueryBlock, /*last_first=*/true}; }
+  Blocks query_blocks() const { return query_blocks(sequences); }
+  Blocks query_blocks(const std::vector<Sequence>& of) const {
+    return {of, &Sequence::queries, heads, kQueryBlock, /*last_first=*/true};
+  }
   Blocks key_blocks() const { return {sequences, &Sequence::keys, kv_heads, kKeyBlock, /*last_first=*/false}; }
 
   int64_t rows() const { return query.size(0) * heads * query.size(2); }
@@ -70,8 +87,14 @@ struct Call {
   void describe(size_t sequence, int64_t h, Head<T, A>& head) const {
     const Sequence& s = sequences[sequence];
     head.query = rows_of<const T>(query, s.entry, h, s.first_query);
-    head.key = rows_of<const T>(key, s.entry, h / group, s.first_key);
-    head.value = rows_of<const T>(value, s.entry, h / group, s.first_key);
+    if (options_.paged()) {
+      const int64_t* const pages = pages_.data() + sequence * options_.block_table->size(1);
+      head.key = paged_rows_of<T>(key, h / group, pages);
+      head.value = paged_rows_of<T>(value, h / group, pages);
+    } else {
+      head.key = key_rows_of<T>(key, s.entry, h / group, s.first_key);
+      head.value = key_rows_of<T>(value, s.entry, h / group, s.first_key);
+    }
     head.queries = s.queries;
     head.keys = s.keys;
     head.head_dim = query.size(3);
@@ -102,6 +125,7 @@ struct Call {
 
  private:
   const AttentionOptions& options_;
+  const std::vector<int64_t> pages_;
   const std::vector<double> alphas_, slopes_;
   const Dropout dropout_;
   const bool training_;

@@ -26,6 +26,12 @@ struct Candidates {
   A bound = -kInfinity<A>;  // no key with z up to here can get weight
   bool overflowed = false;  // the list is not kept any more, only max
 
+  // Where the largest of all z is known beforehand, a list starts from it.
+  void start_from(A largest) {
+    max = largest;
+    bound = max - 1 - slack();
+  }
+
   A gap_bound() const { return std::max(bound - max, A(-1)); }  // from below
 
   // Takes the z of keys first_key, first_key + 1, ...; z_row must hold -inf from n to the next multiple of kStep.

@@ -17,7 +17,7 @@ class ForwardBlock : ForwardRows<T, A> {
   void run() {
     find_candidates();
     for (int64_t r = 0; r < rows_; ++r) {
-      const Candidates<A>& row = buffers_.candidates[r];
+      Candidates<A>& row = buffers_.candidates[r];
       const Interval visible = head_.visible(first_ + r);
       if (visible.empty()) {
         Base::finish_empty(r);
@@ -26,7 +26,7 @@ class ForwardBlock : ForwardRows<T, A> {
       } else if (row.overflowed) {
         buffers_.dense[dense_count_++] = {r, row.max, row.gap_bound(), {}, false};
       } else {
-        finish_list(r);
+        Base::finish_list(weights_, row, r);
       }
     }
     if (dense_count_ > 0) {
@@ -54,34 +54,6 @@ class ForwardBlock : ForwardRows<T, A> {
         buffers_.candidates[r].scan(weights_, z, visible.size(), visible.begin);
       }
     });
-  }
-
-  void finish_list(int64_t r) {
-    const Candidates<A>& row = buffers_.candidates[r];
-    const A gap = solve(weights_, row.z, row.count, row.max, row.gap_bound());
-    // In place, candidates become the support and z becomes weights.
-    int64_t count = 0;
-    for (int64_t i = 0; i < row.count; ++i) {
-      row.z[count] = row.z[i];
-      row.key[count] = row.key[i];
-      count += (row.z[i] - row.max) - gap > 0;
-    }
-    const bool fits = count <= head_.capacity;
-    Base::save_state(r, row.max, gap, fits ? kEndOfSupport : kSupportOverflow, count);
-    if (fits) std::copy_n(row.key, count, Base::support_of(r));
-    for (int64_t i = 0; i < count; ++i) tiles_.set(row.key[i]);
-
-    pad_z(row.z, count, kLanes<A>);
-    const double total = to_weights(weights_, row.z, count, row.max, gap);
-    drop(head_.dropout, first_ + r, count, [&](int32_t e) { return row.key[e]; }, row.z);
-    int64_t kept = 0;  // a weight of 0 reads no value
-    for (int64_t i = 0; i < count; ++i) {
-      row.z[kept] = row.z[i];
-      row.key[kept] = row.key[i];
-      kept += row.z[i] != 0;
-    }
-    weighted_sum(row.z, row.key, kept, head_.value, head_.value_dim, buffers_.out);
-    Base::write_out(r, buffers_.out, total);
   }
 
   // Starts the sums of the dense rows anew and goes through the blocks of keys: calls add(row, keys, the keys of these

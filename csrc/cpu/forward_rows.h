@@ -2,6 +2,8 @@
 // scores of a block of keys, weighted values, and what is written of a row.
 #pragma once
 
+#include <numeric>
+
 #include "cpu/candidates.h"
 #include "cpu/scores.h"
 
@@ -105,6 +107,42 @@ class ForwardRows {
   void write_out(int64_t r, A* out, double total = 1) {
     for (int64_t d = 0; d < head_.value_dim; ++d) out[d] *= static_cast<A>(1 / total);
     convert_back(out, head_.value_dim, head_.out[first_ + r]);
+  }
+
+  // A row whose candidates are all in its list, which becomes its support.
+  template <typename Weights>
+  void finish_list(const Weights& weights, Candidates<A>& row, int64_t r) {
+    const A gap = solve(weights, row.z, row.count, row.max, row.gap_bound());
+    int64_t count = 0;
+    for (int64_t i = 0; i < row.count; ++i) {
+      row.z[count] = row.z[i];
+      row.key[count] = row.key[i];
+      count += (row.z[i] - row.max) - gap > 0;
+    }
+    const bool fits = count <= head_.capacity;
+    save_state(r, row.max, gap, fits ? kEndOfSupport : kSupportOverflow, count);
+    if (fits) std::copy_n(row.key, count, support_of(r));
+    for (int64_t i = 0; i < count; ++i) tiles_.set(row.key[i]);
+
+    pad_z(row.z, count, kLanes<A>);
+    const double total = to_weights(weights, row.z, count, row.max, gap);
+    drop(head_.dropout, first_ + r, count, [&](int32_t e) { return row.key[e]; }, row.z);
+    int64_t kept = 0;  // a weight of 0 reads no value
+    for (int64_t i = 0; i < count; ++i) {
+      row.z[kept] = row.z[i];
+      row.key[kept] = row.key[i];
+      kept += row.z[i] != 0;
+    }
+    weighted_sum(row.z, row.key, kept, head_.value, head_.value_dim, buffers_.out);
+    write_out(r, buffers_.out, total);
+  }
+
+  // What is saved of a row at alpha = 1, all of whose keys have weight.
+  void save_softmax(int64_t r, Interval visible, A max, double total) {
+    const bool fits = visible.size() <= head_.capacity;
+    save_state(r, max, static_cast<A>(std::log(total)), fits ? kEndOfSupport : kSupportOverflow, visible.size());
+    if (fits) std::iota(support_of(r), support_of(r) + visible.size(), static_cast<int32_t>(visible.begin));
+    tiles_.set(visible);
   }
 
   // No visible key: a threshold at inf leaves no key any weight.

@@ -26,6 +26,25 @@ struct Rows {
   ADASPLASH_INLINE T* operator[](int64_t row) const { return data + row * stride; }
 };
 
+// Keys or values of one head of a sequence, which lie behind each other or in pages: `pages` names the page of every
+// `page` rows, and is null where they are not in pages.
+template <typename T>
+struct KeyRows {
+  T* data = nullptr;
+  int64_t stride = 0;
+  const int64_t* pages = nullptr;
+  int64_t page = 0, page_stride = 0;
+
+  ADASPLASH_INLINE T* operator[](int64_t row) const {
+    if (pages == nullptr) return data + row * stride;
+    return data + pages[row / page] * page_stride + row % page * stride;
+  }
+  // Whether rows [first, first + count), one or more, are `stride` apart.
+  ADASPLASH_INLINE bool evenly_spaced(int64_t first, int64_t count) const {
+    return pages == nullptr || first / page == (first + count - 1) / page;
+  }
+};
+
 // A window bound that never binds, small enough that adding positions does not overflow. That of the GPU kernels
 // (cuda/embedded.h) is another number, as their positions are 32 bits wide.
 constexpr int64_t kUnlimited = INT64_MAX / 4;
@@ -33,7 +52,8 @@ constexpr int64_t kUnlimited = INT64_MAX / 4;
 // What both passes know of a head. T is the tensors' type, A the type of scores, thresholds and sums.
 template <typename T, typename A>
 struct Head {
-  Rows<const T> query, key, value;
+  Rows<const T> query;
+  KeyRows<const T> key, value;
   int64_t queries, keys, head_dim, value_dim;
   // How far a query sees from its own place; is_causal is folded in.
   int64_t window_left = kUnlimited, window_right = kUnlimited;

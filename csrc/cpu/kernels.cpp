@@ -1,6 +1,7 @@
 // All CPU kernels for one instruction set: CMake compiles this file once for each, with CPU_CAPABILITY naming it.
 #include "cpu/activation_rows.h"
 #include "cpu/backward_block.h"
+#include "cpu/few_block.h"
 #include "cpu/forward_block.h"
 #include "cpu/softmax_block.h"
 #include "cpu/summary_block.h"
@@ -25,6 +26,41 @@ template <typename A>
 int64_t forward_scratch(int64_t head_dim, int64_t value_dim) {
   Arena counting(nullptr);
   ForwardBuffers<A>(head_dim, value_dim, counting);
+  return counting.used();
+}
+
+template <typename T, typename A>
+void few_scores(const ForwardHead<T, A>* heads, int64_t group, const FewRows<A>& few, int64_t piece, char* scratch) {
+  Arena arena(scratch);
+  FewScores<T, A>(heads, group, few, arena).run(piece);
+}
+
+template <typename T, typename A>
+bool few_weigh(const ForwardHead<T, A>& head, const FewRows<A>& few, char* scratch) {
+  Arena arena(scratch);
+  bool values_missing = false;
+  with_softmax_or_weights<A>(
+      head.alpha, [&](const auto& weights) { values_missing = FewHead<T, A>(head, few, arena).weigh(weights); });
+  return values_missing;
+}
+
+template <typename T, typename A>
+void few_values(const ForwardHead<T, A>* heads, int64_t group, const FewRows<A>& few, int64_t piece, char* scratch) {
+  Arena arena(scratch);
+  FewBuffers<A> buffers(heads->head_dim, heads->value_dim, arena);
+  add_few_values(*heads, group * heads->queries, few, piece, buffers);
+}
+
+template <typename T, typename A>
+void few_join(const ForwardHead<T, A>& head, const FewRows<A>& few, char* scratch) {
+  Arena arena(scratch);
+  FewHead<T, A>(head, few, arena).join();
+}
+
+template <typename A>
+int64_t few_scratch(int64_t head_dim, int64_t value_dim) {
+  Arena counting(nullptr);
+  FewBuffers<A>(head_dim, value_dim, counting);
   return counting.used();
 }
 
@@ -135,9 +171,10 @@ int64_t activate_backward_scratch(int64_t n) {
 template <typename T, typename A>
 const Kernels<T, A>& table() {
   static constexpr Kernels<T, A> kernels = {
-      forward<T, A>,       forward_scratch<A>,      backward_query<T, A>,        backward_key<T, A>,
-      backward_scratch<A>, summarize<T, A>,         summarize_scratch<A>,        activate<T, A>,
-      activate_scratch<A>, activate_backward<T, A>, activate_backward_scratch<A>};
+      forward<T, A>,      forward_scratch<A>,  few_scores<T, A>,        few_weigh<T, A>,
+      few_values<T, A>,   few_join<T, A>,      few_scratch<A>,          backward_query<T, A>,
+      backward_key<T, A>, backward_scratch<A>, summarize<T, A>,         summarize_scratch<A>,
+      activate<T, A>,     activate_scratch<A>, activate_backward<T, A>, activate_backward_scratch<A>};
   return kernels;
 }
 

@@ -1,6 +1,7 @@
 // The CPU kernels, compiled once for each instruction set and chosen when first used.
 #pragma once
 
+#include "cpu/few_rows.h"
 #include "cpu/head.h"
 
 namespace adasplash::cpu {
@@ -19,6 +20,16 @@ struct Kernels {
   // out and saved state of the query block that starts at `first_query`.
   void (*forward)(const ForwardHead<T, A>& head, int64_t first_query, char* scratch);
   int64_t (*forward_scratch)(int64_t head_dim, int64_t value_dim);
+  // The same of a sequence of few queries, step by step (few_block.h), for the query heads that share a key head and a
+  // piece of its keys, or for one query head. few_weigh says whether few_values and few_join have anything to do; it
+  // and few_join need the scratch of `forward`.
+  void (*few_scores)(const ForwardHead<T, A>* heads, int64_t group, const FewRows<A>& few, int64_t piece,
+                     char* scratch);
+  bool (*few_weigh)(const ForwardHead<T, A>& head, const FewRows<A>& few, char* scratch);
+  void (*few_values)(const ForwardHead<T, A>* heads, int64_t group, const FewRows<A>& few, int64_t piece,
+                     char* scratch);
+  void (*few_join)(const ForwardHead<T, A>& head, const FewRows<A>& few, char* scratch);
+  int64_t (*few_scratch)(int64_t head_dim, int64_t value_dim);
   // dq, row terms and alpha terms of one query block; false if the saved lists of keys are not what a forward can have
   // written.
   bool (*backward_query)(const BackwardHead<T, A>& head, int64_t first_query, char* scratch);

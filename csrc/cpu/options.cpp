@@ -10,13 +10,6 @@
 namespace adasplash::cpu {
 namespace {
 
-template <typename T>
-std::vector<T> values_of(const at::Tensor& t) {
-  const at::Tensor dense = t.to(c10::CppTypeToScalarType<T>::value).contiguous();
-  const T* data = dense.const_data_ptr<T>();
-  return {data, data + dense.numel()};
-}
-
 // A row for each entry of a padded batch, where its sequence starts or ends: `otherwise` each where none are given.
 std::vector<int64_t> rows_of_entries(const char* op, const char* name, const OptionalTensor& given, int64_t entries,
                                      const char* dimension, int64_t longest, int64_t otherwise) {
@@ -48,16 +41,24 @@ std::vector<int64_t> packed_bounds(const char* op, const char* name, const at::T
 
 }  // namespace
 
-at::Tensor by_head(const at::Tensor& t, const AttentionOptions& options) {
-  return options.packed() ? t.transpose(0, 1).unsqueeze(0) : t;
-}
+at::Tensor by_head(const at::Tensor& t, bool packed) { return packed ? t.transpose(0, 1).unsqueeze(0) : t; }
 
 std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& o) {
   const char* op = public_name(o);
   std::vector<Sequence> sequences;
+  std::vector<int64_t> q;
   if (o.packed()) {
-    const auto q =
-        packed_bounds(op, "cu_seqlens_q", *o.cu_seqlens_q, "query", query.size(0), "max_seqlen_q", o.max_seqlen_q);
+    q = packed_bounds(op, "cu_seqlens_q", *o.cu_seqlens_q, "query", query.size(0), "max_seqlen_q", o.max_seqlen_q);
+  }
+  if (o.paged()) {
+    const int64_t batch = o.block_table->size(0), room = o.block_table->size(1) * key.size(2);
+    const auto keys =
+        rows_of_entries(op, "kv_seqlens", o.kv_seqlens, batch, "the room in a row of block_table,", room, room);
+    for (int64_t b = 0; b < batch; ++b) {
+      sequences.push_back(o.packed() ? Sequence{.first_query = q[b], .queries = q[b + 1] - q[b], .keys = keys[b]}
+                                     : Sequence{.entry = b, .queries = query.size(2), .keys = keys[b]});
+    }
+  } else if (o.packed()) {
     const auto k =
         packed_bounds(op, "cu_seqlens_k", *o.cu_seqlens_k, "key", key.size(0), "max_seqlen_k", o.max_seqlen_k);
     for (size_t b = 0; b + 1 < q.size(); ++b) {
@@ -69,7 +70,7 @@ std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& ke
     }
   } else {
     const int64_t entries = query.size(0), queries = query.size(2), keys = key.size(2);
-    const auto q = rows_of_entries(op, "q_seqlens", o.q_seqlens, entries, "query's length", queries, queries);
+    q = rows_of_entries(op, "q_seqlens", o.q_seqlens, entries, "query's length", queries, queries);
     const auto start = rows_of_entries(op, "kv_starts", o.kv_starts, entries, "key's length", keys, 0);
     const auto end = rows_of_entries(op, "kv_seqlens", o.kv_seqlens, entries, "key's length", keys, keys);
     for (int64_t b = 0; b < entries; ++b) {
@@ -81,6 +82,21 @@ std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& ke
     TORCH_CHECK(s.keys <= INT32_MAX, op, ": key must hold at most ", INT32_MAX, " keys, got ", s.keys);
   }
   return sequences;
+}
+
+std::vector<int64_t> pages_of(const std::vector<Sequence>& sequences, const at::Tensor& key,
+                              const AttentionOptions& options) {
+  if (!options.paged()) return {};
+  auto pages = values_of<int64_t>(*options.block_table);
+  const int64_t in_cache = key.size(0), page = key.size(2), per_sequence = options.block_table->size(1);
+  for (size_t b = 0; b < sequences.size(); ++b) {
+    for (int64_t w = 0; w * page < sequences[b].keys; ++w) {
+      const int64_t number = pages[b * per_sequence + w];
+      TORCH_CHECK(number >= 0 && number < in_cache, public_name(options), ": block_table must name pages from 0 to ",
+                  in_cache - 1, " where keys of a sequence are, got ", number, " at [", b, ", ", w, "]");
+    }
+  }
+  return pages;
 }
 
 std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options) {

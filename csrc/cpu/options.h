@@ -2,6 +2,8 @@
 // and types have been before.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <vector>
 
@@ -9,6 +11,14 @@
 #include "ops/attention.h"
 
 namespace adasplash::cpu {
+
+// The numbers of a tensor of any type and strides.
+template <typename T>
+std::vector<T> values_of(const at::Tensor& t) {
+  const at::Tensor dense = t.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  const T* data = dense.const_data_ptr<T>();
+  return {data, data + dense.numel()};
+}
 
 // One sequence of a call: its own lengths, and where its rows are in tensors of the shape (entries, heads, rows,
 // width), as `by_head` gives them.
@@ -21,10 +31,15 @@ struct Sequence {
 
 // Query, key, value or what is shaped like them, as (entries, heads, rows, width). The packed form is one entry, whose
 // sequences stand behind each other.
-at::Tensor by_head(const at::Tensor& t, const AttentionOptions& options);
+at::Tensor by_head(const at::Tensor& t, bool packed);
 
 // Throws where lengths contradict each other or the tensors.
 std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options);
+
+// The block table, row by row; empty where keys are in no pages. Throws where a page that holds keys of a sequence is
+// not in the cache; entries behind these may be anything.
+std::vector<int64_t> pages_of(const std::vector<Sequence>& sequences, const at::Tensor& key,
+                              const AttentionOptions& options);
 
 // One a head. Throws where a value of the tensor is not in range.
 std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options);

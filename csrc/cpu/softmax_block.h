@@ -3,8 +3,6 @@
 // 2018).
 #pragma once
 
-#include <numeric>
-
 #include "cpu/forward_rows.h"
 
 namespace adasplash::cpu {
@@ -32,7 +30,7 @@ class SoftmaxBlock : ForwardRows<T, A> {
 
  private:
   using Base = ForwardRows<T, A>;
-  using Base::buffers_, Base::first_, Base::head_, Base::rows_, Base::tiles_;
+  using Base::buffers_, Base::first_, Base::head_, Base::rows_;
   using DenseRow = typename ForwardBuffers<A>::DenseRow;
 
   DenseRow& row(int64_t r) { return buffers_.dense[r]; }
@@ -77,11 +75,7 @@ class SoftmaxBlock : ForwardRows<T, A> {
 
   void finish(int64_t r, Interval visible) {
     Base::write_out(r, buffers_.out + r * head_.value_dim, row(r).sums.p);
-    const bool fits = visible.size() <= head_.capacity;
-    const A gap = static_cast<A>(std::log(row(r).sums.p));
-    Base::save_state(r, row(r).max, gap, fits ? kEndOfSupport : kSupportOverflow, visible.size());
-    if (fits) std::iota(Base::support_of(r), Base::support_of(r) + visible.size(), static_cast<int32_t>(visible.begin));
-    tiles_.set(visible);
+    Base::save_softmax(r, visible, row(r).max, row(r).sums.p);
   }
 };
 

@@ -110,7 +110,8 @@ inline bool all_finite(const A* x, int64_t n) {
 
 // y = sum of weights[i] * rows[index[i]], with the sums kept in registers.
 template <typename A, typename T>
-inline void weighted_sum(const A* weights, const int32_t* index, int64_t count, Rows<const T> rows, int64_t n, A* y) {
+inline void weighted_sum(const A* weights, const int32_t* index, int64_t count, KeyRows<const T> rows, int64_t n,
+                         A* y) {
   constexpr int64_t kWide = 4 * kLanes<A>;
   int64_t column = 0;
   for (; column + kWide <= n; column += kWide) {
@@ -161,15 +162,23 @@ inline bool usable_in_place(Rows<T> rows, int64_t n) {
   if constexpr (!std::is_same_v<A, std::remove_const_t<T>>) return false;
   return (reinterpret_cast<uintptr_t>(rows.data) | rows.stride * sizeof(T) | n * sizeof(T)) % kBytes == 0;
 }
+template <typename A, typename T>
+inline bool usable_in_place(KeyRows<const T> rows, int64_t n) {
+  return usable_in_place<A>(Rows<const T>{rows.data, rows.stride | rows.page_stride}, n);
+}
 
 // The same for a block of rows, as the matrix products read them.
 template <typename A, typename T>
-inline Rows<const A> in_type(Rows<const T> rows, int64_t first, int64_t count, int64_t n, A* buffer) {
+inline Rows<const A> in_type(KeyRows<const T> rows, int64_t first, int64_t count, int64_t n, A* buffer) {
   if constexpr (std::is_same_v<A, T>) {
-    if (usable_in_place<A>(rows, n)) return {rows[first], rows.stride};
+    if (rows.evenly_spaced(first, count) && usable_in_place<A>(rows, n)) return {rows[first], rows.stride};
   }
   for (int64_t r = 0; r < count; ++r) convert(rows[first + r], n, buffer + r * n);
   return {buffer, n};
+}
+template <typename A, typename T>
+inline Rows<const A> in_type(Rows<const T> rows, int64_t first, int64_t count, int64_t n, A* buffer) {
+  return in_type<A>(KeyRows<const T>{rows.data, rows.stride}, first, count, n, buffer);
 }
 
 // Hands out aligned pieces of a thread's scratch; with null scratch it only counts, to learn the size needed.

@@ -1,0 +1,96 @@
+// entmax_attn_paged and entmax_cache_append on the CPU.
+#include "ops/cache.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/head.h"
+#include "cpu/tasks.h"
+#include "cpu/types.h"
+
+namespace adasplash {
+namespace {
+
+using namespace cpu;
+
+void attend_cache(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const AttentionOptions& options, const at::Tensor& out) {
+  const at::Tensor nothing = at::empty({0}, query.options());
+  attend(query, key, value, options, {nothing, nothing, nothing, /*out=*/{}}, out);
+}
+
+// Where a token goes.
+struct Place {
+  int64_t page, row;
+};
+
+// A place for each token, -1 as page for one that is skipped.
+std::vector<Place> places_of(const at::Tensor& slots, const at::Tensor& cache) {
+  const int64_t page = cache.size(1), count = cache.size(0) * page;
+  const auto numbers = values_of<int64_t>(slots);
+  std::vector<Place> places(numbers.size(), {-1, 0});
+  for (size_t t = 0; t < numbers.size(); ++t) {
+    TORCH_CHECK(numbers[t] >= -1 && numbers[t] < count, "entmax_cache_append: slots must be -1 or from 0 to ",
+                count - 1, ", got ", numbers[t], " at [", t, "]");
+    if (numbers[t] >= 0) places[t] = {numbers[t] / page, numbers[t] % page};
+  }
+  return places;
+}
+
+// Columns [begin, end) of one head of all tokens, in their order, so that of equal places the last one's stays.
+template <typename T>
+void write_columns(const at::Tensor& tokens, const at::Tensor& cache, const std::vector<Place>& places, int64_t h,
+                   int64_t begin, int64_t end) {
+  const T* const from = tokens.const_data_ptr<T>() + h * tokens.stride(1);
+  T* const to = cache.mutable_data_ptr<T>() + h * cache.stride(2);
+  const int64_t from_step = tokens.stride(2), to_step = cache.stride(3);
+  const bool dense = from_step == 1 && to_step == 1;
+  for (size_t t = 0; t < places.size(); ++t) {
+    if (places[t].page < 0) continue;
+    const T* const source = from + static_cast<int64_t>(t) * tokens.stride(0);
+    T* const target = to + places[t].page * cache.stride(0) + places[t].row * cache.stride(1);
+    if (dense) {
+      std::memcpy(target + begin, source + begin, (end - begin) * sizeof(T));
+    } else {
+      for (int64_t c = begin; c < end; ++c) target[c * to_step] = source[c * from_step];
+    }
+  }
+}
+
+// Threads share the columns of all heads: none waits for another where two tokens have one place.
+template <typename T>
+void write(const at::Tensor& tokens, const at::Tensor& cache, const std::vector<Place>& places) {
+  constexpr int64_t kLeastBytes = 1 << 15;  // below which a thread more costs more than it takes over
+  const int64_t width = tokens.size(2), columns = tokens.size(1) * width;
+  const int64_t column_bytes = static_cast<int64_t>(places.size() * sizeof(T)) + 1;
+  at::parallel_for(0, columns, (kLeastBytes + column_bytes - 1) / column_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin / width; h * width < end; ++h) {
+      const Interval own = Interval{begin - h * width, end - h * width}.clip(0, width);
+      write_columns<T>(tokens, cache, places, h, own.begin, own.end);
+    }
+  });
+}
+
+void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache, const at::Tensor& value_cache,
+            const at::Tensor& slots) {
+  check_append(key, value, key_cache, value_cache, slots);
+  const auto places = places_of(slots, key_cache);
+  ADASPLASH_DISPATCH(key.scalar_type(), "entmax_cache_append", [&] {
+    write<scalar_t>(key, key_cache, places);
+    write<scalar_t>(value, value_cache, places);
+  });
+}
+
+}  // namespace
+}  // namespace adasplash
+
+TORCH_LIBRARY_IMPL(adasplash, CPU, m) {
+  adasplash::implement_paged<adasplash::attend_paged<adasplash::attend_cache>>(m);
+  m.impl("entmax_cache_append", adasplash::append);
+}
