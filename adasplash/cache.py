@@ -45,7 +45,7 @@ def entmax_attn_paged(
     A sequence has kv_seqlens[b] keys, and its queries are the last of its tokens, as a causal mask is aligned bottom
     right: after a chunk of a prompt or a new token is in the cache, its queries are attended with. Chunks and single
     tokens may be in one call. What a sequence gets does not depend on the others, on pages or on their order: it is
-    what :func:`adasplash.entmax_attn` gives over the same keys in one tensor, to the bit where docs/contract.md says so.
+    what :func:`adasplash.entmax_attn` gives over the same keys in one tensor (docs/contract.md says where to the bit).
 
     Args:
         query: (T, H, D), the queries of all sequences behind each other: ``max_seqlen_q`` each, T = B · max_seqlen_q,
@@ -135,15 +135,18 @@ def entmax_cache_append(key: Tensor, value: Tensor, key_cache: Tensor, value_cac
         TypeError, RuntimeError: an argument does not fit; the message names it. A slot out of range is an error on the
             CPU, where nothing is written then; a GPU skips it.
     """
-    if torch.jit.is_scripting():
-        torch.ops.adasplash.entmax_cache_append(key, value, key_cache, value_cache, slots)
-        return
-    given = (key, value, key_cache, value_cache, slots)
+    if not torch.jit.is_scripting():
+        return _append(key, value, key_cache, value_cache, slots)
+    torch.ops.adasplash.entmax_cache_append(key, value, key_cache, value_cache, slots)
+
+
+def _append(*given) -> None:
+    """In eager code, so that errors name what is of the wrong kind."""
+    op = torch.ops.adasplash.entmax_cache_append.default
     if torch.compiler.is_compiling():
-        torch.ops.adasplash.entmax_cache_append.default(*given)
-        return
+        return op(*given)
     try:
-        torch.ops.adasplash.entmax_cache_append.default(*given)
+        return op(*given)
     except (RuntimeError, TypeError) as error:
         values = {name: (kind, value) for (name, kind), value in zip(_APPEND.items(), given, strict=True)}
         explain("entmax_cache_append", error, values, "entmax_cache_append")
@@ -163,7 +166,7 @@ def entmax_attn_with_kvcache(
     window: Tuple[int, int] = (-1, -1),  # noqa: UP006
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
-    """A step of decoding, with the arguments of flash-attn's ``flash_attn_with_kvcache``: appends new keys and values to
+    """A step of decoding, as flash-attn's ``flash_attn_with_kvcache``: appends new keys and values to
     the cache, if there are any, and attends to all of it. It is :func:`entmax_cache_append` and
     :func:`entmax_attn_paged` in turn.
 
@@ -209,7 +212,7 @@ def entmax_attn_with_kvcache(
         everywhere = table.shape[1] * page if cache_seqlens is None else cache_seqlens
         held = torch.full([batch], everywhere, dtype=torch.int64, device=query.device)
     if (key is None) != (value is None):
-        raise RuntimeError(f"entmax_attn_with_kvcache: key and value go together, got one of them")
+        raise RuntimeError("entmax_attn_with_kvcache: key and value go together, got one of them")
     if key is not None and value is not None:
         _check_sizes("key", key, 4, "(batch, new keys, kv_heads, head_dim)")
         _check_batch("key", key, batch)
