@@ -1,8 +1,8 @@
 """The whole way on real text: train a small GPT with α-entmax attention, export it, and serve it from C++.
 
 Trains a byte-level GPT with α-entmax attention and the same one with softmax, compares them, exports the first to
-TorchScript and to an AOTInductor package, lets C++ programs continue a prompt from both and checks that they write the
-same bytes as Python, and draws pictures. Ends with an error if anything disagrees.
+TorchScript and to an AOTInductor package, both with a cache, lets C++ servers continue prompts from both and checks
+that they write the same bytes as Python, and draws pictures. Ends with an error if anything disagrees.
 """
 
 import argparse
@@ -78,13 +78,14 @@ def main() -> None:
         print(f"Programs: {programs}\n\n{programs / 'gradients'}, which calls the operator from C++, says:")
         print(check_gradients(programs).rstrip())
 
-    with stage(4, "Continuing a prompt from C++, without Python"):
+    with stage(4, "Continuing a prompt from C++, without Python, over a paged cache"):
         prompt = os.fsencode(options.prompt) if options.prompt else passage(corpus, max(2, model.context // 2))
         verdicts = verify_all(programs, exported, model, prompt, options.bytes)
         show("Prompt", prompt)
         for name, verdict in verdicts.items():
             show(f"\nC++ from {name}", verdict.continuation)
             print(verdict)
+        print("\nSo do those of several lines of the prompt, served together.")
 
     with stage(5, "Drawing pictures"):
         for path in draw_all(checkpoint, passage(corpus, 56), options.out):

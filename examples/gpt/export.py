@@ -1,13 +1,15 @@
-"""Saves a trained model for use outside its Python code: as TorchScript and as an AOTInductor package."""
+"""Saves a trained model for use outside its Python code: as TorchScript and as an AOTInductor package, both with a
+cache of keys and values that lives outside of them."""
 
 import argparse
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from generate import Predict
+from cached import CachedGPT
+from engine import PAGE, Shape, Step
 from model import GPT
 from train import Checkpoint
 
@@ -20,43 +22,59 @@ class Exported:
     aoti: Path
 
 
-def export_torchscript(model: GPT, path: Path) -> None:
+def export_torchscript(model: CachedGPT, path: Path) -> None:
     """Writes a file for `torch.jit.load` in Python and `torch::jit::load` in C++."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch recommends export, which the other function does
         torch.jit.script(model.eval()).save(path)
 
 
-def export_program(model: GPT) -> torch.export.ExportedProgram:
-    """The model as a graph that takes tokens (1, N) of any length N from 2 up to the model's context."""
-    tokens = torch.zeros(1, model.context // 2 + 1, dtype=torch.long, device=next(model.parameters()).device)
-    length = torch.export.Dim("length", min=2, max=model.context)
-    return torch.export.export(model.eval(), (tokens,), dynamic_shapes=({1: length},))
+def export_program(model: CachedGPT) -> torch.export.ExportedProgram:
+    """The model as a graph that takes any number of tokens, sequences and pages, from 2 on of each."""
+    device = next(model.parameters()).device
+    integers = dict(dtype=torch.int32, device=device)
+    tokens, sequences, width, pages = 7, 3, 4, 5
+    arguments = (
+        *(torch.zeros(tokens, dtype=torch.long, device=device) for _ in range(3)),
+        torch.tensor([0, 1, 2, tokens], **integers),
+        torch.zeros(sequences, width, **integers),
+        torch.full((sequences,), tokens, **integers),
+        *shape_of(model).caches(pages, PAGE, device),
+    )
+    dynamic = torch.export.Dim.DYNAMIC
+    lists = [{0: dynamic}] * model.layers
+    shapes = ({0: dynamic},) * 4 + ({0: dynamic, 1: dynamic}, {0: dynamic}, lists, lists)
+    with torch.no_grad():  # a cache has no gradient
+        return torch.export.export(model.eval(), arguments, dynamic_shapes=shapes)
 
 
-def export_aoti(model: GPT, path: Path) -> None:
-    """Compiles the model ahead of time into a package for `torch._inductor.aoti_load_package` and its C++ loader.
+def compile_aoti(program: torch.export.ExportedProgram, path: Path, facts: dict[str, int]) -> None:
+    """Compiles a program ahead of time into a package for `torch._inductor.aoti_load_package` and its C++ loader.
 
-    The path must end in .pt2. The package's metadata tells the model's context to whom it may concern.
+    The path must end in .pt2. The package's metadata tells the facts to whom they may concern.
     """
-    program = export_program(model)
-    configs = {"aot_inductor.metadata": {"context": str(model.context)}}
+    configs = {"aot_inductor.metadata": {name: str(fact) for name, fact in facts.items()}}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own code
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+
+
+def shape_of(model: CachedGPT) -> Shape:
+    return Shape(model.layers, model.heads, model.head_size)
 
 
 def export(model: GPT, folder: Path) -> Exported:
     """Writes both into the folder, which is created if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     exported = Exported(folder / "gpt.torchscript.pt", folder / "gpt.aoti.pt2")
-    export_torchscript(model, exported.torchscript)
-    export_aoti(model, exported.aoti)
+    cached = CachedGPT(model)
+    export_torchscript(cached, exported.torchscript)
+    compile_aoti(export_program(cached), exported.aoti, asdict(shape_of(cached)))
     return exported
 
 
-def load(path: Path) -> Predict:
-    """The exported model as a function from tokens (1, N) to logits (1, N, 256)."""
+def load(path: Path) -> Step:
+    """The exported model as a function, which takes what CachedGPT.forward does."""
     if path.suffix == ".pt2":
         return torch._inductor.aoti_load_package(str(path))
     with warnings.catch_warnings():

@@ -43,21 +43,25 @@ class GPTConfig:
             raise ValueError(f"context must be at least 2 bytes, got {self.context}")
 
 
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of features of x (…, D) by an angle, whose cosine and sine broadcast to (…, D / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
 class Rotary(nn.Module):
     """Rotary position embedding: turns each pair of features by an angle that grows with the position."""
 
     def __init__(self, head_size: int, context: int) -> None:
         super().__init__()
-        frequency = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)
-        angle = torch.outer(torch.arange(context), frequency)
+        self.register_buffer("frequency", 10000.0 ** (-torch.arange(0, head_size, 2) / head_size), persistent=False)
+        angle = torch.outer(torch.arange(context), self.frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, H, N, D) with N ≤ context; returns the same shape."""
-        cos, sin = self.cos[: x.size(2)], self.sin[: x.size(2)]
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+        return turn(x, self.cos[: x.size(2)], self.sin[: x.size(2)])
 
 
 class CausalSelfAttention(nn.Module):

@@ -3,14 +3,16 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import adasplash
-from export import Exported, load
-from generate import continue_greedily, gaps_to_likeliest
+from cached import CachedGPT
+from engine import continue_all, gaps_to_likeliest
+from export import Exported, load, shape_of
 from model import GPT
 
 SOURCES = Path(__file__).resolve().parent.parent / "libtorch"
@@ -60,56 +62,89 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def continue_in_cpp(program: Path, model: Path, prompt: bytes, count: int) -> bytes:
-    """Runs one of the programs on a prompt; returns the bytes that it wrote."""
+def run_in_cpp(program: Path, model: Path, count: int, given: bytes, *options: str) -> bytes:
+    """Runs one of the programs on a model; returns the bytes that it wrote."""
     # As many threads as here: another number of them may round otherwise.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [str(program), str(model), str(count)]
-    done = subprocess.run(command, input=prompt, capture_output=True, env=environment)
+    command = [str(program), str(model), str(count), *options]
+    done = subprocess.run(command, input=given, capture_output=True, env=environment)
     if done.returncode:
         raise Failure(f"{' '.join(command)} failed:\n{done.stderr.decode(errors='replace')}")
     return done.stdout
 
 
-def verify(program: Path, artifact: Path, model: GPT, prompt: bytes, count: int, eager: bytes) -> Verdict:
-    """Lets C++ continue the prompt from the saved model, and checks its bytes twice.
+def serve_in_cpp(program: Path, model: Path, prompts: list[bytes], count: int) -> list[bytes]:
+    """What a server writes for each prompt. Several, which must be lines, are on their way at the same time."""
+    if len(prompts) == 1:
+        return [run_in_cpp(program, model, count, prompts[0])]
+    written = [bytearray() for _ in prompts]
+    for event in run_in_cpp(program, model, count, b"\n".join(prompts), "--lines").splitlines():
+        number, byte = map(int, event.split())
+        written[number].append(byte)
+    return [bytes(each) for each in written]
 
-    They must equal, byte for byte, what Python gets from the same saved model: the arithmetic is the same. And they
-    must equal what the eager model gives (`eager`), unless each byte that it would have chosen otherwise, after the
-    very bytes that C++ wrote, is a tie (see TIE). Raises Mismatch if not.
+
+def judge(name: str, written: bytes, expected: bytes, eager: bytes, gaps: Callable[[bytes], list[float]]) -> Verdict:
+    """Checks twice what C++ wrote with a saved model, called by a name.
+
+    It must equal, byte for byte, what Python gets from the same saved model: the arithmetic is the same. And it must
+    equal what the eager model gives, unless each byte that it would have chosen otherwise, after the very bytes that
+    C++ wrote, is a tie (see TIE): `gaps` are how far it has their logits below the highest. Raises Mismatch if not.
     """
-    device = next(model.parameters()).device
-    written = continue_in_cpp(program, artifact, prompt, count)
-    expected = continue_greedily(load(artifact), prompt, count, model.context, device)
     if written != expected:
-        at = next((i for i in range(count) if written[i : i + 1] != expected[i : i + 1]), count)
+        longest = max(len(written), len(expected))
+        at = next(i for i in range(longest) if written[i : i + 1] != expected[i : i + 1])
         raise Mismatch(
-            f"{program.name} and Python continue {artifact.name} differently from byte {at} on:\n"
+            f"C++ and Python continue {name} differently from byte {at} on:\n"
             f"  C++:    {written[at:]!r}\n  Python: {expected[at:]!r}"
         )
     if written == eager:
         return Verdict(written, ties=0)
-    deficits = gaps_to_likeliest(model, prompt, written, model.context, device)
+    deficits = gaps(written)
     if max(deficits) > TIE:
         at = next(i for i, deficit in enumerate(deficits) if deficit > TIE)
         raise Mismatch(
-            f"{artifact.name} does not compute what the model does: it chose {written[at : at + 1]!r} as byte {at}, "
+            f"{name} does not compute what the model does: it chose {written[at : at + 1]!r} as byte {at}, "
             f"whose logit in the eager model is {deficits[at]:.2e} below the highest"
         )
     return Verdict(written, ties=sum(deficit > 0 for deficit in deficits))
 
 
+def verify(program: Path, artifact: Path, model: CachedGPT, prompts: list[bytes], count: int) -> list[Verdict]:
+    """Lets a C++ server continue prompts together from the saved model, and judges what it wrote for each."""
+    shape, device = shape_of(model), next(model.parameters()).device
+    written = serve_in_cpp(program, artifact, prompts, count)
+    expected = continue_all(load(artifact), shape, prompts, count, device)
+    eager = continue_all(model, shape, prompts, count, device)
+    return [
+        judge(
+            artifact.name, *texts, lambda chosen, prompt=prompt: gaps_to_likeliest(model, shape, prompt, chosen, device)
+        )
+        for prompt, *texts in zip(prompts, written, expected, eager, strict=True)
+    ]
+
+
+def lines_of(text: bytes, most: int = 4) -> list[bytes]:
+    """Some lines of a text, as prompts of unequal lengths; at least two."""
+    lines = [line for line in text.splitlines() if line.strip()][:most]
+    return lines if len(lines) > 1 else [text[:1].replace(b"\n", b" "), text[:7].replace(b"\n", b" ")]
+
+
 def verify_all(programs: Path, exported: Exported, model: GPT, prompt: bytes, count: int) -> dict[str, Verdict]:
-    """Both saved forms of the model, each with its program."""
+    """Both saved forms of the model, each with its program: the prompt alone, and lines of it as requests that are
+    served together."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one short sequence is too little work for more
+    torch.set_num_threads(1)  # a few short sequences are too little work for more
     try:
-        eager = continue_greedily(model, prompt, count, model.context, next(model.parameters()).device)
-        rest = (model, prompt, count, eager)
-        return {
-            "TorchScript": verify(programs / "generate_torchscript", exported.torchscript, *rest),
-            "AOTInductor": verify(programs / "generate_aoti", exported.aoti, *rest),
-        }
+        cached = CachedGPT(model).eval()
+        verdicts = {}
+        for name, program, artifact in (
+            ("TorchScript", "serve_torchscript", exported.torchscript),
+            ("AOTInductor", "serve_aoti", exported.aoti),
+        ):
+            [verdicts[name]] = verify(programs / program, artifact, cached, [prompt], count)
+            verify(programs / program, artifact, cached, lines_of(prompt), min(count, 40))
+        return verdicts
     finally:
         torch.set_num_threads(threads)
 

@@ -17,9 +17,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "gpt"))
 import adasplash.integrations.transformers  # noqa: F401  (models that were saved with it need it)
 from byte_tokenizer import VOCABULARY
 from continue_text import PROMPT
-from export import export_aoti
-from generate import continue_greedily
-from serve import Failure, Verdict, build, verify
+from export import compile_aoti, load
+from generate import continue_greedily, export_program, gaps_to_likeliest
+from serve import Failure, Verdict, build, judge, run_in_cpp
 
 
 class Logits(nn.Module):
@@ -46,10 +46,17 @@ def serve(model: PreTrainedModel, prompt: bytes, count: int, package: Path, prog
     """
     logits = Logits(model.eval())
     package.parent.mkdir(parents=True, exist_ok=True)
-    export_aoti(logits, package)
+    compile_aoti(export_program(logits), package, {"context": logits.context})
     build(programs)
-    eager = continue_greedily(logits, prompt, count, logits.context, model.device)
-    return verify(programs / "generate_aoti", package, logits, prompt, count, eager)
+    written = run_in_cpp(programs / "generate_aoti", package, count, prompt)
+    rest = (prompt, count, logits.context, model.device)
+    return judge(
+        package.name,
+        written,
+        expected=continue_greedily(load(package), *rest),
+        eager=continue_greedily(logits, *rest),
+        gaps=lambda chosen: gaps_to_likeliest(logits, prompt, chosen, logits.context, model.device),
+    )
 
 
 def main() -> None:

@@ -83,13 +83,19 @@ def test_demo_with_ctrl_c(text, tmp_path):
         assert name in output or name == "gpt.pt"
 
     # The C++ programs by themselves: no Python, and errors in one sentence.
-    for program, model in (("generate_torchscript", "gpt.torchscript.pt"), ("generate_aoti", "gpt.aoti.pt2")):
+    for program, model in (("serve_torchscript", "gpt.torchscript.pt"), ("serve_aoti", "gpt.aoti.pt2")):
         binary = out / "libtorch" / program
         assert b"libpython" not in subprocess.run(["ldd", binary], capture_output=True, check=True).stdout
         done = subprocess.run([binary, out / model, "9"], input=b"\0\xff", capture_output=True, check=True)
-        assert len(done.stdout) == 9 and not done.stderr
+        assert len(done.stdout) == 9 and re.fullmatch(rb"9 tokens in .* s: .* tokens a second\n", done.stderr)
+        lines = subprocess.run(
+            [binary, out / model, "9", "--lines"], input=b"ab\nc" * 9, capture_output=True, check=True
+        )
+        events = [tuple(map(int, line.split())) for line in lines.stdout.splitlines()]
+        assert sorted(number for number, _ in events) == sorted(9 * list(range(10)))
+        assert all(0 <= byte < 256 for _, byte in events)
         for arguments, prompt, message in (
-            ((out / model, "9"), b"x", b"error: the prompt must hold at least 2 bytes, got 1\n"),
+            ((out / model, "9"), b"", b"error: a request needs a prompt and a count above zero\n"),
             ((out / model, "many"), b"xx", b"error: COUNT must be a whole number above zero, got many\n"),
         ):
             done = subprocess.run([binary, *arguments], input=prompt, capture_output=True)

@@ -9,9 +9,13 @@ import torch
 import adasplash
 import serve
 import train
+from cached import CachedGPT
 from data import load_corpus
-from export import export_program, export_torchscript, load
-from generate import continue_greedily, gaps_to_likeliest
+from engine import PAGE, Engine, continue_all, gaps_to_likeliest
+from export import export_program, export_torchscript, load, shape_of
+from generate import continue_greedily
+from generate import export_program as export_program_of_tokens
+from generate import gaps_to_likeliest as gaps_of_tokens
 from model import GPT, GPTConfig
 from pictures import draw_all
 from support import attention_weights, mean_support, model_attention, sparsity
@@ -131,18 +135,57 @@ def test_the_switch_is_the_only_difference():
 
 
 @pytest.mark.parametrize("attention", KINDS)
-def test_script_and_export_equal_the_eager_model(attention, tmp_path):
+def test_export_equals_the_eager_model(attention):
     model = small_model(attention)
-    export_torchscript(model, tmp_path / "model.pt")
-    scripted = load(tmp_path / "model.pt")
-    program = export_program(model)
+    program = export_program_of_tokens(model)
     nodes = [node.target for node in program.graph.nodes]
     assert nodes.count(torch.ops.adasplash.entmax_attn.default) == (SMALL.layers if attention == "entmax" else 0)
     for length in (2, 17, 33, SMALL.context):
-        expected = model(tokens(length=length))
-        assert torch.equal(scripted(tokens(length=length)), expected)
-        torch.testing.assert_close(program.module()(tokens(length=length)), expected)
-    assert scripted(tokens(3)).shape == (3, SMALL.context, 256)
+        torch.testing.assert_close(program.module()(tokens(length=length)), model(tokens(length=length)))
+
+
+PROMPTS = [b"a prompt of some length, which is more than a page", b"ab", bytes(range(100, 180)) * 2, b"\n\0\xff"]
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize("form", ("eager", "scripted", "exported"))
+def test_the_cached_model_continues_as_the_model_does(attention, form, tmp_path):
+    """As long as a text is within the context, and by gaps of nothing but rounding: the keys of a cache saw more of a
+    longer one."""
+    model = small_model(attention)
+    step = cached = CachedGPT(model).eval()
+    if form == "scripted":
+        export_torchscript(cached, tmp_path / "model.pt")
+        step = load(tmp_path / "model.pt")
+    elif form == "exported":
+        step = export_program(cached).module()
+    for prompt, written in zip(PROMPTS, continue_all(step, shape_of(cached), PROMPTS, 9, "cpu"), strict=True):
+        assert len(written) == 9
+        assert max(gaps_to_likeliest(cached, shape_of(cached), prompt, written, "cpu")) < serve.TIE
+        if len(prompt) + 9 <= SMALL.context:
+            assert max(gaps_of_tokens(model, prompt, written, SMALL.context)) < serve.TIE
+        wrong = bytes([written[0] ^ 1]) + written[1:]
+        assert gaps_to_likeliest(cached, shape_of(cached), prompt, wrong, "cpu")[0] > serve.TIE
+
+
+def test_requests_wait_for_pages_and_give_them_back():
+    """With room for one or two at a time, each is written as it would be alone."""
+    cached = CachedGPT(small_model()).eval()
+    shape, most = shape_of(cached), max(map(len, PROMPTS)) + 9
+    engine = Engine(cached, shape, -(-most // PAGE), 2, "cpu")
+    for number, prompt in enumerate(PROMPTS):
+        engine.add(number, prompt, 9)
+    written = [bytearray() for _ in PROMPTS]
+    for number, byte in engine.run():
+        written[number].append(byte)
+        assert len(engine.running) <= 2
+    assert sorted(engine.free) == list(range(engine.width))
+    for prompt, text in zip(PROMPTS, written, strict=True):
+        assert max(gaps_to_likeliest(cached, shape, prompt, bytes(text), "cpu")) < serve.TIE
+    with pytest.raises(ValueError, match="needs more pages than the cache has"):
+        engine.add(9, bytes(range(1, 200)), 9)
+    with pytest.raises(ValueError, match="a prompt and a count"):
+        engine.add(9, b"", 9)
 
 
 # Support
@@ -217,31 +260,31 @@ def test_greedy_continuation_sees_the_last_context_bytes():
     written = continue_greedily(model, prompt, 5, model.context)
     assert written[:1] == bytes([model(torch.tensor([list(prompt[-model.context :])]))[0, -1].argmax()])
     assert written == continue_greedily(model, prompt, 2, model.context) + written[2:]
-    assert gaps_to_likeliest(model, prompt, written, model.context) == [0] * 5
+    assert gaps_of_tokens(model, prompt, written, model.context) == [0] * 5
     wrong = bytes([written[0] ^ 1]) + written[1:]
-    assert gaps_to_likeliest(model, prompt, wrong, model.context)[0] > 0
+    assert gaps_of_tokens(model, prompt, wrong, model.context)[0] > 0
 
 
 class Alternate(torch.nn.Module):
-    """Takes turns between two bytes whose logits are `gap` apart: the second is the better by it."""
+    """A cached model of no layers that takes turns between two bytes, whose logits are `gap` apart: the second is the
+    better by it."""
 
-    context = 16
+    layers, heads, head_size = 0, 1, 1
 
     def __init__(self, gap):
         super().__init__()
         self.logits = torch.nn.Parameter(torch.zeros(256))
         self.logits.data[[65, 66]] = torch.tensor([10.0, 10.0 + gap])
 
-    def forward(self, x):
-        return self.logits.expand(1, x.shape[1], 256)
+    def forward(self, tokens, *rest):
+        return self.logits.expand(len(tokens), 256)
 
 
 def test_disagreement_fails_loudly_and_ties_are_told(monkeypatch):
     def verify(written, python, eager_model):
-        monkeypatch.setattr(serve, "continue_in_cpp", lambda *_: written)
+        monkeypatch.setattr(serve, "run_in_cpp", lambda *_: written)
         monkeypatch.setattr(serve, "load", lambda _: Alternate(python))
-        eager = continue_greedily(eager_model, b"prompt", 4, 16)
-        return serve.verify(Path("program"), Path("model.pt"), eager_model, b"prompt", 4, eager)
+        return serve.verify(Path("program"), Path("model.pt"), eager_model, [b"prompt"], 4)[0]
 
     assert verify(b"BBBB", 1.0, Alternate(1.0)) == serve.Verdict(b"BBBB", 0)
     for written in (b"BBBA", b"BBB", b"BBBBB", b""):

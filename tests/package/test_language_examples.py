@@ -248,7 +248,7 @@ def test_a_saved_model_continues_a_text(trained):
 
 
 def test_what_is_exported_for_cpp_is_the_model(trained):
-    from export import export_program
+    from generate import export_program
     from serve_in_cpp import Logits
 
     folder, _ = trained

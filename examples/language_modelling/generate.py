@@ -1,12 +1,19 @@
-"""Greedy continuation of a text, byte by byte, by any form of the model."""
+"""Greedy continuation of a text, byte by byte, by a model that is a function of tokens alone, eager or exported."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Tokens (1, N) int64 -> logits (1, N, 256).
 Predict = Callable[[Tensor], Tensor]
+
+
+def export_program(model: nn.Module) -> torch.export.ExportedProgram:
+    """The model as a graph that takes tokens (1, N) of any length N from 2 up to the model's context."""
+    tokens = torch.zeros(1, model.context // 2 + 1, dtype=torch.long, device=next(model.parameters()).device)
+    length = torch.export.Dim("length", min=2, max=model.context)
+    return torch.export.export(model.eval(), (tokens,), dynamic_shapes=({1: length},))
 
 
 @torch.inference_mode()
