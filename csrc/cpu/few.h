@@ -24,6 +24,7 @@ class FewQueries {
 
   // In turns, of as many key heads of sequences as there is room for.
   void run() const {
+    if (call_.heads == 0) return;
     std::vector<Unit> turn;
     int64_t bytes = 0;
     for (size_t sequence = 0; sequence < call_.sequences.size(); ++sequence) {

@@ -1,14 +1,16 @@
 // The forward of a sequence of few queries: rows of all query heads that share a key head go over its keys together, in
 // steps whose tasks are pieces of the keys, so that threads share one head's keys and each key is read once.
 //
-//   few_scores  (key head, piece of its keys)   z of all rows, and the largest z of each block
-//   few_weigh   (query head)                    thresholds; rows with few candidates are finished, of others z ->
-//   weights few_values  (key head, piece of its keys)   the weighted values of what is left, a partial sum for each
-//   piece few_join    (query head)                    their sums, in the order of the pieces
+//   few_scores  (key head, piece of its keys)  z of all rows, and the largest z of each block
+//   few_weigh   (query head)                   thresholds; finishes rows with few candidates, else turns z to weights
+//   few_values  (key head, piece of its keys)  the weighted values of what is left, a partial sum for each piece
+//   few_join    (query head)                   adds these in the order of the pieces
 //
 // Products are loops over the rows of keys where they lie: BLAS would have to be given them in float32, behind each
 // other, and is slow where one side has few rows. The order of every sum is a row's own, whatever rows are beside it.
 #pragma once
+
+#include <utility>
 
 #include "cpu/forward_rows.h"
 #include "cpu/kernels.h"
@@ -31,24 +33,40 @@ inline Vec<A> lane_sums(Vec<A>* v) {
   return v[0];
 }
 
+// Calls f(0), f(1) and so on with constants.
+template <int64_t count, typename F>
+ADASPLASH_INLINE void unrolled(const F& f) {
+  [&]<int64_t... i>(std::integer_sequence<int64_t, i...>) ADASPLASH_INLINE_LAMBDA {
+    (f(std::integral_constant<int64_t, i>()), ...);
+  }(std::make_integer_sequence<int64_t, count>());
+}
+
 // Products of `rows` queries with kLanes / rows keys. Queries are `width` apart, with zeros from dim on; z has the rows
-// of the queries.
+// of the queries. The sums stay in registers only if what indexes them is constant when the compiler first looks: it
+// stores all of them in every step otherwise, which takes three times as long.
 template <int64_t rows, typename A, typename T>
 inline void few_products(const A* query, int64_t width, const T* const* key, int64_t dim, Rows<A> z) {
   constexpr int64_t keys = kLanes<A> / rows;
   static_assert(keys * rows == kLanes<A>, "a vector has at least kRowsTogether lanes");
   Vec<A> sum[kLanes<A>];
-  for (auto& v : sum) v = Vec<A>(0);
-  for_lanes<A>(dim, [&](int64_t d, int64_t lanes) {
+  unrolled<kLanes<A>>([&](auto i) ADASPLASH_INLINE_LAMBDA { sum[i] = Vec<A>(0); });
+  const auto add = [&](int64_t d, int64_t lanes) ADASPLASH_INLINE_LAMBDA {
     Vec<A> q[rows];
-    for (int64_t r = 0; r < rows; ++r) q[r] = Vec<A>::loadu(query + r * width + d);
-    for (int64_t k = 0; k < keys; ++k) {
+    unrolled<rows>([&](auto r) ADASPLASH_INLINE_LAMBDA { q[r] = Vec<A>::loadu(query + r * width + d); });
+    unrolled<keys>([&](auto k) ADASPLASH_INLINE_LAMBDA {
       const Vec<A> x = load<A>(key[k] + d, lanes);
-      for (int64_t r = 0; r < rows; ++r) sum[r * keys + k] = at::vec::fmadd(q[r], x, sum[r * keys + k]);
-    }
-  });
+      unrolled<rows>([&](auto r)
+                         ADASPLASH_INLINE_LAMBDA { sum[r * keys + k] = at::vec::fmadd(q[r], x, sum[r * keys + k]); });
+    });
+  };
+  int64_t d = 0;
+  for (; d + kLanes<A> <= dim; d += kLanes<A>) add(d, kLanes<A>);
+  if (d < dim) add(d, dim - d);
+
+  Vec<A> sums[kLanes<A>];
+  unrolled<kLanes<A>>([&](auto i) ADASPLASH_INLINE_LAMBDA { sums[i] = sum[i]; });
   A products[kLanes<A>];
-  lane_sums(sum).store(products);
+  lane_sums(sums).store(products);
   for (int64_t r = 0; r < rows; ++r) std::copy_n(products + r * keys, keys, z[r]);
 }
 
@@ -108,7 +126,7 @@ class FewScores {
     for (int64_t first = keys.begin; first < keys.end; first += kLanes<A>) {
       const T* key[kLanes<A>];
       for (int64_t k = 0; k < kLanes<A>; ++k) key[k] = heads_->key[std::min(first + k, keys.end - 1)];
-      const Rows<A> z{few_.z(0, b) + (first - keys.begin), few_.stride()};
+      const Rows<A> z{few_.z(0, b) + (first - keys.begin), FewRows<A>::kStride};
       if (std::is_same_v<T, A> || rows_ <= kRowsTogether) {
         multiply_keys(key, z);
       } else {  // converted once for all rows
