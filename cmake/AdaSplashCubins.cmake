@@ -20,6 +20,7 @@ endif()
 target_sources(adasplash PRIVATE
   csrc/cuda/activation.cpp
   csrc/cuda/attention.cpp
+  csrc/cuda/cache.cpp
   csrc/cuda/driver.cpp
   csrc/cuda/embedded.cpp
   csrc/cuda/implementation.cpp

@@ -4,13 +4,13 @@ An argument is a type, or a named tuple of arguments with a type for each of its
 "*i32" or "fp32", with T for the element type that a variant is compiled for.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .lib.call import Call, Few
 from .lib.dropout import Dropout
 from .lib.entmax import Alpha
-from .lib.matrices import Matrix
+from .lib.matrices import Matrix, PagedMatrix
 from .lib.scores import Scores
 from .lib.visibility import Sequences
 
@@ -28,6 +28,10 @@ class Aligned:
 
 
 MATRIX = Matrix(data=Aligned("*T"), batch_stride=Aligned("i64"), head_stride=Aligned("i64"), row_stride=Aligned("i64"))
+PAGED_MATRIX = PagedMatrix(
+    data=Aligned("*T"), block_stride=Aligned("i64"), head_stride=Aligned("i64"), row_stride=Aligned("i64"),
+    table="*i32", table_stride="i64", blocks="i32", page_size="i32", page_inverse="i32", page_shift="i32",
+)  # fmt: skip
 SEQUENCES = Sequences(lengths="*i32", lengths_kind="i32", rows="i32", max_seqlen="i32", tile_rows="i32")
 CALL = Call(
     queries=SEQUENCES,
@@ -45,7 +49,7 @@ CALL = Call(
     value_dim=Aligned("i32"),
     few_queries="i32",
 )
-FEW = Few(queries="i32", rows="i32", row_tiles="i64", scored="i32", weighers="i32", marks_tiles="i32")
+FEW = Few(queries="i32", rows="i32", row_tiles="i64", scorers="i32", weighers="i32", marks_tiles="i32")
 # Pointers that Triton appends to every kernel; no variant needs the memory, so they are null.
 APPENDED = (("global_scratch", "*i8"), ("profile_scratch", "*i8"))
 
@@ -81,6 +85,7 @@ class Spec:
     gathers: bool = False  # whether there is also code, with GATHER, for what `mark` marked
     alphas: tuple[str, ...] = ("any", "1_5", "2")  # that code may be made for; "any" serves those that have none
     scratch: dict[str, str] = field(default_factory=dict)  # memory the caller lends it, and what of it
+    suffix: str = ""  # of the name, where a function is compiled over arguments of other types too
 
     def __post_init__(self):
         if [*self.arguments, *self.constants] != self.kernel.arg_names:
@@ -90,7 +95,14 @@ class Spec:
 
     @property
     def name(self) -> str:
-        return self.kernel.__name__
+        return self.kernel.__name__ + self.suffix
+
+    def over_pages(self, **changes) -> "Spec":
+        """The spec of the same function over keys and values in a paged cache."""
+        arguments = {
+            name: PAGED_MATRIX if name in ("key", "value") else argument for name, argument in self.arguments.items()
+        }
+        return replace(self, arguments=arguments, suffix="_paged", **changes)
 
     def leaves(self) -> list[Leaf]:
         """All scalars, in the order in which they are passed."""

@@ -15,11 +15,20 @@ from pathlib import Path
 
 from .activation import ACTIVATE, ACTIVATE_GRAD
 from .attention.count import COUNT_SUPPORT
-from .attention.few import JOIN_FEW, SCORE_FEW, SOLVE_FEW, WEIGH_FEW
-from .attention.forward import ATTEND
+from .attention.few import (
+    JOIN_FEW,
+    SCORE_FEW,
+    SCORE_FEW_PAGED,
+    SOLVE_FEW,
+    SOLVE_FEW_PAGED,
+    WEIGH_FEW,
+    WEIGH_FEW_PAGED,
+)
+from .attention.forward import ATTEND, ATTEND_PAGED
 from .attention.grad_key_value import GRAD_KEY_VALUE
 from .attention.grad_query import GRAD_QUERY
 from .attention.mark import MARK
+from .cache import APPEND
 from .lib.entmax import ALPHA_1_5, ALPHA_2, ALPHA_ANY
 from .spec import ELEMENT_BYTES, Spec
 
@@ -36,11 +45,14 @@ ATTENTION = {
     for spec in (
         *(ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE, COUNT_SUPPORT),
         *(SCORE_FEW, SOLVE_FEW, WEIGH_FEW, JOIN_FEW),
+        *(ATTEND_PAGED, SCORE_FEW_PAGED, SOLVE_FEW_PAGED, WEIGH_FEW_PAGED),
     )
 }
+CACHE = {APPEND.name: APPEND}
 ACTIVATION = {spec.name: spec for spec in (ACTIVATE, ACTIVATE_GRAD)}
-KERNELS: dict[str, Spec] = ATTENTION | ACTIVATION
+KERNELS: dict[str, Spec] = ATTENTION | CACHE | ACTIVATION
 
+LARGEST_HEAD = 256
 LONGEST_ROW = 1 << 30  # places in a row are 32 bits wide, with room for a block
 TILES = Path(__file__).resolve().parent / "tiles.json"
 
@@ -76,6 +88,8 @@ class Variant:
     def name(self) -> str:
         if self.kernel in ATTENTION:
             return f"{self.kernel}_{self.dtype}_d{self.block_d}_a{self.alpha}{'_marked' if self.gather else ''}"
+        if self.kernel in CACHE:
+            return f"{self.kernel}_{self.dtype}"
         rows = "long" if self.block_d == LONGEST_ROW else f"n{self.block_d}"
         return f"{self.kernel}_{self.dtype}_{rows}" + (f"_a{self.alpha}" if len(self.spec.alphas) > 1 else "")
 
@@ -115,8 +129,8 @@ class Variant:
 
 @functools.cache
 def shapes() -> dict:
-    """tiles.json: "attention" is tables, each for some architectures, types and alphas; "activation" is by the longest
-    row that a program takes, of any length where that is null."""
+    """tiles.json: "attention" is tables, each for some architectures, types and alphas; "cache" is the one shape of the
+    code that copies rows; "activation" is by the longest row that a program takes, of any length where that is null."""
     return json.loads(TILES.read_text())
 
 
@@ -188,6 +202,13 @@ def attention_variants(arch: int):
                 yield Variant(kernel, dtype, block_d, alpha, shape, gather, hot)
 
 
+def cache_variants():
+    """Rows are copied as they are, so one code serves all head sizes."""
+    (line,) = shapes()["cache"]
+    for dtype in ELEMENT_BYTES:
+        yield Variant(APPEND.name, dtype, LARGEST_HEAD, "any", Shape(**line))
+
+
 def activation_variants():
     """The gradient reads and writes more than it computes, so one code serves all alphas there."""
     for dtype in ELEMENT_BYTES:
@@ -200,4 +221,4 @@ def activation_variants():
 
 def variants(arch: int) -> list[Variant]:
     """All variants of an architecture, in a fixed order."""
-    return [*attention_variants(arch), *activation_variants()]
+    return [*attention_variants(arch), *cache_variants(), *activation_variants()]

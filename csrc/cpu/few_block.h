@@ -1,14 +1,16 @@
 // The forward of a sequence of few queries: rows of all query heads that share a key head go over its keys together, in
 // steps whose tasks are pieces of the keys, so that threads share one head's keys and each key is read once.
 //
-//   few_scores  (key head, piece of its keys)   z of all rows, and the largest z of each block
-//   few_weigh   (query head)                    thresholds; rows with few candidates are finished, of others z ->
-//   weights few_values  (key head, piece of its keys)   the weighted values of what is left, a partial sum for each
-//   piece few_join    (query head)                    their sums, in the order of the pieces
+//   few_scores  (key head, piece of its keys)  z of all rows, and the largest z of each block
+//   few_weigh   (query head)                   thresholds; finishes rows with few candidates, else turns z to weights
+//   few_values  (key head, piece of its keys)  the weighted values of what is left, a partial sum for each piece
+//   few_join    (query head)                   adds these in the order of the pieces
 //
-// Products are loops over the rows of keys where they lie: BLAS would have to be given them in float32, behind each
-// other, and is slow where one side has few rows. The order of every sum is a row's own, whatever rows are beside it.
+// Products of up to 15 rows are loops over the keys where they lie: BLAS would have to be given them in float32, evenly
+// spaced, and is slow where one side has few rows.
 #pragma once
+
+#include <utility>
 
 #include "cpu/forward_rows.h"
 #include "cpu/kernels.h"
@@ -16,8 +18,7 @@
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
 
-// Rows whose products with keys are made together: they and as many keys as leave each lane one product at the end.
-constexpr int64_t kRowsTogether = 4;
+constexpr int64_t kLeastBlasRows = 16;
 
 // From kLanes vectors the sums of their lanes, as the lanes of one.
 template <typename A>
@@ -31,24 +32,40 @@ inline Vec<A> lane_sums(Vec<A>* v) {
   return v[0];
 }
 
+// Calls f(0), f(1) and so on with constants.
+template <int64_t count, typename F>
+ADASPLASH_INLINE void unrolled(const F& f) {
+  [&]<int64_t... i>(std::integer_sequence<int64_t, i...>) ADASPLASH_INLINE_LAMBDA {
+    (f(std::integral_constant<int64_t, i>()), ...);
+  }(std::make_integer_sequence<int64_t, count>());
+}
+
 // Products of `rows` queries with kLanes / rows keys. Queries are `width` apart, with zeros from dim on; z has the rows
-// of the queries.
+// of the queries. The sums stay in registers only if what indexes them is constant when the compiler first looks: it
+// stores all of them in every step otherwise, which takes three times as long.
 template <int64_t rows, typename A, typename T>
 inline void few_products(const A* query, int64_t width, const T* const* key, int64_t dim, Rows<A> z) {
   constexpr int64_t keys = kLanes<A> / rows;
-  static_assert(keys * rows == kLanes<A>, "a vector has at least kRowsTogether lanes");
+  static_assert(keys * rows == kLanes<A>, "a vector has a product in each lane");
   Vec<A> sum[kLanes<A>];
-  for (auto& v : sum) v = Vec<A>(0);
-  for_lanes<A>(dim, [&](int64_t d, int64_t lanes) {
+  unrolled<kLanes<A>>([&](auto i) ADASPLASH_INLINE_LAMBDA { sum[i] = Vec<A>(0); });
+  const auto add = [&](int64_t d, int64_t lanes) ADASPLASH_INLINE_LAMBDA {
     Vec<A> q[rows];
-    for (int64_t r = 0; r < rows; ++r) q[r] = Vec<A>::loadu(query + r * width + d);
-    for (int64_t k = 0; k < keys; ++k) {
+    unrolled<rows>([&](auto r) ADASPLASH_INLINE_LAMBDA { q[r] = Vec<A>::loadu(query + r * width + d); });
+    unrolled<keys>([&](auto k) ADASPLASH_INLINE_LAMBDA {
       const Vec<A> x = load<A>(key[k] + d, lanes);
-      for (int64_t r = 0; r < rows; ++r) sum[r * keys + k] = at::vec::fmadd(q[r], x, sum[r * keys + k]);
-    }
-  });
+      unrolled<rows>([&](auto r)
+                         ADASPLASH_INLINE_LAMBDA { sum[r * keys + k] = at::vec::fmadd(q[r], x, sum[r * keys + k]); });
+    });
+  };
+  int64_t d = 0;
+  for (; d + kLanes<A> <= dim; d += kLanes<A>) add(d, kLanes<A>);
+  if (d < dim) add(d, dim - d);
+
+  Vec<A> sums[kLanes<A>];
+  unrolled<kLanes<A>>([&](auto i) ADASPLASH_INLINE_LAMBDA { sums[i] = sum[i]; });
   A products[kLanes<A>];
-  lane_sums(sum).store(products);
+  lane_sums(sums).store(products);
   for (int64_t r = 0; r < rows; ++r) std::copy_n(products + r * keys, keys, z[r]);
 }
 
@@ -59,14 +76,14 @@ struct FewBuffers {
       : width((head_dim + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
         query(arena.take<A>(kMostFewRows * width)),
         growth(arena.take<A>(kMostFewRows)),
-        keys(arena.take<A>(kLanes<A> * head_dim)),
+        keys(arena.take<A>(kKeyBlock * head_dim)),
         weights(arena.take<A>(kKeyBlock)),
         index(arena.take<int32_t>(kKeyBlock)),
         sum(arena.take<A>(value_dim)) {}
 
   int64_t width;
   A *query, *growth;
-  A* keys;         // some keys in type A
+  A* keys;         // a block of keys in type A
   A* weights;      // those of a block that are not zero
   int32_t* index;  // their keys
   A* sum;
@@ -105,40 +122,32 @@ class FewScores {
   const ForwardHead<T, A>& head(int64_t r) const { return heads_[r / queries_]; }
 
   void multiply_block(int64_t b, Interval keys) {
+    A* const z = few_.z(0, b);
+    if (rows_ >= kLeastBlasRows) {
+      const Rows<const A> columns = in_type<A>(heads_->key, keys.begin, keys.size(), heads_->head_dim, buffers_.keys);
+      Gemm<A>::nt(rows_, keys.size(), heads_->head_dim, A(1), buffers_.query, buffers_.width, columns.data,
+                  columns.stride, A(0), z, FewRows<A>::kStride);
+      return;
+    }
     for (int64_t first = keys.begin; first < keys.end; first += kLanes<A>) {
       const T* key[kLanes<A>];
       for (int64_t k = 0; k < kLanes<A>; ++k) key[k] = heads_->key[std::min(first + k, keys.end - 1)];
-      const Rows<A> z{few_.z(0, b) + (first - keys.begin), few_.stride()};
-      if (std::is_same_v<T, A> || rows_ <= kRowsTogether) {
-        multiply_keys(key, z);
-      } else {  // converted once for all rows
-        const A* converted[kLanes<A>];
-        for (int64_t k = 0; k < kLanes<A>; ++k) {
-          A* to = buffers_.keys + k * heads_->head_dim;
-          convert(key[k], heads_->head_dim, to);
-          converted[k] = to;
-        }
-        multiply_keys(converted, z);
+      const Rows<A> products{z + (first - keys.begin), FewRows<A>::kStride};
+      int64_t r = 0;
+      for (; r + 4 <= rows_; r += 4) multiply_rows<4>(r, key, products);
+      if (r + 2 <= rows_) {
+        multiply_rows<2>(r, key, products);
+        r += 2;
       }
+      if (r < rows_) multiply_rows<1>(r, key, products);
     }
   }
 
-  template <typename Key>
-  void multiply_keys(const Key* const* key, Rows<A> z) {
-    int64_t r = 0;
-    for (; r + 4 <= rows_; r += 4) multiply_rows<4>(r, key, z);
-    if (r + 2 <= rows_) {
-      multiply_rows<2>(r, key, z);
-      r += 2;
-    }
-    if (r < rows_) multiply_rows<1>(r, key, z);
-  }
-
-  template <int64_t rows, typename Key>
-  void multiply_rows(int64_t r, const Key* const* key, Rows<A> z) {
+  template <int64_t rows>
+  void multiply_rows(int64_t r, const T* const* key, Rows<A> products) {
     const A* query = buffers_.query + r * buffers_.width;
     for (int64_t k = 0; k < kLanes<A>; k += kLanes<A> / rows) {
-      few_products<rows>(query, buffers_.width, key + k, heads_->head_dim, {z[r] + k, z.stride});
+      few_products<rows>(query, buffers_.width, key + k, heads_->head_dim, {products[r] + k, products.stride});
     }
   }
 

@@ -20,6 +20,9 @@ struct FewRows {
     bool dense;    // weights stand in the place of its z, and its values are not summed yet
   };
 
+  // From row to row of a block of z: rows a power of two apart would share few sets of the cache.
+  static constexpr int64_t kStride = kKeyBlock + 64;
+
   FewRows() = default;
   ADASPLASH_INLINE FewRows(Interval keys, int64_t value_dim)
       : keys(keys), blocks((keys.size() + kKeyBlock - 1) / kKeyBlock), value_dim(value_dim) {}
@@ -32,7 +35,8 @@ struct FewRows {
       if (memory != nullptr) piece = reinterpret_cast<U*>(memory + used);
       used += (size * static_cast<int64_t>(sizeof(U)) + 63) / 64 * 64;
     };
-    take(z_, count * stride());
+    count_ = count;
+    take(z_, blocks * count * kStride);
     take(block_max_, count * blocks);
     take(values_, count * pieces() * value_dim);
     take(rows_, count);
@@ -41,7 +45,7 @@ struct FewRows {
   // These but for the first `count` rows.
   ADASPLASH_INLINE FewRows behind(int64_t count) const {
     FewRows rest = *this;
-    rest.z_ += count * stride();
+    rest.z_ += count * kStride;
     rest.block_max_ += count * blocks;
     rest.values_ += count * pieces() * value_dim;
     rest.rows_ += count;
@@ -55,8 +59,7 @@ struct FewRows {
   ADASPLASH_INLINE int64_t first_block(int64_t piece) const { return std::min(piece * kPieceBlocks, blocks); }
 
   // kKeyBlock numbers, -inf where the row does not see the key, or none is there.
-  ADASPLASH_INLINE A* z(int64_t r, int64_t block) const { return z_ + r * stride() + block * kKeyBlock; }
-  ADASPLASH_INLINE int64_t stride() const { return blocks * kKeyBlock; }
+  ADASPLASH_INLINE A* z(int64_t r, int64_t block) const { return z_ + (block * count_ + r) * kStride; }
   ADASPLASH_INLINE A& block_max(int64_t r, int64_t block) const { return block_max_[r * blocks + block]; }
   // The weighted values of a piece's keys.
   ADASPLASH_INLINE A* values(int64_t r, int64_t piece) const { return values_ + (r * pieces() + piece) * value_dim; }
@@ -66,6 +69,7 @@ struct FewRows {
   int64_t blocks = 0, value_dim = 0;
 
  private:
+  int64_t count_ = 0;  // of all rows
   A *z_ = nullptr, *block_max_ = nullptr, *values_ = nullptr;
   Row* rows_ = nullptr;
 };

@@ -3,3 +3,4 @@
 #pragma once
 
 #define ADASPLASH_INLINE [[gnu::always_inline]] inline
+#define ADASPLASH_INLINE_LAMBDA __attribute__((always_inline))

@@ -3,6 +3,7 @@
 #include <bit>
 
 #include "cuda/launchers.h"
+#include "cuda/sides.h"
 
 namespace adasplash::cuda {
 namespace {
@@ -16,8 +17,7 @@ constexpr int64_t kLeastBlock = 64;  // block_d of the smallest variants
 
 FewQueries FewQueries::of(const AttentionInputs& inputs) {
   const auto& [op, query, key, value, options, first] = inputs;
-  const int64_t rows = query.size(options.packed() ? 0 : 2);
-  FewQueries few{.longest = longest_sequence(options, options.max_seqlen_q, rows).expect_int(),
+  FewQueries few{.longest = StoredSide::of_queries(inputs).max_seqlen,
                  .lengths_vary = options.packed() || options.q_seqlens.has_value()};
   if (options.dropout_p > 0 || key.size(1) == 0) return few;  // dropped weights have no code of their own there
   const int64_t most = std::min(kMostFewQueries, kMostFewRows / (query.size(1) / key.size(1)));
@@ -25,20 +25,18 @@ FewQueries FewQueries::of(const AttentionInputs& inputs) {
   return few;
 }
 
-void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads,
-             int64_t sequences) {
+void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads) {
   const auto& [op, query, key, value, options, first] = inputs;
   const FewQueries few = FewQueries::of(inputs);
   if (!few.some()) return;
-  const bool packed = options.packed();
-  const int64_t rows = few.queries() * (query.size(1) / key.size(1)), keys = key.size(packed ? 0 : 2),
-                longest = longest_sequence(options, options.max_seqlen_k, keys).expect_int();
+  const StoredSide keys = StoredSide::of_keys(inputs);
+  const int64_t rows = few.queries() * (query.size(1) / key.size(1));
   const auto block_d = static_cast<int64_t>(std::bit_ceil(
       static_cast<uint64_t>(std::max<int64_t>({query.sizes().back(), value.sizes().back(), kLeastBlock}))));
   extents.few_rows = kv_heads * rows;
-  extents.few_scores = stored_kv_heads * rows * keys;
-  extents.few_tiles = stored_kv_heads * rows * tile_row_count(keys, sequences, packed).expect_int();
-  extents.few_splits = extents.few_rows * ((count_tiles(longest) + kSplitTiles - 1) / kSplitTiles);
+  extents.few_scores = stored_kv_heads * rows * keys.rows;
+  extents.few_tiles = stored_kv_heads * rows * keys.tile_rows;
+  extents.few_splits = extents.few_rows * ((count_tiles(keys.max_seqlen) + kSplitTiles - 1) / kSplitTiles);
   extents.few_values = extents.few_splits * block_d;
 }
 

@@ -26,7 +26,6 @@ struct FewQueries {
 
 // Adds what scratch for them is counted by, for some key heads of all sequences. `stored_kv_heads` have room for keys:
 // the sequences of a packed batch share theirs.
-void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads,
-             int64_t sequences);
+void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads);
 
 }  // namespace adasplash::cuda

@@ -77,9 +77,24 @@ struct Few {
   Exactly<int32_t> queries;
   Exactly<int32_t> rows;
   Exactly<int64_t> row_tiles;
-  Exactly<int32_t> scored;
+  Exactly<int32_t> scorers;
   Exactly<int32_t> weighers;
   Exactly<int32_t> marks_tiles;
+};
+
+// Rows of keys or values in a paged cache: its blocks, each a page of rows of all heads, how many elements apart
+// blocks, heads and rows are, and a table that names the blocks of each sequence in order.
+struct PagedMatrix {
+  Exactly<const void*> data;
+  Exactly<int64_t> block_stride;
+  Exactly<int64_t> head_stride;
+  Exactly<int64_t> row_stride;
+  Exactly<const int32_t*> table;
+  Exactly<int64_t> table_stride;
+  Exactly<int32_t> blocks;
+  Exactly<int32_t> page_size;
+  Exactly<int32_t> page_inverse;
+  Exactly<int32_t> page_shift;
 };
 
 // Of the kernels that gather, see triton_src/lib/marks.py.
@@ -271,6 +286,104 @@ static_assert(sizeof(JoinFewArguments) == 256);
 inline void join_few(const Variant& variant, const Place& place, int64_t programs,
                      const JoinFewArguments& arguments) {
   launch(Kernel::kJoinFew, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct AttendPagedArguments {
+  Matrix query;
+  PagedMatrix key;
+  PagedMatrix value;
+  MutableMatrix out;
+  Exactly<float*> row_state;
+  Exactly<int32_t*> tiles;
+  Exactly<int16_t*> tile_margins;
+  Exactly<int32_t*> tile_lists;
+  Call call;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(AttendPagedArguments) == 392);
+inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
+                         const AttendPagedArguments& arguments) {
+  launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct ScoreFewPagedArguments {
+  Matrix query;
+  PagedMatrix key;
+  Exactly<float*> scores;
+  Exactly<float*> tile_max;
+  Call call;
+  Few few;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(ScoreFewPagedArguments) == 312);
+inline void score_few_paged(const Variant& variant, const Place& place, int64_t programs,
+                            const ScoreFewPagedArguments& arguments) {
+  launch(Kernel::kScoreFewPaged, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct SolveFewPagedArguments {
+  PagedMatrix value;
+  MutableMatrix out;
+  Exactly<float*> row_state;
+  Exactly<int32_t*> tiles;
+  Exactly<const float*> scores;
+  Exactly<const float*> tile_max;
+  Exactly<int32_t*> tile_lists;
+  Exactly<float*> listed_scores;
+  Exactly<int32_t*> listed_keys;
+  Exactly<int32_t*> is_long;
+  Call call;
+  Few few;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(SolveFewPagedArguments) == 360);
+inline void solve_few_paged(const Variant& variant, const Place& place, int64_t programs,
+                            const SolveFewPagedArguments& arguments) {
+  launch(Kernel::kSolveFewPaged, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct WeighFewPagedArguments {
+  PagedMatrix value;
+  Exactly<const float*> row_state;
+  Exactly<int32_t*> tiles;
+  Exactly<const float*> scores;
+  Exactly<const float*> tile_max;
+  Exactly<const int32_t*> is_long;
+  Exactly<float*> weighted;
+  Exactly<float*> weight_sums;
+  Call call;
+  Few few;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(WeighFewPagedArguments) == 320);
+inline void weigh_few_paged(const Variant& variant, const Place& place, int64_t programs,
+                            const WeighFewPagedArguments& arguments) {
+  launch(Kernel::kWeighFewPaged, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct AppendArguments {
+  Matrix key;
+  Matrix value;
+  MutableMatrix key_cache;
+  MutableMatrix value_cache;
+  Exactly<const int64_t*> slots;
+  Exactly<int32_t> compared;
+  Exactly<int32_t> heads;
+  Exactly<int32_t> head_dim;
+  Exactly<int32_t> value_dim;
+  Exactly<int32_t> page_size;
+  Exactly<int32_t> blocks;
+  void* global_scratch = nullptr;
+  void* profile_scratch = nullptr;
+};
+static_assert(sizeof(AppendArguments) == 176);
+inline void append(const Variant& variant, const Place& place, int64_t programs,
+                   const AppendArguments& arguments) {
+  launch(Kernel::kAppend, variant, place, programs, &arguments, sizeof arguments);
 }
 
 struct ActivateArguments {

@@ -1,8 +1,9 @@
-// The CUDA kernels of the private ops.
+// The CUDA kernels of the private ops, and of those on a paged cache.
 #pragma once
 
 #include "ops/activation.h"
 #include "ops/attention.h"
+#include "ops/cache.h"
 #include "ops/summary.h"
 
 namespace adasplash::cuda {
@@ -16,6 +17,12 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
                         const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options);
 SummaryResult summarize(const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,
                         const AttentionOptions& options);
+
+// The kernel of entmax_attn_paged (ops/cache.h), and entmax_cache_append.
+void attend_cache(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  const AttentionOptions& options, const at::Tensor& out);
+void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
+                     const at::Tensor& value_cache, const at::Tensor& slots);
 
 at::Tensor activation(const at::Tensor& input, const ActivationAlpha& alpha);
 ActivationGradients activation_backward(const at::Tensor& grad_out, const at::Tensor& output,

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "cuda/few.h"
+#include "cuda/sides.h"
 
 namespace adasplash::cuda {
 namespace {
@@ -21,15 +22,11 @@ int64_t evenly(int64_t total, int64_t most) {
 // bytes: what grows with pairs of tiles and with tile rows. A few bytes for each row or head are not counted, as the
 // call's own tensors have more.
 int64_t bytes_of_key_head(const AttentionInputs& inputs, int64_t batch, int64_t group, const Scratch& scratch) {
-  const AttentionOptions& options = inputs.options;
-  const auto side = [&](const at::Tensor& t, int64_t heads, const c10::SymInt& max_seqlen) {
-    const int64_t rows = t.size(options.packed() ? 0 : 2);
-    return Extents::Side{.tile_rows = heads * tile_row_count(rows, batch, options.packed()).expect_int(),
-                         .max_seqlen = longest_sequence(options, max_seqlen, rows).expect_int()};
-  };
-  Extents extents =
-      Extents::of_tiles(side(inputs.query, group, options.max_seqlen_q), side(inputs.key, 1, options.max_seqlen_k));
-  add_few(extents, inputs, options.packed() ? batch : 1, 1, batch);
+  const StoredSide queries = StoredSide::of_queries(inputs), keys = StoredSide::of_keys(inputs);
+  const int64_t sequences = queries.packed ? batch : 1, stored = keys.packed ? 1 : sequences;
+  Extents extents = Extents::of_tiles({.tile_rows = group * queries.tile_rows, .max_seqlen = queries.max_seqlen},
+                                      {.tile_rows = stored * keys.tile_rows, .max_seqlen = keys.max_seqlen});
+  add_few(extents, inputs, sequences, stored);
   return scratch.words(extents) * int64_t{sizeof(int32_t)};
 }
 
@@ -39,6 +36,7 @@ std::vector<Part> Part::all(const AttentionInputs& inputs, const Scratch& scratc
   const auto& [op, query, key, value, options, first] = inputs;
   Part part;
   const bool packed = part.packed_ = options.packed();
+  part.keys_by_entry_ = !packed && !options.paged();
   const int64_t sequences = AttentionShape::of(query, key, value, options).batch.expect_int();
   const int64_t batch = packed ? 1 : sequences, kv_heads = key.size(1);
   const int64_t group = part.group_ = kv_heads ? query.size(1) / kv_heads : 0;
@@ -62,9 +60,9 @@ std::vector<Part> Part::all(const AttentionInputs& inputs, const Scratch& scratc
   return parts;
 }
 
-at::Tensor Part::narrowed(const at::Tensor& t, int64_t head_dimension, int64_t heads_a_kv_head) const {
+at::Tensor Part::narrowed(const at::Tensor& t, bool by_entry, int64_t head_dimension, int64_t heads_a_kv_head) const {
   if (whole_) return t;
-  const at::Tensor entries = packed_ ? t : t.narrow(0, first_entry_, entries_);
+  const at::Tensor entries = by_entry ? t.narrow(0, first_entry_, entries_) : t;
   return entries.narrow(head_dimension, first_kv_head_ * heads_a_kv_head, kv_heads_ * heads_a_kv_head);
 }
 
@@ -81,6 +79,7 @@ AttentionOptions Part::options(const AttentionOptions& whole) const {
     narrow(o.q_seqlens, 0, first_entry_, entries_);
     narrow(o.kv_seqlens, 0, first_entry_, entries_);
     narrow(o.kv_starts, 0, first_entry_, entries_);
+    narrow(o.block_table, 0, first_entry_, entries_);
     if (o.alibi_slopes && o.alibi_slopes->dim() == 2) narrow(o.alibi_slopes, 0, first_entry_, entries_);
   }
   return o;

@@ -16,16 +16,17 @@ class Part {
 
   // The part of a tensor with the dimensions of query or of key, or of row_state, where heads come before rows in the
   // packed form too.
-  at::Tensor queries(const at::Tensor& t) const { return narrowed(t, 1, group_); }
-  at::Tensor keys(const at::Tensor& t) const { return narrowed(t, 1, 1); }
-  at::Tensor rows(const at::Tensor& t) const { return narrowed(t, packed_ ? 0 : 1, group_); }
+  at::Tensor queries(const at::Tensor& t) const { return narrowed(t, !packed_, 1, group_); }
+  at::Tensor keys(const at::Tensor& t) const { return narrowed(t, keys_by_entry_, 1, 1); }
+  at::Tensor rows(const at::Tensor& t) const { return narrowed(t, !packed_, packed_ ? 0 : 1, group_); }
   AttentionOptions options(const AttentionOptions& whole) const;
   FirstHead first() const { return {first_entry_, first_kv_head_ * group_}; }
 
  private:
-  at::Tensor narrowed(const at::Tensor& t, int64_t head_dimension, int64_t heads_a_kv_head) const;
+  at::Tensor narrowed(const at::Tensor& t, bool by_entry, int64_t head_dimension, int64_t heads_a_kv_head) const;
 
   bool whole_ = true, packed_ = false;
+  bool keys_by_entry_ = true;              // not in a paged cache, whose pages belong to no entry of the batch
   int64_t first_entry_ = 0, entries_ = 0;  // of the batch; unused if packed
   int64_t first_kv_head_ = 0, kv_heads_ = 0, group_ = 1;
 };

@@ -11,6 +11,7 @@ from common import MANY, Inputs, assert_same_bits, gather, gradients, make_input
 pytestmark = pytest.mark.backends("emulated")
 FORWARD, BACKWARD = ["attend"], ["grad_query", "grad_key_value"]
 FEW = ["score_few", "solve_few", "weigh_few", "join_few"]
+PAGED, FEW_PAGED = ["attend_paged"], ["score_few_paged", "solve_few_paged", "weigh_few_paged", "join_few"]
 GATHERING = ["mark", "mark", "grad_query", "grad_query", "grad_key_value", "grad_key_value"]
 
 
@@ -62,6 +63,169 @@ def test_which_way_few_queries_go(driver):
         driver.launches.clear()
         attend(inputs, **options)
         assert kernels(driver) == expected
+
+
+def paged_inputs(lengths=(40, 5), page=16, queries=1, heads=4, kv_heads=2, size=16, room=4, dtype=torch.float32):
+    """The arguments of entmax_attn_paged, by name; as many queries of each sequence, and room for more pages each."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = len(lengths) * room
+    cache = (blocks, page, kv_heads, size)
+    query, *caches = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((len(lengths) * queries, heads, size), cache, cache)
+    )
+    table = torch.randperm(blocks, generator=generator).view(len(lengths), room).int()
+    return dict(
+        query=query,
+        key_cache=caches[0],
+        value_cache=caches[1],
+        block_table=table,
+        kv_seqlens=torch.tensor(lengths, dtype=torch.int32),
+        max_seqlen_q=queries,
+    )
+
+
+def attend_paged(given, **changes):
+    return torch.ops.adasplash.entmax_attn_paged(**given | changes)
+
+
+def test_which_way_paged_queries_go(driver):
+    """By the most queries that a sequence has, and packed by those that it has, which the GPU sees to."""
+    offsets = torch.tensor([0, 3, 34], dtype=torch.int32)
+    for given, options, expected in (
+        (paged_inputs(), {}, FEW_PAGED),
+        (paged_inputs(queries=17), {}, PAGED),
+        (paged_inputs(queries=17), dict(cu_seqlens_q=offsets, max_seqlen_q=31), PAGED + FEW_PAGED),
+        (paged_inputs(queries=17), dict(cu_seqlens_q=offsets, max_seqlen_q=16), FEW_PAGED),
+    ):
+        driver.launches.clear()
+        attend_paged(given, **options)
+        assert kernels(driver) == expected
+
+
+@pytest.mark.parametrize("page", (1, 3, 16, 64))
+def test_what_a_paged_launch_is_given(driver, page):
+    """The cache and the table where they are: nothing of them is copied."""
+    given = paged_inputs(lengths=(3, 2), page=page, queries=17)
+    wide = torch.full((2, 9), -1, dtype=torch.int32)
+    wide[:, 3:7] = given["block_table"]
+    given["block_table"] = wide[:, 3:7]
+    given["value_cache"] = given["value_cache"].transpose(1, 2).contiguous().transpose(1, 2)  # heads before rows
+    attend_paged(given)
+    (launch,) = driver.launches
+    for name in ("key", "value"):
+        cache = given[f"{name}_cache"]
+        found = {
+            part.removeprefix(f"{name}."): v for part, v in launch.arguments.items() if part.startswith(f"{name}.")
+        }
+        block, row, head, _ = cache.stride()
+        inverse, shift = found.pop("page_inverse"), found.pop("page_shift")
+        assert all(row * inverse >> shift == row // page for row in [*range(500), (1 << 30) - 1])
+        assert 0 < inverse < 1 << 31
+        assert found == dict(
+            data=cache.data_ptr(), block_stride=block, head_stride=head, row_stride=row if page > 1 else 0,
+            table=given["block_table"].data_ptr(), table_stride=9, blocks=8, page_size=page,
+        )  # fmt: skip
+    assert launch.arguments["call.keys.rows"] == launch.arguments["call.keys.max_seqlen"] == 4 * page
+    assert launch.arguments["call.tile_words"] == 0
+
+
+def test_a_table_that_is_not_as_the_kernels_take_it(driver):
+    """Of int64, where what is out of range must not wrap into it, or with columns apart: a copy."""
+    given = paged_inputs()
+    expected = attend_paged(given)
+    table = given["block_table"]
+    for other in (table.long(), table.t().contiguous().t()):
+        assert_same_bits(attend_paged(given, block_table=other), expected)
+        assert driver.launches[-4].arguments["key.table"] != other.data_ptr()
+    first, wrapped = table.clone(), table.long()
+    first[0, 0], wrapped[0, 0] = 0, -(1 << 32) + 5
+    assert_same_bits(attend_paged(given, block_table=wrapped), attend_paged(given, block_table=first))
+
+
+@pytest.mark.parametrize("name", ("key_cache", "value_cache"))
+def test_a_cache_off_16_bytes_is_an_error(driver, name):
+    """Where queries would be copied."""
+    given = paged_inputs()
+    cache = given[name]
+    shifted = torch.cat((cache[..., :1], cache), -1)[..., 1:]
+    apart = torch.stack((cache, cache), -1)[..., 0]
+    for other in (shifted, apart):
+        words = (
+            rf"entmax_attn_paged: on the GPU rows of {name} must be dense and start at multiples of 16 bytes: .*4 elem"
+        )
+        with pytest.raises(RuntimeError, match=words):
+            attend_paged(given, **{name: other})
+    assert not driver.launches
+    expected, query = attend_paged(given), given["query"]
+    assert_same_bits(attend_paged(given, query=torch.cat((query[..., :1], query), -1)[..., 1:]), expected)
+
+
+@pytest.mark.parametrize("form", ("padded", "packed"))
+def test_a_paged_call_goes_in_parts(driver, form):
+    """Of key heads, and where queries are padded of sequences: each has its rows of the table, and all of the cache."""
+    given = paged_inputs(queries=17) | dict(alpha=torch.tensor([1.2, 1.4, 1.5, 2.0]), alibi_slopes=torch.rand(2, 4))
+    if form == "packed":
+        given |= dict(cu_seqlens_q=torch.tensor([0, 3, 34], dtype=torch.int32), max_seqlen_q=31)
+    expected, whole = attend_paged(given), len(driver.launches)
+    before = driver.limit_scratch(1)
+    try:
+        assert_same_bits(attend_paged(given), expected)
+    finally:
+        driver.limit_scratch(before)
+    assert len(driver.launches) == whole * (1 + (4 if form == "padded" else 2))
+
+
+def test_variants_over_a_paged_cache(driver):
+    """Of attend there is code for alpha = 1.5, of solve_few for 2 as well."""
+    driver.run_kernels = False
+    for alpha, attend, solve in ((1.5, "1_5", "1_5"), (2.0, "any", "2"), (1.3, "any", "any")):
+        driver.launches.clear()
+        for queries in (17, 1):
+            attend_paged(paged_inputs(queries=queries, size=64, dtype=torch.bfloat16), alpha=alpha)
+        names = [launch.variant["name"] for launch in driver.launches]
+        assert names[0] == f"attend_paged_bf16_d64_a{attend}" and names[2] == f"solve_few_paged_bf16_d64_a{solve}"
+
+
+def test_programs_that_score_follow_from_the_room(driver):
+    """One for each tile where these are few, and several thousand at most where there is room for very many."""
+    driver.run_kernels = False
+    for lengths, room, page, expected in (((1, 1), 4, 64, 4), ((1,) * 8, 1024, 64, 64), ((1,) * 2, 1 << 14, 64, 512)):
+        given = paged_inputs(lengths, page=1, room=1)
+        given["block_table"] = torch.zeros(1, dtype=torch.int32).expand(len(lengths), room * page)
+        driver.launches.clear()
+        attend_paged(given)
+        score = driver.launches[0]
+        assert score.arguments["few.scorers"] == expected
+        assert score.programs == expected * len(lengths) * 2
+
+
+@pytest.mark.parametrize("count", (5, 1100))
+def test_what_is_appended(driver, count):
+    """Of equal slots the last token's rows, also where there are more tokens than a program compares."""
+    slots = torch.randint(-1, 40, (count,), generator=torch.Generator().manual_seed(0))
+    key, value = torch.randn(2, count, 2, 8)
+    caches = [torch.zeros(10, 4, 2, 8) for _ in range(2)]
+    expected = [x.clone() for x in caches]
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            for cache, new in zip(expected, (key, value), strict=True):
+                cache[slot // 4, slot % 4] = new[token]
+    assert torch.ops.adasplash.entmax_cache_append(key, value, *caches, slots.int()) is None
+    assert_same_bits(caches, expected)
+    (launch,) = driver.launches
+    assert launch.arguments["compared"] == (5 if count == 5 else 0)
+
+
+def test_what_append_refuses_on_a_gpu(driver):
+    new, slots = torch.zeros(1, 1, 8), torch.zeros(1, dtype=torch.int64)
+    apart, dense = torch.zeros(2, 4, 1, 8, 2)[..., 0], torch.zeros(2, 4, 1, 8)
+    append = torch.ops.adasplash.entmax_cache_append
+    with pytest.raises(RuntimeError, match="entmax_cache_append: the last dimension of value_cache must be dense"):
+        append(new, new, dense, apart, slots)
+    with pytest.raises(RuntimeError, match="entmax_cache_append: float64 runs on the CPU only"):
+        append(*(x.double() for x in (new, new, dense, dense)), slots)
+    assert not driver.launches
 
 
 @pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))

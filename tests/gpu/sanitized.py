@@ -2,7 +2,7 @@
 
 Half types with head sizes 64 and 128, every kind of alpha, softmax in some heads, dropout, grouped queries, a window,
 packed lengths and a negative scale; few queries, of which some rows are long; bfloat16 at 256 and float32 once; a
-summary. Walks tiles, then gathers.
+summary; a paged cache that is written to and read. Walks tiles, then gathers.
 """
 
 import argparse
@@ -38,6 +38,25 @@ def packed_few(device, head_dim):
     entmax_attn_varlen(query, key, key, queries, keys, 70, 200, some_heads, is_causal=True).sum().backward()
 
 
+def in_pages(device, dtype, head_dim, page, counts, lengths, alpha):
+    """Tokens appended, some with a slot that another has or with none, then `counts` queries of each sequence."""
+    pages = [-(-length // page) for length in lengths]
+    table = torch.full((len(lengths), max(pages) + 1), -1, dtype=torch.int32)
+    order = iter(torch.randperm(sum(pages)).tolist())
+    for row, used in zip(table, pages, strict=True):
+        row[:used] = torch.tensor([next(order) for _ in range(used)])
+    caches = [torch.randn(sum(pages), page, 2, head_dim, device=device, dtype=dtype) for _ in range(2)]
+    for tokens in (5, 1100):
+        new = [torch.randn(tokens, 2, head_dim, device=device, dtype=dtype) for _ in range(2)]
+        slots = torch.randint(-2, sum(pages) * page + 2, (tokens,), device=device)
+        torch.ops.adasplash.entmax_cache_append(*new, *caches, slots)
+    query = torch.randn(sum(counts), 4, head_dim, device=device, dtype=dtype)
+    ends, lengths = (torch.tensor(x, device=device, dtype=torch.int32) for x in ([0, *counts], lengths))
+    torch.ops.adasplash.entmax_attn_paged(
+        query, *caches, table.to(device), lengths, alpha, cu_seqlens_q=ends.cumsum(0).int(), max_seqlen_q=max(counts)
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -59,6 +78,11 @@ def main():
             for alpha in (1.5, 2.0, some_heads):
                 query, key = leaves(device, BF16, (1, 2, 150, head_dim), (1, 1, 203, head_dim))
                 entmax_attn_summary(query, key, key, alpha, is_causal=True)
+            for alpha in (1.0, 1.5, 2.0):
+                in_pages(device, BF16, head_dim, 16, (1, 70, 3), (500, 203, 3), alpha)
+                in_pages(device, BF16, head_dim, 17, (1, 1), (500, 33), alpha)
+        in_pages(device, torch.float32, 64, 16, (1, 70), (500, 203), 1.5)
+        in_pages(device, BF16, 256, 3, (1, 70), (100, 203), 1.5)
         padded(device, torch.float32, 64, is_causal=True)
         padded(device, BF16, 256, is_causal=True)
         print("gathered" if from_length == 1 else "walked", flush=True)

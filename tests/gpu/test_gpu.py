@@ -44,6 +44,59 @@ def test_a_graph_of_forward_and_backward(backend, alpha):
     assert_same_bits(captured, step())
 
 
+@pytest.mark.parametrize("queries", (1, 60), ids=("decoding", "chunks"))
+@pytest.mark.parametrize("alpha", (1.0, 1.5, 1.3))
+def test_a_graph_of_a_step_on_a_paged_cache(backend, alpha, queries):
+    """Captured once, with more tokens than a program of append compares; replayed over other tokens, slots, lengths and
+    tables, it gives what calls of their own give."""
+    page, room, sequences = 16, 40, 3
+    heads, kv_heads, size = 8, 2, 64
+    tokens = 1500 if queries > 1 else sequences
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(1, page * room + 1, (sequences,), generator=generator)
+        counts = torch.randint(1, queries + 1, (sequences,), generator=generator)
+        drawn = dict(
+            query=torch.randn(sequences * queries, heads, size, generator=generator).bfloat16(),
+            key=torch.randn(tokens, kv_heads, size, generator=generator).bfloat16(),
+            value=torch.randn(tokens, kv_heads, size, generator=generator).bfloat16(),
+            slots=torch.randint(-1, sequences * room * page, (tokens,), generator=generator),
+            block_table=torch.randperm(sequences * room, generator=generator).view(sequences, room).int(),
+            kv_seqlens=lengths.int(),
+            cu_seqlens_q=torch.cat((torch.zeros(1), counts.cumsum(0))).int(),
+        )
+        return {name: x.cuda() for name, x in drawn.items()}
+
+    caches = torch.randn(2, sequences * room, page, kv_heads, size, device="cuda", dtype=torch.bfloat16)
+    given = draw(0)
+
+    def step():
+        torch.ops.adasplash.entmax_cache_append(given["key"], given["value"], *caches, given["slots"])
+        return torch.ops.adasplash.entmax_attn_paged(
+            given["query"], *caches, given["block_table"], given["kv_seqlens"], alpha,
+            cu_seqlens_q=given["cu_seqlens_q"], max_seqlen_q=queries,
+        )  # fmt: skip
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        for name, x in draw(seed).items():
+            given[name].copy_(x)
+        before = caches.clone()
+        graph.replay()
+        replayed = captured.clone(), caches.clone()
+        caches.copy_(before)
+        assert_same_bits(replayed, (step(), caches))
+        assert replayed[0].isfinite().all() and not torch.equal(caches, before)
+
+
 def test_a_graph_drops_other_weights_at_every_replay(backend):
     """The seed comes from torch's generator, which a captured graph moves on."""
     inputs = half_inputs(300)

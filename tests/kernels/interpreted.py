@@ -23,7 +23,7 @@ from triton_src.lib import entmax, marks, visibility
 from triton_src.lib.call import Call, Few
 from triton_src.lib.dropout import Dropout
 from triton_src.lib.entmax import Alpha
-from triton_src.lib.matrices import Matrix
+from triton_src.lib.matrices import Matrix, PagedMatrix
 from triton_src.lib.scores import Scores
 from triton_src.lib.tile_lists import WORD, count_tile_rows, count_tile_words
 from triton_src.lib.visibility import Sequences
@@ -63,6 +63,15 @@ def matrix(x: Tensor) -> Matrix:
     return Matrix(x, 0, x.stride(1), x.stride(0)) if x.dim() == 3 else Matrix(x, *x.stride()[:3])
 
 
+def paged_matrix(cache: Tensor, table: Tensor) -> PagedMatrix:
+    """A cache (blocks, heads, page, size) and its table (sequences, pages) as the kernels take them: paged_matrix_of in
+    csrc/cuda/portable/call.cpp."""
+    blocks, _, page_size, _ = cache.shape
+    shift = 30 + (page_size - 1).bit_length()
+    inverse = -(-(1 << shift) // page_size)
+    return PagedMatrix(cache, *cache.stride()[:3], table, table.stride(0), blocks, page_size, inverse, shift)
+
+
 def alpha_argument(alpha: float | Tensor) -> Alpha:
     if isinstance(alpha, Tensor):
         return Alpha(alpha.float(), entmax.ALPHA_PER_HEAD.value, 0.0)
@@ -86,7 +95,8 @@ def attention(
     scale: float | None = None,
     window: tuple[int, int] = (-1, -1),
     lengths: tuple[Tensor | None, Tensor | None] = (None, None),
-    offsets: tuple[Tensor, Tensor, int, int] | None = None,
+    offsets: tuple[Tensor, Tensor | None, int, int | None] | None = None,
+    table: Tensor | None = None,
     dropout: tuple[float, int] = (0.0, 0),
     first: tuple[int, int] = (0, 0),
     alpha_code: str | None = None,
@@ -94,38 +104,46 @@ def attention(
     gather_below: int = 101,
     summary: bool = False,
     few_queries: int = -1,
+    sharers: int = 2,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
     ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
     (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
     cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
-    Sequences of up to `few_queries` queries go the way of attention/few.py.
+    Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
+    With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page, D); queries may still be packed.
     `dropout` is (p, seed), and `first` the first batch entry and head among those of the whole call."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
+    kv_heads = key.shape[1]
     if offsets is None:
         batch, heads, longest_q, head_dim = query.shape
-        kv_heads, longest_k = key.shape[1:3]
-        rows_q, rows_k, state_batch = longest_q, longest_k, heads * longest_q
+        rows_q, state_batch = longest_q, heads * longest_q
     else:
-        (rows_q, heads, head_dim), (rows_k, kv_heads) = query.shape, key.shape[:2]
-        batch, longest_q, longest_k, state_batch = len(offsets[0]) - 1, *offsets[2:], 0
+        rows_q, heads, head_dim = query.shape
+        batch, longest_q, state_batch = len(offsets[0]) - 1, offsets[2], 0
+    packed_keys = offsets is not None and table is None
+    if packed_keys:
+        rows_k, longest_k = key.shape[0], offsets[3]
+    else:
+        rows_k = longest_k = key.shape[2] * (1 if table is None else table.shape[1])
     value_dim = value.shape[-1]
-    sequences = batch if offsets else None
-    tile_rows, key_tile_rows = (count_tile_rows(rows, sequences) for rows in (rows_q, rows_k))
+    tile_rows = count_tile_rows(rows_q, batch if offsets else None)
+    key_tile_rows = count_tile_rows(rows_k, batch if packed_keys else None)
     tile_words = count_tile_words(longest_k)
     none = torch.zeros(1)  # where there are no lengths, alphas or slopes in memory
-    given = [none.int() if x is None else x for x in (offsets[:2] if offsets else lengths)]
+    sides = [offsets[0] if offsets else lengths[0], offsets[1] if packed_keys else lengths[1]]
+    given = [none.int() if x is None else x for x in sides]
 
-    def kind(x):
-        if offsets:
+    def kind(x, packed):
+        if packed:
             return visibility.LENGTHS_PACKED.value
         if x is None:
             return visibility.LENGTHS_NONE.value
         return (visibility.LENGTHS_PADDED if x.dim() == 1 else visibility.LENGTHS_BOUNDS).value
 
-    kinds = [kind(x) for x in lengths]
+    kinds = [kind(sides[0], offsets is not None), kind(sides[1], packed_keys)]
     left, right = (visibility.UNLIMITED.value if bound < 0 else bound for bound in window)
     call = Call(
         queries=Sequences(given[0], kinds[0], rows_q, longest_q, tile_rows),
@@ -158,6 +176,7 @@ def attention(
         )
         programs = math.ceil(math.ceil(length / block) / every) * count * batch
         shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
+        name += suffix_of(name, arguments)
         code = alpha_code if alpha_code in variants.KERNELS[name].alphas else "any"
         constants = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
         with patched_once():
@@ -178,14 +197,15 @@ def attention(
     bits = torch.full((*many, heads, tile_rows, tile_words), -1, dtype=torch.int32)
     if offsets or tile_rows != math.ceil(longest_q / TILE):
         bits.zero_()  # as forward (csrc/cuda/attention.cpp) does: attend does not write all of it
-    inputs = dict(query=matrix(query), key=matrix(key), value=matrix(value))
+    key_value = [matrix(x) if table is None else paged_matrix(x, table) for x in (key, value)]
+    inputs = dict(query=matrix(query), key=key_value[0], value=key_value[1])
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
     if longest_q > few_queries:
         launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
     elif few_queries >= 0:
         bits.zero_()  # as the portable forward does
     if few_queries >= 0:
-        few_launches(inputs, matrix(out), row_state, bits, call, block_d, alpha_code)
+        few_launches(inputs, matrix(out), row_state, bits, call, batch, block_d, alpha_code, sharers)
     found = ()
     if summary:
         sizes, largest = (torch.full(row_state.shape[:-1], int(garbage), dtype=x) for x in (torch.int32, torch.float32))
@@ -262,17 +282,24 @@ def attention(
     return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found)
 
 
-def few_launches(inputs, out, row_state, bits, call: Call, block_d: int, alpha_code: str) -> None:
+def suffix_of(kernel: str, arguments: dict) -> str:
+    """What the name of a kernel that is given these arguments ends with."""
+    reads = [arguments[name] for name in ("key", "value") if name in variants.KERNELS[kernel].arguments]
+    return "_paged" if any(isinstance(x, PagedMatrix) for x in reads) else ""
+
+
+def few_launches(
+    inputs, out, row_state, bits, call: Call, batch: int, block_d: int, alpha_code: str, sharers: int
+) -> None:
     """What csrc/cuda/portable/few.cpp launches."""
     queries, keys = call.queries, call.keys
-    packed = queries.lengths_kind == visibility.LENGTHS_PACKED.value
-    batch = len(queries.lengths) - 1 if packed else inputs["query"].data.shape[0]
+    packed = keys.lengths_kind == visibility.LENGTHS_PACKED.value
     kv_heads = call.heads // call.group
     most = min(call.few_queries, queries.max_seqlen)
     rows, stored = most * call.group, kv_heads * (1 if packed else batch)
     tiles = math.ceil(keys.max_seqlen / TILE)
     splits = math.ceil(tiles / few.SPLIT.value)
-    shared = Few(most, rows, stored * keys.tile_rows, 2, 2, 1)
+    shared = Few(most, rows, stored * keys.tile_rows, min(sharers, tiles), sharers, 1)
     numbers = dict(
         scores=torch.full((stored * rows * keys.rows,), torch.nan),
         tile_max=torch.full((rows * shared.row_tiles,), torch.nan),
@@ -286,13 +313,14 @@ def few_launches(inputs, out, row_state, bits, call: Call, block_d: int, alpha_c
     known = inputs | numbers | dict(out=out, row_state=row_state, tiles=bits)
     blocks = math.ceil(rows / 16) * kv_heads * batch
     programs = dict(
-        score_few=math.ceil(tiles / shared.scored) * blocks,
+        score_few=shared.scorers * blocks,
         solve_few=most * call.heads * batch,
         weigh_few=shared.weighers * blocks,
         join_few=most * call.heads * batch,
     )
     constants = dict(BLOCK_M=16, BLOCK_N=TILE, BLOCK_D=block_d)
     for name, count in programs.items():
+        name += suffix_of(name, inputs)
         spec = variants.KERNELS[name]
         given = {argument: known[argument] for argument in spec.arguments if argument in known}
         code = variants.ALPHAS[alpha_code if alpha_code in spec.alphas else "any"]

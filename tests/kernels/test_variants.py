@@ -54,7 +54,7 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
         limit = limits["spilled_bytes"][one["entry"] if one["hot"] else "not hot"]
         assert one["spilled"] <= limit, one["name"]
-    assert sum(one["hot"] for one in found.values()) == 128
+    assert sum(one["hot"] for one in found.values()) == 152
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_other_architectures_compile(tmp_path, outside, arch):
 import sys
 from triton_src import compile, variants
 largest = [v for v in variants.variants({arch}) if "bf16_d256_aany" in v.name]
-assert len(largest) == 11, [v.name for v in largest]
+assert len(largest) == 15, [v.name for v in largest]
 for variant in largest:
     one, _ = compile.compile_variant(variant, {arch}, sys.argv[1])
     assert one["shared"] <= variants.SHARED_KIB[{arch}] * 1024, one["name"]
@@ -90,14 +90,14 @@ def test_tables_are_consistent():
         for variant in table.values():
             shape = variant.shape
             sides = (shape.block_m, shape.block_n)
-            if variant.kernel.endswith("_few"):
+            if "_few" in variant.kernel:
                 assert sides == (16, 64) and shape.scan_n is None, variant.name
                 continue
             walked = 0 if variant.kernel == "grad_key_value" else 1
             for side, length in enumerate(sides):
                 assert 64 % length == 0 if side == walked else length == 64, variant.name
             assert variant.block_d % shape.step_d == 0
-            assert (shape.scan_n is not None) == (variant.kernel == "attend")
+            assert (shape.scan_n is not None) == variant.kernel.startswith("attend")
             assert shape.scan_n in (None, 64, 128, 256), variant.name
 
 
@@ -141,6 +141,7 @@ def test_what_a_spec_must_say():
     "kernel, files",
     (
         ("attend", {"spec.py", "forward.py", "scores.py", "tile_lists.py"}),
+        ("append", {"spec.py", "cache.py", "matrices.py"}),
         ("grad_key_value", {"grad_key_value.py", "grad_query.py", "marks.py", "entmax.py"}),
         ("activate", {"activation.py", "entmax.py", "matrices.py"}),
     ),

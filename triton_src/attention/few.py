@@ -96,6 +96,14 @@ def tiles_of(keys):
 
 
 @triton.jit
+def share_of(tiles, index, sharers):
+    """Those of some tiles that one of so many programs takes."""
+    each = tl.cdiv(tl.maximum(tiles.end - tiles.first, 0), sharers)
+    first = tiles.first + index * each
+    return Span(first, tl.minimum(first + each, tiles.end))
+
+
+@triton.jit
 def some_of(tiles, split, each):
     """Those of some tiles that are in a split of `each` tiles."""
     first = tl.maximum(tiles.first, split * each)
@@ -143,15 +151,14 @@ def score_few(
     query, key, scores, tile_max, call, few,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """The largest z of each row in each tile, and all z of tiles that may hold weight. How many tiles a program takes,
-    few.scored, changes no bit."""
+    """The largest z of each row in each tile, and all z of tiles that may hold weight. How many programs share the
+    tiles, few.scorers, changes no bit."""
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
-    splits = tl.cdiv(tl.cdiv(call.keys.max_seqlen, TILE), few.scored)
-    index, kv_head, batch = block_of_program(splits * row_blocks, call.heads // call.group)
+    index, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
     at = head_in_sequence(call, batch, kv_head * call.group)
     if has_many_queries(call, at.queries):
         return
-    split = index // row_blocks  # neighbours read the same keys
+    scorer = index // row_blocks  # neighbours read the same keys
     rows = few_rows(index % row_blocks * BLOCK_M, call, few, kv_head, at.queries, BLOCK_M)
     visible = visible_of(rows, at.band)
     tiles = tiles_of(keys_of_rows(visible))
@@ -169,7 +176,7 @@ def score_few(
     to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mine = some_of(tiles, split, few.scored)
+    mine = share_of(tiles, scorer, few.scorers)
     for index in tl.range(mine.end - mine.first):
         tile = mine.first + index
         keys = tile * TILE + tl.arange(0, BLOCK_N)
@@ -187,7 +194,8 @@ SCORE_FEW = Spec(
     arguments=dict(query=MATRIX, key=MATRIX, scores="*fp32", tile_max="*fp32", call=CALL, few=FEW),
     writes=("scores", "tile_max"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
-    programs="a block of BLOCK_M rows and few.scored tiles of keys, for all rows of all key heads and sequences",
+    programs="a block of BLOCK_M rows and one of few.scorers shares of its tiles, for all rows of all key heads and "
+    "sequences",
     scratch=dict(
         scores="a number for each row of a key head and each of its keys",
         tile_max="one for each of these rows and each tile",
@@ -195,6 +203,7 @@ SCORE_FEW = Spec(
     shapes="attention",
     alphas=("any",),
 )  # fmt: skip
+SCORE_FEW_PAGED = SCORE_FEW.over_pages()
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
@@ -288,6 +297,7 @@ SOLVE_FEW = Spec(
     ),
     shapes="attention",
 )  # fmt: skip
+SOLVE_FEW_PAGED = SOLVE_FEW.over_pages()
 
 
 @triton.jit
@@ -466,7 +476,8 @@ def weigh_few(
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
     bits = tiles + tile_row_of(call, heads, rows.position) * call.tile_words
 
-    for split in range(index // row_blocks, splits, few.weighers):
+    first_split = tiles_seen.first // SPLIT
+    for split in range(first_split + index // row_blocks, tl.cdiv(tiles_seen.end, SPLIT), few.weighers):
         sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         sum_p = tl.zeros([BLOCK_M], tl.float32)
         mine = some_of(tiles_seen, split, SPLIT)
@@ -507,6 +518,7 @@ WEIGH_FEW = Spec(
     shapes="attention",
     alphas=("any",),
 )  # fmt: skip
+WEIGH_FEW_PAGED = WEIGH_FEW.over_pages()
 
 
 @triton.jit

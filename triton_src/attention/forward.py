@@ -165,6 +165,7 @@ ATTEND = Spec(
     ),
     shapes="attention",
 )  # fmt: skip
+ATTEND_PAGED = ATTEND.over_pages(alphas=("any", "1_5"))  # what is rare there is not worth the time to compile
 
 
 # ---- row_max, and which tiles may hold weight ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .entmax import Alpha, alpha_of_head
-from .matrices import Rows, rows_of_head
+from .matrices import PAGED_MATRIX, Rows, paged_rows_of_head, rows_of_head
 from .scores import HeadScale, Scores, qk_slope_of, z_scale_of
 from .tile_lists import first_tile_row
 from .visibility import TILE, Band, Sequence, Sequences, sequence_bounds
@@ -40,7 +40,7 @@ class Few(NamedTuple):
     queries: tl.tensor  # most queries that such a sequence of this call has
     rows: tl.tensor  # of a key head, if it has that many: its query heads' one after the other
     row_tiles: tl.tensor  # tiles that each row of a key head has numbers for, those of all key heads
-    scored: tl.tensor  # tiles that a program scores
+    scorers: tl.tensor  # programs that share the tiles of a block of rows
     weighers: tl.tensor  # programs that share the splits of the rows that are long
     marks_tiles: tl.tensor  # whether bits of tiles are wanted
 
@@ -96,11 +96,14 @@ def query_rows_of(matrix, at, columns, end):
 
 @triton.jit
 def key_rows_of(matrix, at, columns, end):
-    """The Rows of a Head's key head in a matrix with a row for each key."""
-    # As rows_of_head has it, but that the division comes after a product: the compiler keeps this order.
-    start = at.batch * matrix.batch_stride
-    start = start + (at.head // at.group) * matrix.head_stride + at.keys.offset * matrix.row_stride
-    return Rows(matrix.data + start, matrix.row_stride, columns, end)
+    """The rows of a Head's key head in a matrix with a row for each key, which may be in a paged cache."""
+    if len(matrix) == PAGED_MATRIX:
+        return paged_rows_of_head(matrix, at.batch, at.head // at.group, columns, end)
+    else:
+        # As rows_of_head has it, but that the division comes after a product: the compiler keeps this order.
+        start = at.batch * matrix.batch_stride
+        start = start + (at.head // at.group) * matrix.head_stride + at.keys.offset * matrix.row_stride
+        return Rows(matrix.data + start, matrix.row_stride, columns, end)
 
 
 @triton.jit

@@ -23,6 +23,25 @@ class Matrix(NamedTuple):
     row_stride: tl.tensor
 
 
+class PagedMatrix(NamedTuple):
+    """Rows of keys or values in a paged cache: its blocks, each a page of rows of all heads, how many elements apart
+    blocks, heads and rows are, and a table that names the blocks of each sequence in order."""
+
+    data: tl.tensor
+    block_stride: tl.tensor
+    head_stride: tl.tensor
+    row_stride: tl.tensor
+    table: tl.tensor
+    table_stride: tl.tensor  # entries from a sequence to the next
+    blocks: tl.tensor
+    page_size: tl.tensor  # rows of a page
+    page_inverse: tl.tensor  # row * page_inverse >> page_shift is row // page_size, for rows below 2^30
+    page_shift: tl.tensor
+
+
+PAGED_MATRIX = tl.constexpr(len(PagedMatrix._fields))  # by which code tells it from a Matrix
+
+
 class Rows(NamedTuple):
     """The rows of one head of a sequence, and which of them count: those before `end`, with columns below `columns`.
     What is read elsewhere is zero, and nothing is written there."""
@@ -44,7 +63,31 @@ class RowsFrom(NamedTuple):
     begin: tl.tensor
 
 
-BOUNDED_TWICE = tl.constexpr(len(RowsFrom._fields))  # by which code tells the two apart
+class Pages(NamedTuple):
+    """Where the pages of one sequence are."""
+
+    table: tl.tensor  # its entry of page 0
+    block_stride: tl.tensor
+    blocks: tl.tensor
+    size: tl.tensor
+    inverse: tl.tensor
+    shift: tl.tensor
+
+
+class PagedRows(NamedTuple):
+    """Rows of one head of a sequence that lie in pages, of which those with begin <= row < end count."""
+
+    data: tl.tensor  # where row 0 of block 0 is
+    stride: tl.tensor  # from a row to the next of a page
+    columns: tl.tensor
+    end: tl.tensor
+    begin: tl.tensor
+    pages: Pages
+
+
+# By which code tells the three apart; those that are bounded twice have as many fields as RowsFrom, or more.
+BOUNDED_TWICE = tl.constexpr(len(RowsFrom._fields))
+IN_PAGES = tl.constexpr(len(PagedRows._fields))
 
 
 class Factor(NamedTuple):
@@ -52,7 +95,7 @@ class Factor(NamedTuple):
     it, and where it is from."""
 
     block: tl.tensor
-    rows: Rows | RowsFrom
+    rows: Rows | RowsFrom | PagedRows
     first: tl.tensor
 
 
@@ -75,15 +118,28 @@ def rows_of_head(matrix, batch, head, offset, columns, end):
 
 
 @triton.jit
+def paged_rows_of_head(matrix, batch, head, columns, end):
+    """The rows of a head of a sequence in a PagedMatrix."""
+    table = matrix.table + batch * matrix.table_stride
+    pages = Pages(table, matrix.block_stride, matrix.blocks, matrix.page_size, matrix.page_inverse, matrix.page_shift)
+    return PagedRows(matrix.data + head * matrix.head_stride, matrix.row_stride, columns, end, 0, pages)
+
+
+@triton.jit
 def rows_from(rows, begin, end):
-    """The same Rows, of which those count for which begin <= row < end."""
-    return RowsFrom(rows.data, rows.stride, rows.columns, end, begin)
+    """The same rows, of which those count for which begin <= row < end."""
+    if len(rows) == IN_PAGES:
+        return PagedRows(rows.data, rows.stride, rows.columns, end, begin, rows.pages)
+    else:
+        return RowsFrom(rows.data, rows.stride, rows.columns, end, begin)
 
 
 @triton.jit
 def columns_from(rows, column):
-    """The same Rows without the columns before one."""
-    if len(rows) == BOUNDED_TWICE:
+    """The same rows without the columns before one."""
+    if len(rows) == IN_PAGES:
+        return PagedRows(rows.data + column, rows.stride, rows.columns - column, rows.end, rows.begin, rows.pages)
+    elif len(rows) == BOUNDED_TWICE:
         return RowsFrom(rows.data + column, rows.stride, rows.columns - column, rows.end, rows.begin)
     else:
         return Rows(rows.data + column, rows.stride, rows.columns - column, rows.end)
@@ -105,14 +161,32 @@ def load_rows(rows, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl
     if MASKED:
         row = row_numbers(first, ROWS)
         mask = mask & (row < rows.end)[:, None]
-        if len(rows) == BOUNDED_TWICE:
+        if len(rows) >= BOUNDED_TWICE:
             mask = mask & (row >= rows.begin)[:, None]
-    if len(first.shape) > 0:  # both factors fit 32 bits: one instruction
+    if len(rows) == IN_PAGES:
+        place = (rows.data + column)[None, :] + offsets_in_pages(rows, row_numbers(first, ROWS), MASKED)[:, None]
+    elif len(first.shape) > 0:  # both factors fit 32 bits: one instruction
         place = (rows.data + column)[None, :] + (first.to(tl.int64) * rows.stride.to(tl.int32).to(tl.int64))[:, None]
     else:
         offset = tl.arange(0, ROWS)[:, None] * rows.stride.to(tl.int32) + column[None, :]
         place = rows.data + first.to(tl.int64) * rows.stride + offset
     return tl.load(place, mask=mask, other=0.0)
+
+
+@triton.jit
+def offsets_in_pages(rows, row, MASKED: tl.constexpr):
+    """Where some rows of PagedRows are. Neighbours may lie in different pages, so each row's block is looked up. The
+    table comes from the user's GPU memory unchecked: an entry that names no block is clamped, and gives wrong rows,
+    never a stray access."""
+    # A division would be most of the work.
+    page = (row.to(tl.int64) * rows.pages.inverse.to(tl.int64) >> rows.pages.shift).to(tl.int32)
+    if MASKED:  # behind a sequence's last page the table may have no entries
+        block = tl.load(rows.pages.table + page, mask=(row >= rows.begin) & (row < rows.end), other=0)
+    else:
+        block = tl.load(rows.pages.table + page)
+    block = tl.minimum(tl.maximum(block, 0), rows.pages.blocks - 1).to(tl.int64)
+    in_page = (row - page * rows.pages.size).to(tl.int64)
+    return block * rows.pages.block_stride + in_page * rows.stride.to(tl.int32).to(tl.int64)  # as in load_rows
 
 
 @triton.jit

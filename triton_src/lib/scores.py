@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .entmax import fixed_alpha, rate_of
-from .matrices import Factor, Rows, RowsFrom, products, row_numbers
+from .matrices import Factor, PagedRows, Rows, RowsFrom, products, row_numbers
 from .visibility import Band, Span, diagonal_of, visible_keys
 
 
@@ -43,7 +43,7 @@ class QueryBlock(NamedTuple):
     """A block of queries against the keys of its head: what scores are made of, and turned into z by."""
 
     q: Factor
-    key_rows: Rows | RowsFrom
+    key_rows: Rows | RowsFrom | PagedRows
     rules: ScoreRules
     scale: HeadScale
 

@@ -6,10 +6,12 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
 #include "cuda/few.h"
+#include "cuda/sides.h"
 
 namespace adasplash::cuda::portable {
 namespace {
@@ -43,6 +45,8 @@ int64_t aligned_size(const at::Tensor& t) {
   return (t.sizes().back() + unit - 1) / unit * unit;
 }
 
+bool has_dense_rows(const at::Tensor& t) { return t.sizes().back() <= 1 || t.strides().back() == 1; }
+
 bool is_aligned(const at::Tensor& t) {
   const Dims dims(t);
   const int64_t elements =
@@ -70,6 +74,12 @@ at::Tensor as_key_lengths(const at::Tensor& key, const AttentionOptions& options
   return at::stack({starts, ends}, 1);
 }
 
+// A table of int32 with dense rows is read as it is: its entries are clamped where they are read.
+at::Tensor as_block_table(const OptionalTensor& given) {
+  if (!given) return {};
+  return given->scalar_type() == at::kInt && has_dense_rows(*given) ? *given : as_rows(*given);
+}
+
 at::DimVector padded_sizes(const at::Tensor& t) {
   at::DimVector sizes(t.sizes());
   sizes.back() = aligned_size(t);
@@ -95,19 +105,17 @@ int32_t checked_count(const char* op, const char* what, const c10::SymInt& given
 }
 
 // One side's sequences; `lengths` are one of OptionTensors. These functions make the parts of a Call of the options.
-Sequences sequences_argument(const at::Tensor& lengths, int32_t rows, const c10::SymInt& max_seqlen, int64_t batch,
-                             const AttentionOptions& options) {
-  const bool packed = options.packed();
-  const LengthsKind kind = packed               ? LengthsKind::kPacked
+Sequences sequences_argument(const char* op, const char* what, const at::Tensor& lengths, const StoredSide& side) {
+  const LengthsKind kind = side.packed          ? LengthsKind::kPacked
                            : !lengths.defined() ? LengthsKind::kNone
                            : lengths.dim() == 2 ? LengthsKind::kBounds
                                                 : LengthsKind::kPadded;
   return {
       .lengths = pointer<int32_t>(lengths),
       .lengths_kind = static_cast<int32_t>(kind),
-      .rows = rows,
-      .max_seqlen = static_cast<int32_t>(longest_sequence(options, max_seqlen, rows).expect_int()),
-      .tile_rows = static_cast<int32_t>(tile_row_count(rows, batch, packed).expect_int()),
+      .rows = checked_count(op, what, side.rows),
+      .max_seqlen = static_cast<int32_t>(side.max_seqlen),
+      .tile_rows = static_cast<int32_t>(side.tile_rows),
   };
 }
 
@@ -151,25 +159,35 @@ Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options
 
 Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) {
   const auto& [op, query, key, value, options, first] = inputs;
-  const auto shape = AttentionShape::of(query, key, value, options);
-  const int64_t batch = shape.batch.expect_int(), kv_heads = shape.kv_heads.expect_int();
-  const int32_t queries = checked_count(op, "the number of queries", shape.queries),
-                keys = checked_count(op, "the number of keys", shape.keys),
-                heads = checked_count(op, "query's number of heads", shape.heads);
+  const Sequences queries =
+      sequences_argument(op, "the number of queries", tensors.query_lengths, StoredSide::of_queries(inputs));
+  const int32_t heads = checked_count(op, "query's number of heads", query.size(1));
+  // Of a call on a paged cache nobody wants the bits of tiles.
+  const int64_t tile_words = options.paged() ? 0 : saved_sizes(query, key, options, 0).tiles.back().expect_int();
   return {
-      .queries = sequences_argument(tensors.query_lengths, queries, options.max_seqlen_q, batch, options),
-      .keys = sequences_argument(tensors.key_lengths, keys, options.max_seqlen_k, batch, options),
+      .queries = queries,
+      .keys = sequences_argument(op, "the number of keys", tensors.key_lengths, StoredSide::of_keys(inputs)),
       .alpha = alpha_argument(tensors.alphas, options),
       .scores = scores_argument(tensors.slopes, query.sizes().back(), options),
       .dropout = dropout_argument(first, options),
-      .state_batch_stride = options.packed() ? int64_t{0} : int64_t{heads} * queries,
+      .state_batch_stride = options.packed() ? int64_t{0} : int64_t{heads} * queries.rows.value,
       .heads = heads,
-      .group = static_cast<int32_t>(heads / kv_heads),
-      .tile_words = static_cast<int32_t>(saved_sizes(query, key, options, 0).tiles.back().expect_int()),
+      .group = static_cast<int32_t>(heads / key.size(1)),
+      .tile_words = static_cast<int32_t>(tile_words),
       .head_dim = static_cast<int32_t>(aligned_size(query)),
       .value_dim = static_cast<int32_t>(aligned_size(value)),
       .few_queries = static_cast<int32_t>(FewQueries::of(inputs).most),
   };
+}
+
+// A cache as it is. It may be most of the memory, and is never copied.
+const at::Tensor& with_aligned_pages(const char* op, const char* name, const at::Tensor& cache) {
+  TORCH_CHECK(has_dense_rows(cache) && is_aligned(cache), op, ": on the GPU rows of ", name,
+              " must be dense and start at multiples of ", kAlignment, " bytes: its address, the size of its last ",
+              "dimension and its strides in the others must be multiples of ", kAlignment / cache.element_size(),
+              " elements, got sizes ", cache.transpose(1, 2).sizes(), " and strides ", cache.transpose(1, 2).strides(),
+              "; a cache is not copied");
+  return cache;
 }
 
 }  // namespace
@@ -185,8 +203,7 @@ MutableMatrix mutable_matrix_of(const at::Tensor& t) {
 }
 
 at::Tensor with_aligned_rows(const at::Tensor& t) {
-  const bool dense = t.sizes().back() <= 1 || t.strides().back() == 1;
-  if (dense && is_aligned(t) && stride_of(t, Dims(t).row) <= kMostApart) return t;
+  if (has_dense_rows(t) && is_aligned(t) && stride_of(t, Dims(t).row) <= kMostApart) return t;
   const int64_t width = t.sizes().back(), missing = aligned_size(t) - width;
   if (missing == 0) return t.clone(at::MemoryFormat::Contiguous);
   const at::Tensor rows = at::empty(padded_sizes(t), t.options());
@@ -207,15 +224,19 @@ PreparedCall::PreparedCall(const AttentionInputs& inputs)
     : inputs_(inputs),
       tensors_{.query_lengths = as_lengths(inputs.options.q_seqlens, inputs.options.cu_seqlens_q),
                .key_lengths = as_key_lengths(inputs.key, inputs.options),
+               .block_table = as_block_table(inputs.options.block_table),
                .alphas = as_floats(inputs.options.head_alpha),
                .slopes = as_floats(inputs.options.alibi_slopes)},
       packed(inputs.options.packed()),
       query(with_aligned_rows(inputs.options.scale.value_or(1.0) < 0 ? inputs.query.neg() : inputs.query)),
-      key(with_aligned_rows(inputs.key)),
-      value(with_aligned_rows(inputs.value)),
+      key(inputs.options.paged() ? with_aligned_pages(inputs.op, "key_cache", inputs.key)
+                                 : with_aligned_rows(inputs.key)),
+      value(inputs.options.paged() ? with_aligned_pages(inputs.op, "value_cache", inputs.value)
+                                   : with_aligned_rows(inputs.value)),
       place(place_of(inputs.query.device())),
       heads(batch_of(inputs) * inputs.query.size(1)),
       kv_heads(batch_of(inputs) * inputs.key.size(1)),
+      stored_kv_heads(inputs.options.packed_keys() ? inputs.key.size(1) : kv_heads),
       arguments(call_argument(inputs, tensors_)) {}
 
 const Variant& PreparedCall::variant(Kernel kernel, bool gather) const {
@@ -228,7 +249,7 @@ const Variant& PreparedCall::variant(Kernel kernel, bool gather) const {
 
 Extents PreparedCall::extents() const {
   // The sequences of a packed batch share row_state and tile bits.
-  const int64_t stored_heads = packed ? query.size(1) : heads, stored_kv_heads = packed ? key.size(1) : kv_heads;
+  const int64_t stored_heads = packed ? query.size(1) : heads;
   const auto side = [](const Sequences& sequences, int64_t stored) {
     return Extents::Side{.tile_rows = stored * sequences.tile_rows.value, .max_seqlen = sequences.max_seqlen.value};
   };
@@ -237,8 +258,30 @@ Extents PreparedCall::extents() const {
   extents.state_rows = stored_heads * arguments.queries.rows.value;
   extents.tile_words = queries.tile_rows * arguments.tile_words.value;
   extents.kv_heads = kv_heads;
-  add_few(extents, inputs_, kv_heads, stored_kv_heads, batch_of(inputs_));
+  add_few(extents, inputs_, kv_heads, stored_kv_heads);
   return extents;
+}
+
+PagedMatrix PreparedCall::paged_matrix_of(const at::Tensor& cache) const {
+  constexpr int kPositionBits = 30;  // of a row, see kMostRows; so the inverse below fits 31
+  const Dims dims(cache);
+  const int64_t page_size = cache.size(dims.row), row_stride = stride_of(cache, dims.row);
+  TORCH_CHECK(row_stride <= std::numeric_limits<int32_t>::max(), inputs_.op,
+              ": rows of a page may be at most 2^31 - 1 elements apart on the GPU, got ", row_stride);
+  const int shift = kPositionBits + std::bit_width(static_cast<uint64_t>(page_size - 1));
+  const int64_t inverse = ((int64_t{1} << shift) + page_size - 1) / page_size;
+  return {
+      .data = cache.const_data_ptr(),
+      .block_stride = stride_of(cache, dims.batch),
+      .head_stride = stride_of(cache, dims.head),
+      .row_stride = row_stride,
+      .table = tensors_.block_table.const_data_ptr<int32_t>(),
+      .table_stride = stride_of(tensors_.block_table, 0),
+      .blocks = checked_count(inputs_.op, "the number of pages", cache.size(dims.batch)),
+      .page_size = static_cast<int32_t>(page_size),
+      .page_inverse = static_cast<int32_t>(inverse),
+      .page_shift = static_cast<int32_t>(shift),
+  };
 }
 
 }  // namespace adasplash::cuda::portable

@@ -28,7 +28,29 @@ class AlignedResult {
 
 // The options that are tensors, as the kernels take them: dense, of int32 and float32. Undefined where not given.
 struct OptionTensors {
-  at::Tensor query_lengths, key_lengths, alphas, slopes;
+  at::Tensor query_lengths, key_lengths, block_table, alphas, slopes;
+};
+
+// The kernels that read keys or values, by the type of matrix that these are.
+template <typename KeyMatrix>
+struct KeyKernels;
+template <>
+struct KeyKernels<Matrix> {
+  static constexpr Kernel kAttend = Kernel::kAttend, kScoreFew = Kernel::kScoreFew, kSolveFew = Kernel::kSolveFew,
+                          kWeighFew = Kernel::kWeighFew;
+  static constexpr auto& attend = cuda::attend;
+  static constexpr auto& score_few = cuda::score_few;
+  static constexpr auto& solve_few = cuda::solve_few;
+  static constexpr auto& weigh_few = cuda::weigh_few;
+};
+template <>
+struct KeyKernels<PagedMatrix> {
+  static constexpr Kernel kAttend = Kernel::kAttendPaged, kScoreFew = Kernel::kScoreFewPaged,
+                          kSolveFew = Kernel::kSolveFewPaged, kWeighFew = Kernel::kWeighFewPaged;
+  static constexpr auto& attend = cuda::attend_paged;
+  static constexpr auto& score_few = cuda::score_few_paged;
+  static constexpr auto& solve_few = cuda::solve_few_paged;
+  static constexpr auto& weigh_few = cuda::weigh_few_paged;
 };
 
 // Holds whatever the kernels are given pointers to.
@@ -50,15 +72,28 @@ class PreparedCall {
 
   Extents extents() const;
 
+  // Calls `launch` with key and value as the matrices that they are, Matrix or PagedMatrix.
+  template <typename Launch>
+  void over_keys(const Launch& launch) const {
+    if (tensors_.block_table.defined()) {
+      launch(paged_matrix_of(key), paged_matrix_of(value));
+    } else {
+      launch(matrix_of(key), matrix_of(value));
+    }
+  }
+
  private:
+  PagedMatrix paged_matrix_of(const at::Tensor& cache) const;
+
   const AttentionInputs inputs_;
   const OptionTensors tensors_;
 
  public:
-  const bool packed;
+  const bool packed;                   // queries are
   const at::Tensor query, key, value;  // query negated for a negative scale, so that q.k orders keys as scores do
   const Place place;
   const int64_t heads, kv_heads;  // of all sequences
+  const int64_t stored_kv_heads;  // that have room of their own for keys: the sequences of packed keys share theirs
   const Call arguments;
 };
 

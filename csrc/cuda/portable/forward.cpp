@@ -44,19 +44,22 @@ void Portable::forward(const AttentionInputs& inputs, const ForwardOutputs& outp
   if (few.all()) {
     if (training) outputs.tiles.zero_();  // bits are set one by one
   } else {
-    const Variant& variant = call.variant(Kernel::kAttend);
-    attend(variant, call.place, call.query_programs(variant),
-           {
-               .query = matrix_of(call.query),
-               .key = matrix_of(call.key),
-               .value = matrix_of(call.value),
-               .out = mutable_matrix_of(out.rows),
-               .row_state = row_state,
-               .tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles),
-               .tile_margins = workspace.write(kTileMargins),
-               .tile_lists = workspace.write(kTileLists),
-               .call = call.arguments,
-           });
+    call.over_keys([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
+      using Kernels = KeyKernels<KeyMatrix>;
+      const Variant& variant = call.variant(Kernels::kAttend);
+      Kernels::attend(variant, call.place, call.query_programs(variant),
+                      {
+                          .query = matrix_of(call.query),
+                          .key = key,
+                          .value = value,
+                          .out = mutable_matrix_of(out.rows),
+                          .row_state = row_state,
+                          .tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles),
+                          .tile_margins = workspace.write(kTileMargins),
+                          .tile_lists = workspace.write(kTileLists),
+                          .call = call.arguments,
+                      });
+    });
   }
   if (few.some()) {
     attend_few(call, few, workspace, out.rows, row_state,

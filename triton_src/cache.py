@@ -1,0 +1,58 @@
+"""New keys and values written to a paged cache: each token's rows are copied to the slot that is its own."""
+
+import triton
+import triton.language as tl
+
+from .lib.matrices import Matrix
+from .spec import Spec
+
+
+@triton.jit
+def append(
+    key, value, key_cache, value_cache, slots, compared, heads, head_dim, value_dim, page_size, blocks,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The rows of BLOCK_M heads of a token, unless its slot is none of the cache's, or a later token's too: which of
+    several programs writes last is not known. Later ones are looked for among `compared` tokens, up to BLOCK_N; where
+    there are more the host has seen to it, and compares none."""
+    head_blocks = tl.cdiv(heads, BLOCK_M)
+    token = tl.program_id(0).to(tl.int64) // head_blocks
+    head = tl.program_id(0) % head_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = tl.load(slots + token)
+    if (slot < 0) | (slot >= blocks.to(tl.int64) * page_size):
+        return
+    other = tl.arange(0, BLOCK_N)
+    others = tl.load(slots + other, mask=(other < compared) & (other > token), other=-1)
+    if tl.max((others == slot).to(tl.int32), 0) > 0:
+        return
+    copy_rows(key, key_cache, token, slot, head, heads, head_dim, page_size, BLOCK_D)
+    copy_rows(value, value_cache, token, slot, head, heads, value_dim, page_size, BLOCK_D)
+
+
+@triton.jit
+def copy_rows(source, cache, token, slot, head, heads, columns, page_size, BLOCK_D: tl.constexpr):
+    block = slot // page_size
+    row = slot - block * page_size
+    column = tl.arange(0, BLOCK_D)
+    mask = (head < heads)[:, None] & (column < columns)[None, :]
+    head = head.to(tl.int64)[:, None]
+    start = source.data + token * source.row_stride
+    x = tl.load(start + head * source.head_stride + column[None, :], mask=mask, other=0.0)
+    start = cache.data + block * cache.batch_stride + row * cache.row_stride
+    tl.store(start + head * cache.head_stride + column[None, :], x, mask=mask)
+
+
+# Rows start anywhere: a cache is only to be read from aligned ones. A batch entry of the cache is a block.
+ROWS = Matrix(data="*T", batch_stride="i64", head_stride="i64", row_stride="i64")
+APPEND = Spec(
+    append,
+    arguments=dict(
+        key=ROWS, value=ROWS, key_cache=ROWS, value_cache=ROWS, slots="*i64", compared="i32",
+        heads="i32", head_dim="i32", value_dim="i32", page_size="i32", blocks="i32",
+    ),
+    writes=("key_cache", "value_cache"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D"),
+    programs="a token and BLOCK_M heads",
+    shapes="cache",
+    alphas=("any",),
+)  # fmt: skip
