@@ -29,7 +29,7 @@ class Aligned:
 
 MATRIX = Matrix(data=Aligned("*T"), batch_stride=Aligned("i64"), head_stride=Aligned("i64"), row_stride=Aligned("i64"))
 PAGED_MATRIX = PagedMatrix(
-    data=Aligned("*T"), block_stride=Aligned("i64"), head_stride=Aligned("i64"), row_stride=Aligned("i64"),
+    data=Aligned("*T"), block_stride=Aligned("i32"), head_stride=Aligned("i64"), row_stride=Aligned("i64"),
     table="*i32", table_stride="i64", blocks="i32", page_size="i32", page_inverse="i32", page_shift="i32",
 )  # fmt: skip
 SEQUENCES = Sequences(lengths="*i32", lengths_kind="i32", rows="i32", max_seqlen="i32", tile_rows="i32")

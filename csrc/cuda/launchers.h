@@ -86,7 +86,7 @@ struct Few {
 // blocks, heads and rows are, and a table that names the blocks of each sequence in order.
 struct PagedMatrix {
   Exactly<const void*> data;
-  Exactly<int64_t> block_stride;
+  Exactly<int32_t> block_stride;
   Exactly<int64_t> head_stride;
   Exactly<int64_t> row_stride;
   Exactly<const int32_t*> table;

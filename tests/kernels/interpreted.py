@@ -67,8 +67,8 @@ def paged_matrix(cache: Tensor, table: Tensor) -> PagedMatrix:
     """A cache (blocks, heads, page, size) and its table (sequences, pages) as the kernels take them: paged_matrix_of in
     csrc/cuda/portable/call.cpp."""
     blocks, _, page_size, _ = cache.shape
-    shift = 30 + (page_size - 1).bit_length()
-    inverse = -(-(1 << shift) // page_size)
+    shift = (page_size - 1).bit_length()
+    inverse = -(-(1 << 30 + shift) // page_size)
     return PagedMatrix(cache, *cache.stride()[:3], table, table.stride(0), blocks, page_size, inverse, shift)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reference
-from bench import activation, attention, capture, overhead, report, solver
+from bench import activation, attention, capture, decoding, overhead, report, solver
 from bench.lib import readme, results, tables
 from bench.lib.case import BOTH, FORWARD, Case
 from bench.lib.inputs import Inputs, make_grad, make_inputs
@@ -290,3 +290,38 @@ def test_the_heading_names_every_machine():
     rows = [{**row, "what": "forward"}, {**row, "what": "peak memory", "processor": "other"}]
     assert tables.heading(rows[:1]) == "one, 2 cores, AVX2, torch 2.13.0, commit a, 2026-01-02."
     assert "; some of it (peak memory): other, 2 cores" in tables.heading(rows)
+
+
+def test_decoding_is_timed_against_its_peers(tmp_path):
+    options = [
+        "--cases",
+        "2x128",
+        "--heads",
+        "4",
+        "2",
+        "--head-dim",
+        "16",
+        "--seconds",
+        "0",
+        "--inputs",
+        "gaussian:1",
+        "flat",
+    ]
+    decoding.main([*options, "--out", str(tmp_path / "rows.jsonl")])
+    rows = results.read([tmp_path / "rows.jsonl"])
+    peers = {"adasplash", "adasplash, pages", "adasplash, append and pages", "sdpa"}
+    assert {row["peer"] for row in rows} == peers and len(rows) == 2 * 2 * len(peers)
+    assert all(row["median"] > 0 and (row["ratio"] is None) == row["peer"].startswith("adasplash") for row in rows)
+    supports = {row["input"]: row["support"] for row in rows}
+    assert 1 <= supports["gaussian:1"] < supports["flat"] == 128
+
+
+def test_what_decoding_reads_is_the_same_in_pages():
+    cache = decoding.Cache("cpu", 2, 128, (4, 2), 16, "fp32", "gaussian:1.5")
+    steps = decoding.peers(cache, 1.5)
+    with torch.no_grad():
+        out = steps["adasplash"]()
+        assert torch.equal(steps["adasplash, pages"]()[:, :, None], out)
+        steps["adasplash, append and pages"]()
+    places = cache.table.long()
+    assert torch.equal(cache.key_pages[places[:, -1], -1], cache.new[0])

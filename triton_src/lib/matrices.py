@@ -35,7 +35,7 @@ class PagedMatrix(NamedTuple):
     table_stride: tl.tensor  # entries from a sequence to the next
     blocks: tl.tensor
     page_size: tl.tensor  # rows of a page
-    page_inverse: tl.tensor  # row * page_inverse >> page_shift is row // page_size, for rows below 2^30
+    page_inverse: tl.tensor  # row * page_inverse >> 30 + page_shift is row // page_size, for rows below 2^30
     page_shift: tl.tensor
 
 
@@ -178,15 +178,16 @@ def offsets_in_pages(rows, row, MASKED: tl.constexpr):
     """Where some rows of PagedRows are. Neighbours may lie in different pages, so each row's block is looked up. The
     table comes from the user's GPU memory unchecked: an entry that names no block is clamped, and gives wrong rows,
     never a stray access."""
-    # A division would be most of the work.
-    page = (row.to(tl.int64) * rows.pages.inverse.to(tl.int64) >> rows.pages.shift).to(tl.int32)
+    # This is most of the work of a block of keys, so it goes without a division, and by products of 32 bits.
+    page = (tl.umulhi((row * 4).to(tl.uint32), rows.pages.inverse.to(tl.uint32)) >> rows.pages.shift).to(tl.int32)
     if MASKED:  # behind a sequence's last page the table may have no entries
         block = tl.load(rows.pages.table + page, mask=(row >= rows.begin) & (row < rows.end), other=0)
     else:
         block = tl.load(rows.pages.table + page)
     block = tl.minimum(tl.maximum(block, 0), rows.pages.blocks - 1).to(tl.int64)
     in_page = (row - page * rows.pages.size).to(tl.int64)
-    return block * rows.pages.block_stride + in_page * rows.stride.to(tl.int32).to(tl.int64)  # as in load_rows
+    # Factors of 32 bits, as in load_rows.
+    return block * rows.pages.block_stride.to(tl.int64) + in_page * rows.stride.to(tl.int32).to(tl.int64)
 
 
 @triton.jit

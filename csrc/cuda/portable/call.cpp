@@ -265,16 +265,21 @@ Extents PreparedCall::extents() const {
 PagedMatrix PreparedCall::paged_matrix_of(const at::Tensor& cache) const {
   constexpr int kPositionBits = 30;  // of a row, see kMostRows; so the inverse below fits 31
   const Dims dims(cache);
-  const int64_t page_size = cache.size(dims.row), row_stride = stride_of(cache, dims.row);
-  TORCH_CHECK(row_stride <= std::numeric_limits<int32_t>::max(), inputs_.op,
-              ": rows of a page may be at most 2^31 - 1 elements apart on the GPU, got ", row_stride);
-  const int shift = kPositionBits + std::bit_width(static_cast<uint64_t>(page_size - 1));
-  const int64_t inverse = ((int64_t{1} << shift) + page_size - 1) / page_size;
+  const int64_t page_size = cache.size(dims.row);
+  // The kernels multiply numbers of 32 bits.
+  const auto stride_within = [&](int64_t dim, const char* what) {
+    const int64_t stride = stride_of(cache, dim);
+    TORCH_CHECK(stride <= std::numeric_limits<int32_t>::max(), inputs_.op, ": ", what,
+                " may be at most 2^31 - 1 elements apart on the GPU, got ", stride);
+    return stride;
+  };
+  const int shift = std::bit_width(static_cast<uint64_t>(page_size - 1));
+  const int64_t inverse = ((int64_t{1} << (kPositionBits + shift)) + page_size - 1) / page_size;
   return {
       .data = cache.const_data_ptr(),
-      .block_stride = stride_of(cache, dims.batch),
+      .block_stride = static_cast<int32_t>(stride_within(dims.batch, "pages")),
       .head_stride = stride_of(cache, dims.head),
-      .row_stride = row_stride,
+      .row_stride = stride_within(dims.row, "rows of a page"),
       .table = tensors_.block_table.const_data_ptr<int32_t>(),
       .table_stride = stride_of(tensors_.block_table, 0),
       .blocks = checked_count(inputs_.op, "the number of pages", cache.size(dims.batch)),

@@ -1,0 +1,208 @@
+"""Times a step of decoding, one new query a sequence: this library against softmax over the same cache.
+
+    python -m bench.decoding                          the table of goals for the CPU
+    python -m bench.decoding --device cuda            … for a GPU
+    python -m bench.decoding --device cuda --cases 1x32768 16x4096 --inputs gaussian:1 flat --no-file
+
+Scores are drawn from N(0, σ²), or flat: of queries that are nearly zero. Peers run in turn; ratios are medians over
+rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
+`flash-attn-3` is FlashAttention-3's flash_attn_with_kvcache, where the module flash_attn_interface is installed; `sdpa`
+is torch's attention with grouped heads.
+"""
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from adasplash import attention_stats, entmax_attn, entmax_attn_paged, entmax_cache_append
+from bench.lib import machine, results
+from bench.lib.case import DTYPES
+from bench.lib.timing import Effort, Spread
+
+OURS = "adasplash"
+PAGE = 64
+FLAT = 0.02  # σ of flat queries
+Step = Callable[[], object]
+
+
+class Cache:
+    """A batch of sequences of one length: a query of each, keys and values behind each other and in pages."""
+
+    def __init__(self, device: str, batch: int, length: int, heads: tuple[int, int], size: int, dtype: str, input: str):
+        kind, _, sigma = input.partition(":")
+        spread = {"query": FLAT, "key": 1.0} if kind == "flat" else dict.fromkeys(("query", "key"), float(sigma) ** 0.5)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
+
+        self.query = draw(batch, 1, heads[0], size) * spread["query"]
+        self.key, self.value = draw(batch, length, heads[1], size) * spread["key"], draw(batch, length, heads[1], size)
+        self.lengths = torch.full((batch,), length, device=device, dtype=torch.int32)
+        pages = batch * length // PAGE
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).to(device)
+        self.table = order.int().view(batch, -1)
+        self.key_pages, self.value_pages = (
+            torch.empty_like(x).view(pages, PAGE, heads[1], size) for x in (self.key, self.value)
+        )
+        for cache, x in ((self.key_pages, self.key), (self.value_pages, self.value)):
+            cache[order] = x.view(pages, PAGE, heads[1], size)
+        self.new = [draw(batch, heads[1], size) for _ in range(2)]
+        last = torch.tensor([length - 1], device=device)
+        self.slots = self.table[:, last // PAGE].long().flatten() * PAGE + last % PAGE
+
+    def dense(self) -> list[Tensor]:
+        return [x.transpose(1, 2) for x in (self.query, self.key, self.value)]
+
+
+def peers(cache: Cache, alpha: float) -> dict[str, Step]:
+    query, key, value = cache.dense()
+    pages = (cache.key_pages, cache.value_pages)
+
+    def step() -> Tensor:
+        entmax_cache_append(*cache.new, *pages, cache.slots)
+        return entmax_attn_paged(cache.query[:, 0], *pages, cache.table, cache.lengths, alpha)
+
+    found: dict[str, Step] = {
+        OURS: lambda: entmax_attn(query, key, value, alpha),
+        f"{OURS}, pages": lambda: entmax_attn_paged(cache.query[:, 0], *pages, cache.table, cache.lengths, alpha),
+        f"{OURS}, append and pages": step,
+        "sdpa": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
+    }
+    if query.is_cuda and importlib.util.find_spec("flash_attn_interface"):
+        from flash_attn_interface import flash_attn_with_kvcache
+
+        found["flash-attn-3"] = lambda: flash_attn_with_kvcache(
+            cache.query, cache.key, cache.value, cache_seqlens=cache.lengths, causal=True
+        )
+    return found
+
+
+def captured(step: Step) -> Step:
+    """A replay of the step."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def milliseconds(step: Step, device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure(steps: dict[str, Step], device: str, effort: Effort) -> dict[str, list[float]]:
+    """Milliseconds of each, a round an entry; each round begins with the next one."""
+    names, found = list(steps), {name: [] for name in steps}
+    for name in names:
+        milliseconds(steps[name], device)
+    began, rounds = time.perf_counter(), 0
+    while rounds < effort.most and (rounds < effort.fewest or time.perf_counter() - began < effort.seconds):
+        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+            found[name].append(milliseconds(steps[name], device))
+        rounds += 1
+    return found
+
+
+@torch.inference_mode()
+def bench(cache: Cache, alpha: float, device: str, effort: Effort) -> Iterator[results.Row]:
+    """A row for each peer."""
+    support = attention_stats(*cache.dense(), alpha=alpha).support_size.double().mean().item()
+    steps = peers(cache, alpha)
+    if device == "cuda":
+        steps = {name: captured(step) for name, step in steps.items()}
+    times = measure(steps, device, effort)
+    for peer, spent in times.items():
+        ours = peer.startswith(OURS)
+        ratios = Spread.of([a / b for a, b in zip(times[OURS], spent, strict=True)])
+        yield {
+            "peer": peer, "what": "a step", "unit": "ms", "support": round(support, 2),
+            **Spread.of(spent).fields(), "samples": len(spent),
+            **(results.NO_RATIO if ours else ratios.fields("ratio")),
+        }  # fmt: skip
+
+
+def line_of(row: results.Row) -> str:
+    text = f"    {row['peer']:<28}{1e3 * row['median']:12.1f} µs"
+    return text if row["ratio"] is None else f"{text}   ours/theirs {row['ratio']:.3f}"
+
+
+def case_of(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    if int(length) % PAGE:
+        raise argparse.ArgumentTypeError(f"lengths must be multiples of {PAGE}, got {length}")
+    return int(batch), int(length)
+
+
+CASES = {
+    "cpu": [(1, 131072)],
+    "cuda": [(1, 4096), (1, 32768), (1, 131072), (1, 1 << 20), (16, 4096), (16, 32768), (16, 131072)],
+}
+DTYPE_NAMES = {"cpu": ["fp32", "bf16"], "cuda": ["bf16"]}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decoding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", nargs="+", type=case_of, metavar="SEQUENCESxKEYS")
+    parser.add_argument("--inputs", nargs="+", default=["gaussian:1.5"], metavar="INPUT")
+    parser.add_argument("--heads", nargs=2, type=int, default=[32, 8], metavar=("QUERY", "KEY"))
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    parser.add_argument("--alpha", type=float, default=1.5)
+    parser.add_argument("--seconds", type=float, default=5, help="of rounds a case (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="result file (default: bench/results/DATE-DEVICE-decoding.jsonl)")
+    parser.add_argument("--no-file", action="store_true", help="print only")
+    options = parser.parse_args(arguments)
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: torch finds no CUDA device here")
+    facts = machine.facts(device)
+    file = options.out or results.path_of(facts, "decoding")
+    effort = Effort(options.seconds, fewest=5)
+    sizes = options.cases or CASES[device]
+    for (batch, length), dtype, input in tqdm(
+        list(product(sizes, options.dtypes or DTYPE_NAMES[device], options.inputs)), disable=None
+    ):
+        cache = Cache(device, batch, length, tuple(options.heads), options.head_dim, dtype, input)
+        rows = list(bench(cache, options.alpha, device, effort))
+        tqdm.write(f"{batch} × {length:,} keys, {dtype}, {input}: {rows[0]['support']:g} keys a query")
+        for row in rows:
+            tqdm.write(line_of(row))
+        if not options.no_file:
+            heads, kv_heads = options.heads
+            case = {
+                "input": input, "batch": batch, "length": length, "heads": heads, "kv_heads": kv_heads,
+                "head_dim": options.head_dim, "dtype": dtype, "alpha": options.alpha,
+                "threads": torch.get_num_threads(),
+            }  # fmt: skip
+            results.append(file, [{**facts, "preset": "decoding", **case, **row} for row in rows])
+
+
+if __name__ == "__main__":
+    main()
