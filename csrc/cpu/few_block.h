@@ -189,7 +189,10 @@ class FewHead : ForwardRows<T, A> {
   template <typename Weights>
   bool weigh(const Weights& weights) {
     bool any = false;
-    for (int64_t r = 0; r < rows_; ++r) any |= few_.row(r).dense = !finished(weights, r);
+    for (int64_t r = 0; r < rows_; ++r) {
+      few_.row(r).dense = !finished(weights, r);
+      any |= few_.row(r).dense;
+    }
     return any;
   }
 
