@@ -73,6 +73,7 @@ class FewQueries {
   }
 
   void run(std::vector<Unit>& turn, int64_t bytes) const {
+    if (turn.empty()) return;
     const auto& kernel = kernels<T, A>();
     const int64_t group = call_.group, head_dim = call_.query.size(3), value_dim = call_.value.size(3);
     const at::DataPtr memory = c10::GetCPUAllocator()->allocate(bytes);
@@ -83,11 +84,10 @@ class FewQueries {
       ends.push_back((ends.empty() ? 0 : ends.back()) + unit.rows.pieces());
     }
     const auto for_pieces = [&](const auto& step) {
-      run_tasks(ends.empty() ? 0 : ends.back(), kernel.few_scratch(head_dim, value_dim),
-                [&](int64_t index, char* scratch) {
-                  const size_t u = std::upper_bound(ends.begin(), ends.end(), index) - ends.begin();
-                  step(turn[u].heads.data(), group, turn[u].rows, index - (u == 0 ? 0 : ends[u - 1]), scratch);
-                });
+      run_tasks(ends.back(), kernel.few_scratch(head_dim, value_dim), [&](int64_t index, char* scratch) {
+        const size_t u = std::upper_bound(ends.begin(), ends.end(), index) - ends.begin();
+        step(turn[u].heads.data(), group, turn[u].rows, index - (u == 0 ? 0 : ends[u - 1]), scratch);
+      });
     };
     const auto for_heads = [&](const auto& step) {
       run_tasks(static_cast<int64_t>(turn.size()) * group, kernel.forward_scratch(head_dim, value_dim),

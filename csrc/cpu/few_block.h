@@ -129,9 +129,11 @@ class FewScores {
                   columns.stride, A(0), z, FewRows<A>::kStride);
       return;
     }
+    const T *key[kLanes<A>], *next[kLanes<A>];
+    fetch(keys.begin, next);
     for (int64_t first = keys.begin; first < keys.end; first += kLanes<A>) {
-      const T* key[kLanes<A>];
-      for (int64_t k = 0; k < kLanes<A>; ++k) key[k] = heads_->key[std::min(first + k, keys.end - 1)];
+      std::copy_n(next, kLanes<A>, key);
+      fetch(first + kLanes<A>, next);
       const Rows<A> products{z + (first - keys.begin), FewRows<A>::kStride};
       int64_t r = 0;
       for (; r + 4 <= rows_; r += 4) multiply_rows<4>(r, key, products);
@@ -140,6 +142,16 @@ class FewScores {
         r += 2;
       }
       if (r < rows_) multiply_rows<1>(r, key, products);
+    }
+  }
+
+  // The rows of keys that come next, asked for in the order in which they lie: a product goes over many rows at once,
+  // of which the processor does not guess what is needed.
+  void fetch(int64_t first, const T** key) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t k = 0; k < kLanes<A>; ++k) {
+      key[k] = heads_->key[std::min(first + k, few_.keys.end - 1)];
+      for (int64_t d = 0; d < heads_->head_dim; d += kLine) __builtin_prefetch(key[k] + d);
     }
   }
 
@@ -189,7 +201,10 @@ class FewHead : ForwardRows<T, A> {
   template <typename Weights>
   bool weigh(const Weights& weights) {
     bool any = false;
-    for (int64_t r = 0; r < rows_; ++r) any |= few_.row(r).dense = !finished(weights, r);
+    for (int64_t r = 0; r < rows_; ++r) {
+      few_.row(r).dense = !finished(weights, r);
+      any |= few_.row(r).dense;
+    }
     return any;
   }
 

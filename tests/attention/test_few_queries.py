@@ -1,4 +1,4 @@
-"""Few queries over many keys, as in decoding: a way of its own on the GPU, for sequences of at most 16 queries."""
+"""Few queries over many keys, as in decoding: a way of its own for sequences of at most 16 queries."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import adasplash
 import reference
 from adasplash import entmax_attn, entmax_attn_varlen
 from common import Inputs, assert_same_bits, check_forward, check_gradients, gradients, normal_like
+from paging import make_paged
 
 SHAPES = {
     "one query": dict(m=1, n=1500, heads=8, kv_heads=2),
@@ -14,6 +15,7 @@ SHAPES = {
     "as many as there may be": dict(m=16, n=130, heads=8, kv_heads=2),
     "one more": dict(m=17, n=130, heads=2, kv_heads=2),
     "one more with its group": dict(m=9, n=130, heads=8, kv_heads=1),
+    "odd numbers": dict(m=1, n=600, heads=7, kv_heads=1, size=33, value_size=7),
     "no group small enough": dict(m=1, n=90, heads=65, kv_heads=1),
     "more than keys": dict(m=7, n=3),
     "no key": dict(m=2, n=0),
@@ -24,6 +26,7 @@ OPTIONS = {
     "both ways": dict(is_causal=False, window=(3, 40)),
     "ALiBi": dict(alibi_slopes=True),
     "negative scale": dict(scale=-0.3),
+    "dropout": dict(dropout_p=0.3, dropout_seed=5),
 }
 
 
@@ -36,6 +39,8 @@ def test_against_the_reference(backend, make_inputs, dtype, shape, options, alph
     options = dict(is_causal=True) | OPTIONS[options]
     if "alibi_slopes" in options:
         options["alibi_slopes"] = torch.linspace(0.01, 0.2, heads, device=device)
+    if "dropout_seed" in options:
+        options["dropout_seed"] = torch.tensor(options["dropout_seed"], device=device)
     if alpha == "1 for some heads":
         alpha = torch.where(torch.arange(heads, device=device) % 3 == 0, 1.0, 1.5)
     # Three times on a GPU: the largest of few errors is now and then smaller in the dense composition by chance.
@@ -48,6 +53,50 @@ def test_rows_that_weigh_thousands_of_keys(make_inputs, dtype, alpha):
     inputs = make_inputs(batch=1, heads=4, kv_heads=1, m=2, n=3000, dtype=dtype)
     inputs.query[:, 1:3] *= 1e-3
     check_forward(entmax_attn, inputs, torch.tensor([alpha] * 4, device=inputs.query.device), True)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("sigma", (1e-3, 0.3, 1.5), ids=("flat", "between", "sparse"))
+def test_training_over_thousands_of_keys(make_inputs, sigma, dtype):
+    """Softmax, any alpha, 1.5 and 2 in heads of one key head."""
+    inputs = make_inputs(batch=1, heads=4, kv_heads=1, m=2, n=3000, sigma=sigma, dtype=dtype)
+    check_gradients(entmax_attn, inputs, alpha=torch.tensor([1.0, 1.25, 1.5, 2.0]), is_causal=True)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("m, heads", ((1, 3), (2, 5), (4, 8), (16, 4)), ids=str)
+def test_threads_change_no_bit(make_inputs, threads, m, heads, dtype):
+    """Keys of a head are pieces that threads share; of rows that weigh many keys, values too."""
+    inputs = make_inputs(batch=1, heads=heads, kv_heads=1, m=m, n=5000, dtype=dtype)
+    inputs.query[:, ::2] *= 1e-3
+    alpha = torch.linspace(1.0, 2.0, heads)
+    results = []
+    for count in (1, 3):
+        threads(count)
+        results.append(run(inputs, normal_like(inputs.query), alpha=alpha))
+    assert_same_bits(*results)
+
+
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("m", (1, 16))
+def test_pages_change_no_bit(m, dtype):
+    """Several pieces, of pages that lie anywhere."""
+    inputs, _, paged = make_paged([m, m], [3000, 1025], 16, "cpu", heads=4, kv_heads=2, dtype=dtype)
+    inputs.query[:, ::2] *= 1e-3
+    alpha = torch.tensor([1.0, 1.0, 1.5, 1.5])
+    out = torch.ops.adasplash.entmax_attn_paged(*paged, alpha=alpha, max_seqlen_q=m)
+    ends = torch.tensor([0, m, 2 * m]), torch.tensor([0, 3000, 4025])
+    assert_same_bits(out, entmax_attn_varlen(*inputs, *ends, m, 3000, alpha=alpha, is_causal=True))
+
+
+@pytest.mark.backends("cpu")
+def test_heads_in_turns(make_inputs):
+    """Scores of all heads at once would take too much memory: some key heads have their turn after others."""
+    inputs = make_inputs(batch=1, heads=9, m=16, n=50_000, size=8)
+    together = entmax_attn(*inputs, is_causal=True)
+    for head in (0, 4, 8):
+        alone = entmax_attn(*(x[:, head : head + 1] for x in inputs), is_causal=True)
+        assert_same_bits(together[:, head : head + 1], alone)
 
 
 def run(inputs: Inputs, grad: torch.Tensor, **options):
