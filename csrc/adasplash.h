@@ -150,9 +150,9 @@ ADASPLASH_API at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Te
                                            c10::IntArrayRef window = {-1, -1},
                                            const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
 
-// Writes the keys (T, H_kv, D) and values (T, H_kv, D_v) of tokens to a paged cache, in place. slots (T,) int32 or int64
-// are page number * page + row; a slot of -1 is skipped, another one out of range is an error on the CPU and skipped on a
-// GPU. Of equal slots the last one's key and value stay.
+// Writes the keys (T, H_kv, D) and values (T, H_kv, D_v) of tokens to a paged cache, in place. slots (T,) int32 or
+// int64 are page number * page + row; a slot of -1 is skipped, another one out of range is an error on the CPU and
+// skipped on a GPU. Of equal slots the last one's key and value stay.
 ADASPLASH_API void entmax_cache_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
                                        const at::Tensor& value_cache, const at::Tensor& slots);
 

@@ -97,8 +97,8 @@ AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::T
 }
 
 at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
-                             const at::Tensor& block_table, const at::Tensor& kv_seqlens, double alpha,
-                             bool is_causal, const std::optional<at::Tensor>& cu_seqlens_q, c10::SymInt max_seqlen_q,
+                             const at::Tensor& block_table, const at::Tensor& kv_seqlens, double alpha, bool is_causal,
+                             const std::optional<at::Tensor>& cu_seqlens_q, c10::SymInt max_seqlen_q,
                              std::optional<double> scale, c10::IntArrayRef window,
                              const std::optional<at::Tensor>& alibi_slopes) {
   static const auto op = find_op<PagedSignature<double>>("adasplash::entmax_attn_paged");

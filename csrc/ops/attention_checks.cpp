@@ -69,9 +69,10 @@ void check_alibi_slopes(const char* op, const AttentionShape& shape, const at::T
   TORCH_CHECK(slopes.scalar_type() == at::kFloat, op, ": alibi_slopes must be float32, got ", slopes.scalar_type());
   check_size(op, "alibi_slopes", "number of heads", slopes.sym_size(-1), "query's", shape.heads);
   if (per_batch) {
-    check_size(op, "alibi_slopes", "batch size", slopes.sym_size(0), options.paged()    ? "block_table's"
-                                                                       : options.packed() ? "cu_seqlens_q's"
-                                                                                          : "query's",
+    check_size(op, "alibi_slopes", "batch size", slopes.sym_size(0),
+               options.paged()    ? "block_table's"
+               : options.packed() ? "cu_seqlens_q's"
+                                  : "query's",
                shape.batch);
   }
 }

@@ -1,6 +1,6 @@
 // Autocast: query, key and value go to the region's lower precision, as for torch's own attention, and the activation's
-// input to fp32 where torch.softmax's goes there, which is on CUDA. A cache keeps its type, to which goes what meets it.
-// Nothing else is cast.
+// input to fp32 where torch.softmax's goes there, which is on CUDA. A cache keeps its type, to which goes what meets
+// it. Nothing else is cast.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 

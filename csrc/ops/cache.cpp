@@ -46,10 +46,8 @@ PagedCall PagedCall::of(const at::Tensor& query, const at::Tensor& key_cache, co
   check_size(op, "kv_seqlens", "batch size", kv_seqlens.sym_size(0), "block_table's", batch);
   TORCH_SYM_CHECK(longest.sym_ge(0), op, ": max_seqlen_q must be 0 or more, got ", longest);
 
-  PagedCall call{.query = query,
-                 .key = key_cache.transpose(1, 2),
-                 .value = value_cache.transpose(1, 2),
-                 .options = options};
+  PagedCall call{
+      .query = query, .key = key_cache.transpose(1, 2), .value = value_cache.transpose(1, 2), .options = options};
   call.options.block_table = block_table;
   call.options.kv_seqlens = kv_seqlens;
   if (options.cu_seqlens_q) {

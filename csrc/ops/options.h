@@ -195,8 +195,8 @@ using PackedSignature =
                                                     const at::Tensor&, const at::Tensor&, c10::SymInt, c10::SymInt,
                                                     Alpha>;
 template <typename Alpha>
-using PagedSignature = SignatureWith<decltype(kPagedOptions)>::Behind<at::Tensor, const at::Tensor&, const at::Tensor&,
-                                                                      const at::Tensor&, const at::Tensor&,
-                                                                      const at::Tensor&, Alpha>;
+using PagedSignature =
+    SignatureWith<decltype(kPagedOptions)>::Behind<at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                   const at::Tensor&, const at::Tensor&, Alpha>;
 
 }  // namespace adasplash

@@ -61,12 +61,14 @@ TORCH_LIBRARY(adasplash, m) {
   define("entmax_attn_varlen_summary.per_head(" + tensors + lengths + "Tensor alpha, " + packed + ") -> " + summary);
   define("entmax_attn_varlen_summary(" + tensors + lengths + "float alpha=1.5, " + packed + ") -> " + summary);
   // On a paged cache of keys and values. Ops that change an argument return nothing: functionalisation would lose it.
-  const std::string cache = "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor kv_seqlens, ",
+  const std::string cache =
+                        "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor kv_seqlens, ",
                     paged = public_options(kPagedOptions);
   define("entmax_attn_paged.per_head" + cache + "Tensor alpha, " + paged + ") -> Tensor");
   define("entmax_attn_paged" + cache + "float alpha=1.5, " + paged + ") -> Tensor");
   define(
-      "entmax_cache_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()");
+      "entmax_cache_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> "
+      "()");
   define("entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor");
   define("entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor");
 

@@ -50,7 +50,12 @@ SLOTS = {
 def test_values(backend, slots, layout, int_type, dtype):
     slots = SLOTS[slots]
     new = tokens(len(slots), dtype, backend.device, value_size=5)
-    check(empty_caches(BLOCKS, PAGE, HEADS, (8, 5), layout, new[0]), new, slots, int_type)
+    caches = empty_caches(BLOCKS, PAGE, HEADS, (8, 5), layout, new[0])
+    if layout == "a head apart" and backend.name != "cpu":
+        with pytest.raises(RuntimeError, match="the last dimension of key_cache must be dense on the GPU"):
+            check(caches, new, slots, int_type)
+        return
+    check(caches, new, slots, int_type)
 
 
 @pytest.mark.parametrize("size, value_size, heads", ((1, 1, 1), (3, 7, 1), (128, 128, 3), (255, 64, 2)))
