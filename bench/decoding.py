@@ -6,11 +6,12 @@
 
 Scores are drawn from N(0, σ²), or flat: of queries that are nearly zero. Peers run in turn; ratios are medians over
 rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
-`flash-attn-3` is FlashAttention-3's flash_attn_with_kvcache, where the module flash_attn_interface is installed; `sdpa`
-is torch's attention with grouped heads.
+`flash-attn-3` is FlashAttention-3's flash_attn_with_kvcache, where it is installed (pip install fa3-fwd); `sdpa` is
+torch's attention with grouped heads.
 """
 
 import argparse
+import importlib
 import importlib.util
 import sys
 import time
@@ -78,13 +79,23 @@ def peers(cache: Cache, alpha: float) -> dict[str, Step]:
         f"{OURS}, append and pages": step,
         "sdpa": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
     }
-    if query.is_cuda and importlib.util.find_spec("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_with_kvcache
-
-        found["flash-attn-3"] = lambda: flash_attn_with_kvcache(
-            cache.query, cache.key, cache.value, cache_seqlens=cache.lengths, causal=True
-        )
+    flash = flash_attn_3() if query.is_cuda else None
+    if flash is not None:
+        given = dict(cache_seqlens=cache.lengths, causal=True)
+        found["flash-attn-3"] = lambda: flash(cache.query, cache.key, cache.value, **given)
+        found["flash-attn-3, pages"] = lambda: flash(cache.query, *pages, page_table=cache.table, **given)
     return found
+
+
+def flash_attn_3() -> Callable | None:
+    """FlashAttention-3's step, of its own package or of the wheel `fa3-fwd`; None where neither is installed."""
+    if importlib.util.find_spec("flash_attn_interface"):
+        return importlib.import_module("flash_attn_interface").flash_attn_with_kvcache
+    if importlib.util.find_spec("fa3_fwd_interface"):
+        # The interface asks for its settings by the name that they have in FlashAttention's own package.
+        sys.modules.setdefault("flash_attn_config", importlib.import_module("fa3_fwd_config"))
+        return importlib.import_module("fa3_fwd_interface").flash_attn_with_kvcache
+    return None
 
 
 def captured(step: Step) -> Step:
