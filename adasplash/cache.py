@@ -55,7 +55,8 @@ def entmax_attn_paged(
             is never copied.
         value_cache: (blocks, page, H_kv, D_v).
         block_table: (B, W) int32 or int64: key j of sequence b is row j mod page of page block_table[b, j // page].
-            Entries behind a sequence's last key may hold anything, and so may pages that no sequence names.
+            Entries behind a sequence's last key, or before the first that its window leaves, may hold anything, and so
+            may pages that no sequence names.
         kv_seqlens: (B,) int32 or int64, each from 0 to W · page.
         alpha: as in ``entmax_attn``, as are the options that are not named here.
         is_causal: whether a query sees only the keys up to its own; for single tokens that is all of them.

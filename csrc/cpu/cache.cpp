@@ -80,6 +80,7 @@ void write(const at::Tensor& tokens, const at::Tensor& cache, const std::vector<
 void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache, const at::Tensor& value_cache,
             const at::Tensor& slots) {
   check_append(key, value, key_cache, value_cache, slots);
+  check_apart(key, value, key_cache, value_cache);
   const auto places = places_of(slots, key_cache);
   ADASPLASH_DISPATCH(key.scalar_type(), "entmax_cache_append", [&] {
     write<scalar_t>(key, key_cache, places);

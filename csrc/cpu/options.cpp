@@ -90,7 +90,11 @@ std::vector<int64_t> pages_of(const std::vector<Sequence>& sequences, const at::
   auto pages = values_of<int64_t>(*options.block_table);
   const int64_t in_cache = key.size(0), page = key.size(2), per_sequence = options.block_table->size(1);
   for (size_t b = 0; b < sequences.size(); ++b) {
-    for (int64_t w = 0; w * page < sequences[b].keys; ++w) {
+    const Sequence& s = sequences[b];
+    if (s.queries == 0) continue;
+    // Pages behind a window may have been given away: no query sees a key before the first one's first.
+    const int64_t left = options.window[0], first = left < 0 ? 0 : std::max<int64_t>(s.keys - s.queries - left, 0);
+    for (int64_t w = page == 0 ? 0 : first / page; w * page < s.keys; ++w) {
       const int64_t number = pages[b * per_sequence + w];
       TORCH_CHECK(number >= 0 && number < in_cache, public_name(options), ": block_table must name pages from 0 to ",
                   in_cache - 1, " where keys of a sequence are, got ", number, " at [", b, ", ", w, "]");

@@ -62,6 +62,7 @@ void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::T
                      const at::Tensor& value_cache, const at::Tensor& slots) {
   constexpr const char* op = "entmax_cache_append";
   check_append(key, value, key_cache, value_cache, slots);
+  check_apart(key, value, key_cache, value_cache);
   TORCH_CHECK(key.scalar_type() != at::kDouble, op,
               ": float64 runs on the CPU only; the GPU takes float32, float16 and bfloat16");
   for (const auto& [name, cache] : {std::pair{"key_cache", key_cache}, std::pair{"value_cache", value_cache}}) {

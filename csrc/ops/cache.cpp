@@ -110,4 +110,15 @@ void check_append(const at::Tensor& key, const at::Tensor& value, const at::Tens
   check_size(op, "slots", "size", slots.sym_size(0), "key's number of tokens,", key.sym_size(0));
 }
 
+void check_apart(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
+                 const at::Tensor& value_cache) {
+  for (const auto& [name, tensor] : {std::pair{"key", key}, std::pair{"value", value}}) {
+    for (const at::Tensor& cache : {key_cache, value_cache}) {
+      const auto overlap = at::get_overlap_status(tensor, cache);
+      TORCH_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
+                  "entmax_cache_append: ", name, " must not be a part of a cache that is written to; clone it");
+    }
+  }
+}
+
 }  // namespace adasplash

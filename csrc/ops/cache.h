@@ -41,6 +41,11 @@ at::Tensor call_paged(const at::Tensor& query, const at::Tensor& key_cache, cons
 void check_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
                   const at::Tensor& value_cache, const at::Tensor& slots);
 
+// Throws where tokens are a part of a cache that they would be written to. For backends: sizes of fake tensors may be
+// symbols, of which this cannot be said.
+void check_apart(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
+                 const at::Tensor& value_cache);
+
 // entmax_attn_paged over a function of its arguments and options, with the signature that options.h makes for it.
 template <auto function, typename Signature>
 struct PagedOp;

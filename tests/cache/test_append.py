@@ -148,6 +148,15 @@ def test_caches_that_overlap_themselves(backend):
         append(**given)
 
 
+def test_tokens_that_are_a_part_of_the_cache(backend):
+    """Which of them are read before they are written to would be left to chance."""
+    given = arguments(backend.device)
+    tokens = len(given["slots"])
+    rows = given["key_cache"].flatten(0, 1)[:tokens]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="key must not be a part of a cache"):
+        append(**given | {"key": rows})
+
+
 def test_versions(backend):
     """A cache that was written to is another one to autograd, one that was attended to is not."""
     given = arguments(backend.device)

@@ -143,6 +143,18 @@ def test_entries_that_no_key_needs_may_be_anything(backend, number):
     assert expected.isfinite().all()
 
 
+@pytest.mark.parametrize("queries", (0, 1, 20))
+def test_pages_behind_a_window_may_be_given_away(backend, queries):
+    lengths = (90, 33)
+    _, ends, paged = make_paged([queries] * 2, lengths, 16, backend.device, heads=2)
+    expected = attend(paged, ends, window=(10, -1))
+    table = paged.block_table.clone()
+    for b, keys in enumerate(lengths):
+        table[b, : max(0, keys - queries - 10) // 16 if queries else None] = -1
+    assert (table[0, 0] == -1) and not torch.equal(table, paged.block_table)
+    assert_same_bits(attend(paged._replace(block_table=table), ends, window=(10, -1)), expected)
+
+
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_keys_that_are_not_finite(backend, value):
     """One that is seen breaks its row, and no row that does not see it."""
