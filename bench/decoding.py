@@ -81,9 +81,9 @@ def peers(cache: Cache, alpha: float) -> dict[str, Step]:
     }
     flash = flash_attn_3() if query.is_cuda else None
     if flash is not None:
-        given = dict(cache_seqlens=cache.lengths, causal=True)
-        found["flash-attn-3"] = lambda: flash(cache.query, cache.key, cache.value, **given)
-        found["flash-attn-3, pages"] = lambda: flash(cache.query, *pages, page_table=cache.table, **given)
+        found["flash-attn-3"] = lambda: flash(
+            cache.query, cache.key, cache.value, cache_seqlens=cache.lengths, causal=True
+        )
     return found
 
 
