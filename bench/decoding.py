@@ -3,6 +3,7 @@
     python -m bench.decoding                          the table of goals for the CPU
     python -m bench.decoding --device cuda            … for a GPU
     python -m bench.decoding --device cuda --cases 1x32768 16x4096 --inputs gaussian:1 flat --no-file
+    python -m bench.decoding --readme FILE …          the README's block, of these result files
 
 Scores are drawn from N(0, σ²), or flat: of queries that are nearly zero. Peers run in turn; ratios are medians over
 rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
@@ -25,9 +26,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from adasplash import attention_stats, entmax_attn, entmax_attn_paged, entmax_cache_append
-from bench.lib import machine, results
+from bench.lib import machine, results, tables
 from bench.lib.case import DTYPES
 from bench.lib.timing import Effort, Spread
+from bench.report import README, replace_block
 
 OURS = "adasplash"
 PAGE = 64
@@ -156,6 +158,46 @@ def bench(cache: Cache, alpha: float, device: str, effort: Effort) -> Iterator[r
         }  # fmt: skip
 
 
+def block(rows: list[results.Row]) -> str:
+    """What the README shows: a line for each case of a device."""
+    peers = {"flash-attn-3": "FlashAttention-3", "sdpa": "torch's softmax"}
+    head = [
+        "sequences × keys",
+        "heads, size",
+        "type",
+        "scores",
+        "keys with weight",
+        "a step",
+        "in pages",
+        *peers.values(),
+    ]
+    table: tables.Table = [head]
+    fields = ("device", "batch", "length", "heads", "kv_heads", "head_dim", "dtype", "input")
+    cases = {tuple(row[name] for name in fields): {} for row in rows}
+    for row in rows:
+        cases[tuple(row[name] for name in fields)][row["peer"]] = row
+    for (device, batch, length, heads, kv_heads, size, dtype, input), found in cases.items():
+        ours, pages = (found[name]["median"] for name in (OURS, f"{OURS}, pages"))
+        table.append(
+            [
+                f"{batch} × {length:,}" + (" on the CPU" if device == "cpu" else ""),
+                f"{heads}/{kv_heads}, {size}",
+                dtype,
+                "flat" if input == "flat" else f"N(0, {input.partition(':')[2]}²)",
+                tables.number(found[OURS]["support"]),
+                f"{tables.number(ours)} ms",
+                f"{tables.number(pages)} ms",
+                *(f"{found[peer]['ratio']:.2f}" if peer in found else "–" for peer in peers),
+            ]
+        )
+    return (
+        "A step of decoding, one new query a sequence: this library's time, with keys behind each other and in a paged "
+        f"cache (pages of {PAGE}), and the first of these divided by the others' over the same keys, **lower is "
+        "better**. On a GPU all are captured graphs.\n\n"
+        f"{tables.markdown(table)}\n\nMeasured on: {tables.heading(rows)} `python -m bench.decoding`."
+    )
+
+
 def line_of(row: results.Row) -> str:
     text = f"    {row['peer']:<28}{1e3 * row['median']:12.1f} µs"
     return text if row["ratio"] is None else f"{text}   ours/theirs {row['ratio']:.3f}"
@@ -189,7 +231,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of rounds a case (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/DATE-DEVICE-decoding.jsonl)")
     parser.add_argument("--no-file", action="store_true", help="print only")
+    parser.add_argument("--readme", nargs="+", type=Path, metavar="FILE", help="write the README's block of these")
     options = parser.parse_args(arguments)
+    if options.readme:
+        README.write_text(replace_block(README.read_text(), "bench:decoding", block(results.read(options.readme))))
+        return
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device here")

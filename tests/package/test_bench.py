@@ -316,6 +316,11 @@ def test_decoding_is_timed_against_its_peers(tmp_path):
     assert 1 <= supports["gaussian:1"] < supports["flat"] == 128
 
 
+def test_the_readme_shows_decoding():
+    rows = results.read(sorted(decoding.results.FOLDER.glob("*-decoding.jsonl")))
+    assert f"<!-- bench:decoding -->\n{decoding.block(rows)}\n<!-- /bench:decoding -->" in report.README.read_text()
+
+
 def test_what_decoding_reads_is_the_same_in_pages():
     cache = decoding.Cache("cpu", 2, 128, (4, 2), 16, "fp32", "gaussian:1.5")
     steps = decoding.peers(cache, 1.5)
