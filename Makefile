@@ -83,7 +83,7 @@ examples: $(if $(HAS_GPU),setup,$(VENV)/.installed) $(VENV)/.experiments
 # The emulation takes seconds a test: one case of each and no slow ones, but all of what is about the launches.
 test: setup
 	$(BIN)/python -m pytest -n 2 --backend emulated --cases 1 tests
-	$(BIN)/python -m pytest -n 2 --cases 4 -m "not builds" tests
+	$(BIN)/python -m pytest -n 2 --cases 3 -m "not builds" tests
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2 tests

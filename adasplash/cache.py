@@ -13,7 +13,7 @@ from typing import Optional, Tuple, Union  # noqa: UP035  (TorchScript knows the
 import torch
 from torch import Tensor
 
-from adasplash._arguments import LENGTH, OPTIONAL_TENSOR, TENSOR, check, explain
+from adasplash._arguments import INTEGER, LENGTH, OPTIONAL_TENSOR, TENSOR, check, explain
 from adasplash.functional import call_attention, resolve
 
 _PAGED = {
@@ -188,11 +188,12 @@ def entmax_attn_with_kvcache(
         (B, M, H, D_v). Query i of a sequence stands at its token cache_seqlens + M_new − M + i.
 
     Raises:
-        TypeError, RuntimeError: an argument does not fit; the message names it. A cache without room for the new keys
-            is an error on the CPU; a GPU does not write those that have none.
+        TypeError, RuntimeError: an argument does not fit; the message names it, and the cache is as it was. A cache
+            without room for the new keys is an error on the CPU; a GPU does not write those that have none. Where it is
+            traced (``torch.jit.trace``) the number of queries is a constant.
     """
     if not torch.jit.is_scripting():
-        _check_kinds(query, key_cache, value_cache, key, value, block_table)
+        _check_kinds(query, key_cache, value_cache, key, value, cache_seqlens, block_table)
     _check_sizes("query", query, 4, "(batch, queries, heads, head_dim)")
     _check_sizes("key_cache", key_cache, 4, "(blocks, page, kv_heads, head_dim)")
     batch, queries, page = query.shape[0], query.shape[1], key_cache.shape[1]
@@ -219,6 +220,9 @@ def entmax_attn_with_kvcache(
         _check_batch("key", key, batch)
         _check_sizes("value", value, 4, "(batch, new keys, kv_heads, value_dim)")
         _check_batch("value", value, batch)
+        if not torch.jit.is_scripting():
+            options = (table, held, alpha, is_causal, queries, scale, window, alibi_slopes)
+            _check_before_append(query, key_cache, value_cache, key.shape[1], page, options)
         slots = slots_of(table, held, key.shape[1], page, key_cache.shape[0])
         entmax_cache_append(key.flatten(0, 1), value.flatten(0, 1), key_cache, value_cache, slots.flatten())
         held = held + key.shape[1]
@@ -239,12 +243,38 @@ def entmax_attn_with_kvcache(
     return out.unflatten(0, [batch, queries])
 
 
-def _check_kinds(query, key_cache, value_cache, key, value, block_table) -> None:
+def _check_kinds(query, key_cache, value_cache, key, value, cache_seqlens, block_table) -> None:
     """In eager code; TorchScript's types leave nothing to check."""
     for name, given in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
         check("entmax_attn_with_kvcache", name, TENSOR, given)
     for name, given in (("key", key), ("value", value), ("block_table", block_table)):
         check("entmax_attn_with_kvcache", name, OPTIONAL_TENSOR, given)
+    if isinstance(cache_seqlens, Tensor):
+        if cache_seqlens.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(
+                f"entmax_attn_with_kvcache: cache_seqlens must be int32 or int64, got {cache_seqlens.dtype}"
+            )
+    elif cache_seqlens is not None:
+        check("entmax_attn_with_kvcache", "cache_seqlens", INTEGER, cache_seqlens)
+
+
+def _check_before_append(query, key_cache, value_cache, new, page, options) -> None:
+    """In eager code: all that attention would refuse, asked of no queries; and on the CPU that there is room. A step
+    that fails should leave the cache as it was."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    table, held, alpha, is_causal, _, scale, window, alibi_slopes = options
+    entmax_attn_paged(
+        query[:, :0].flatten(0, 1), key_cache, value_cache, table, held, alpha, is_causal, None, 0, scale, window,
+        alibi_slopes,
+    )  # fmt: skip
+    if type(held) is Tensor and held.device.type == "cpu" and held.numel() > 0:  # others may have no values
+        room, least, most = table.shape[1] * page - new, int(held.min()), int(held.max())
+        if least < 0 or most > room:
+            raise RuntimeError(
+                f"entmax_attn_with_kvcache: cache_seqlens must be from 0 to {room}, so that there is room for {new} "
+                f"more, got {least if least < 0 else most}"
+            )
 
 
 def _check_sizes(name: str, tensor: Tensor, dims: int, shape: str) -> None:

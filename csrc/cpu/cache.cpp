@@ -80,11 +80,11 @@ void write(const at::Tensor& tokens, const at::Tensor& cache, const std::vector<
 void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache, const at::Tensor& value_cache,
             const at::Tensor& slots) {
   check_append(key, value, key_cache, value_cache, slots);
-  check_apart(key, value, key_cache, value_cache);
   const auto places = places_of(slots, key_cache);
+  const at::Tensor keys = apart_from(key, key_cache, value_cache), values = apart_from(value, key_cache, value_cache);
   ADASPLASH_DISPATCH(key.scalar_type(), "entmax_cache_append", [&] {
-    write<scalar_t>(key, key_cache, places);
-    write<scalar_t>(value, value_cache, places);
+    write<scalar_t>(keys, key_cache, places);
+    write<scalar_t>(values, value_cache, places);
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cpu/head.h"
 #include "ops/attention_checks.h"
 
 namespace adasplash::cpu {
@@ -93,7 +94,8 @@ std::vector<int64_t> pages_of(const std::vector<Sequence>& sequences, const at::
     const Sequence& s = sequences[b];
     if (s.queries == 0) continue;
     // Pages behind a window may have been given away: no query sees a key before the first one's first.
-    const int64_t left = options.window[0], first = left < 0 ? 0 : std::max<int64_t>(s.keys - s.queries - left, 0);
+    const int64_t left = std::min(options.window[0], kUnlimited),
+                  first = left < 0 ? 0 : std::max<int64_t>(s.keys - s.queries - left, 0);
     for (int64_t w = page == 0 ? 0 : first / page; w * page < s.keys; ++w) {
       const int64_t number = pages[b * per_sequence + w];
       TORCH_CHECK(number >= 0 && number < in_cache, public_name(options), ": block_table must name pages from 0 to ",

@@ -62,7 +62,6 @@ void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::T
                      const at::Tensor& value_cache, const at::Tensor& slots) {
   constexpr const char* op = "entmax_cache_append";
   check_append(key, value, key_cache, value_cache, slots);
-  check_apart(key, value, key_cache, value_cache);
   TORCH_CHECK(key.scalar_type() != at::kDouble, op,
               ": float64 runs on the CPU only; the GPU takes float32, float16 and bfloat16");
   for (const auto& [name, cache] : {std::pair{"key_cache", key_cache}, std::pair{"value_cache", value_cache}}) {
@@ -77,7 +76,8 @@ void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::T
                                         AlphaCode::kAny, place.device);
   const bool compares = tokens <= variant.block_n;
   const at::Tensor places = slots.to(at::kLong).contiguous(), own = compares ? places : last_of_each_slot(places);
-  const at::Tensor keys = with_dense_rows(key), values = with_dense_rows(value);
+  const at::Tensor keys = with_dense_rows(apart_from(key, key_cache, value_cache)),
+                   values = with_dense_rows(apart_from(value, key_cache, value_cache));
   append(variant, place, tokens * ((heads + variant.block_m - 1) / variant.block_m),
          {
              .key = source_matrix(keys),

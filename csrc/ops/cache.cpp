@@ -3,6 +3,8 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 
+#include <limits>
+
 #include "ops/attention_checks.h"
 #include "ops/dispatcher.h"
 
@@ -55,6 +57,8 @@ PagedCall PagedCall::of(const at::Tensor& query, const at::Tensor& key_cache, co
     check_size(op, "cu_seqlens_q", "size", options.cu_seqlens_q->sym_size(0), "one more than block_table's batch,",
                batch + 1);
   } else {
+    TORCH_SYM_CHECK(longest.sym_le(std::numeric_limits<int32_t>::max()), op,
+                    ": max_seqlen_q must be at most 2^31 - 1, ", "got ", longest);
     TORCH_SYM_CHECK(query.sym_size(0).sym_eq(batch * longest), op, ": without cu_seqlens_q query must have ",
                     "max_seqlen_q tokens for each sequence, ", longest, " * ", batch, ", got ", query.sym_size(0));
     call.query = query.unflatten_symint(0, {batch, longest}).transpose(1, 2);
@@ -103,22 +107,21 @@ void check_append(const at::Tensor& key, const at::Tensor& value, const at::Tens
     check_size(op, name, "number of heads", tensor.sym_size(1), "its cache's", cache.sym_size(2));
     check_size(op, name, "head size", tensor.sym_size(2), "its cache's", cache.sym_size(3));
   }
-  // A place that several slots share would hold whichever was written last.
-  at::assert_no_internal_overlap(key_cache);
-  at::assert_no_internal_overlap(value_cache);
+  for (const auto& [name, cache] : {std::pair{"key_cache", key_cache}, std::pair{"value_cache", value_cache}}) {
+    // A place that several slots share would hold whichever was written last.
+    TORCH_CHECK(at::has_internal_overlap(cache) != at::MemOverlap::Yes, op, ": ", name,
+                " must not have several rows in one place, as an expanded tensor has, got strides ",
+                cache.sym_strides());
+    TORCH_CHECK(!cache.is_neg(), op, ": ", name, " must not be a negated view of another tensor");
+  }
   check_lengths(op, "slots", "(tokens,)", slots, key);
   check_size(op, "slots", "size", slots.sym_size(0), "key's number of tokens,", key.sym_size(0));
 }
 
-void check_apart(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
-                 const at::Tensor& value_cache) {
-  for (const auto& [name, tensor] : {std::pair{"key", key}, std::pair{"value", value}}) {
-    for (const at::Tensor& cache : {key_cache, value_cache}) {
-      const auto overlap = at::get_overlap_status(tensor, cache);
-      TORCH_CHECK(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial,
-                  "entmax_cache_append: ", name, " must not be a part of a cache that is written to; clone it");
-    }
-  }
+at::Tensor apart_from(const at::Tensor& tokens, const at::Tensor& key_cache, const at::Tensor& value_cache) {
+  const at::Tensor plain = tokens.resolve_neg();
+  const bool shared = plain.is_alias_of(key_cache) || plain.is_alias_of(value_cache);
+  return shared ? plain.clone() : plain;
 }
 
 }  // namespace adasplash

@@ -1,6 +1,7 @@
 // The ops on a paged cache above the backends. They have no gradient, and say so; a change of the cache is counted, by
 // which autograd finds that something it saved was overwritten.
 #include <ATen/core/grad_mode.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
@@ -43,6 +44,10 @@ void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& ke
 
 void append_and_count(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
                       const at::Tensor& value_cache, const at::Tensor& slots) {
+  for (const auto& [name, cache] : {std::pair{"key_cache", key_cache}, std::pair{"value_cache", value_cache}}) {
+    TORCH_CHECK(!cache.is_inference() || c10::InferenceMode::is_enabled(), "entmax_cache_append: ", name,
+                " was made in inference mode and can be changed there only");
+  }
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     entmax_cache_append(key, value, key_cache, value_cache, slots);
@@ -60,3 +65,7 @@ TORCH_LIBRARY_IMPL(adasplash, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(adasplash, ADInplaceOrView, m) { m.impl("entmax_cache_append", adasplash::append_and_count); }
+
+// Torch would resolve a negated view that is written to by a copy, and fails as the op returns nothing; check_append
+// refuses it, and negated tokens are resolved by the backends.
+TORCH_LIBRARY_IMPL(adasplash, Negative, m) { m.impl("entmax_cache_append", torch::CppFunction::makeFallthrough()); }

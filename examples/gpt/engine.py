@@ -56,6 +56,8 @@ class Engine:
             pages: of the cache. A request waits until there are enough for all of it.
             sequences: that are on their way at once, at most.
         """
+        if pages < 1 or sequences < 1:
+            raise ValueError(f"an engine needs pages and sequences, got {pages} and {sequences}")
         self.step, self.device, self.most = step, torch.device(device), sequences
         self.caches = shape.caches(pages, PAGE, self.device)
         self.free, self.width = list(range(pages)), pages

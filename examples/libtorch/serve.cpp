@@ -1,8 +1,8 @@
 // Continues texts with a saved model, many at once: serve_torchscript and serve_aoti, by what they load.
 #include <c10/core/InferenceMode.h>
 
+#include <charconv>
 #include <chrono>
-#include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <iterator>
@@ -16,13 +16,16 @@ constexpr int64_t kSequences = 8;  // on their way at once
 constexpr const char* kUsage =
     " MODEL COUNT [--lines] < prompts\n"
     "Continues what standard input holds by COUNT bytes, each the likeliest one, and writes them as they come.\n"
-    "With --lines every line of it is a request, up to 8 are on their way at once, and for each byte there is a line:\n"
+    "With --lines every line of it that is not empty is a request, up to 8 are on their way at once, and for each byte "
+    "there is a line:\n"
     "the number of its request, from 0, and the byte, from 0 to 255. How fast it went is told on standard error.\n";
 
 std::vector<std::string> ReadRequests(bool lines) {
   if (!lines) return {std::string{std::istreambuf_iterator<char>(std::cin), {}}};
   std::vector<std::string> requests;
-  for (std::string line; std::getline(std::cin, line);) requests.push_back(line);
+  for (std::string line; std::getline(std::cin, line);) {
+    if (!line.empty()) requests.push_back(line);
+  }
   return requests;
 }
 
@@ -56,8 +59,11 @@ int main(int argc, char** argv) {
     return argc == 2 && std::string(argv[1]) == "--help" ? 0 : 2;
   }
   try {
-    const int64_t count = std::atoll(argv[2]);
-    TORCH_CHECK(count > 0, "COUNT must be a whole number above zero, got ", argv[2]);
+    const std::string number = argv[2];
+    int64_t count = 0;
+    const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), count);
+    TORCH_CHECK(error == std::errc() && end == number.data() + number.size() && count > 0,
+                "COUNT must be a whole number above zero, got ", number);
     Serve(argv[1], count, lines);
   } catch (const c10::Error& error) {
     std::cerr << "error: " << error.what_without_backtrace() << '\n';

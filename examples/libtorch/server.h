@@ -50,6 +50,7 @@ class Server {
   // At most so many sequences are on their way at once; a request waits until there are enough pages for all of it.
   Server(CachedModel model, int64_t pages, int64_t sequences)
       : model_(std::move(model)), most_(sequences), width_(pages), free_(pages) {
+    TORCH_CHECK(pages > 0 && sequences > 0, "a server needs pages and sequences, got ", pages, " and ", sequences);
     for (Tensors* const caches : {&key_caches_, &value_caches_}) {
       for (int64_t layer = 0; layer < model_.layers; ++layer) {
         caches->push_back(at::zeros({pages, kPage, model_.heads, model_.head_size}, model_.device));

@@ -144,17 +144,49 @@ def test_caches_that_overlap_themselves(backend):
     """Rows that share memory would hold whichever was written last."""
     given = arguments(backend.device)
     given["key_cache"] = given["key_cache"][:1].expand(BLOCKS, -1, -1, -1)
-    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="key_cache must not have several rows in one place"):
         append(**given)
 
 
-def test_tokens_that_are_a_part_of_the_cache(backend):
-    """Which of them are read before they are written to would be left to chance."""
+@pytest.mark.parametrize("from_values", (False, True))
+def test_tokens_that_are_a_part_of_a_cache(backend, from_values):
+    """They are read before anything is written: a page moves on by a place."""
     given = arguments(backend.device)
-    tokens = len(given["slots"])
-    rows = given["key_cache"].flatten(0, 1)[:tokens]
-    with torch.no_grad(), pytest.raises(RuntimeError, match="key must not be a part of a cache"):
-        append(**given | {"key": rows})
+    caches = [torch.randn_like(given[name]) for name in ("key_cache", "value_cache")]
+    before = [x.clone() for x in caches]
+    slots = torch.arange(1, 4, device=backend.device)
+    sources = caches[::-1] if from_values else caches
+    with torch.no_grad():
+        append(*(x.flatten(0, 1)[:3] for x in sources), *caches, slots)
+    for cache, old in zip(caches, before[::-1] if from_values else before, strict=True):
+        assert torch.equal(cache.flatten(0, 1)[1:4], old.flatten(0, 1)[:3])
+
+
+@pytest.mark.backends("cpu", "emulated")
+def test_negated_views(backend):
+    """Lazily negated tokens are what they stand for; a cache must be no such view."""
+    given = arguments("cpu")
+    negated = torch.complex(torch.zeros_like(given["key"]), given["key"]).conj().imag
+    expected, found = (given["key_cache"].clone() for _ in range(2))
+    assert negated.is_neg()
+    with torch.no_grad():
+        append(**given | {"key": -given["key"], "key_cache": expected})
+        append(**given | {"key": negated, "key_cache": found})
+        assert torch.equal(found.nan_to_num(-7), expected.nan_to_num(-7))
+        cache = torch.zeros(given["key_cache"].shape, dtype=torch.cfloat).conj().imag
+        with pytest.raises(RuntimeError, match="key_cache must not be a negated view"):
+            append(**given | {"key_cache": cache})
+
+
+def test_caches_of_inference_mode(backend):
+    given = arguments(backend.device)
+    with torch.inference_mode():
+        inside = given["key_cache"].clone()
+        append(**given | {"key_cache": inside})
+    before = inside.clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="key_cache was made in inference mode"):
+        append(**given | {"key_cache": inside})
+    assert torch.equal(inside.nan_to_num(-7), before.nan_to_num(-7))
 
 
 def test_versions(backend):

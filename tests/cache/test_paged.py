@@ -143,6 +143,15 @@ def test_entries_that_no_key_needs_may_be_anything(backend, number):
     assert expected.isfinite().all()
 
 
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("left", (100, 2**62, 2**63 - 1))
+def test_windows_of_any_size_check_pages(backend, left):
+    query, cache = torch.randn(10, 2, 8), torch.randn(4, 4, 2, 8)
+    table, lengths = torch.tensor([[2**40]]), torch.tensor([3])
+    with pytest.raises(RuntimeError, match="block_table must name pages"):
+        entmax_attn_paged(query, cache, cache, table, lengths, max_seqlen_q=10, window=(left, -1))
+
+
 @pytest.mark.parametrize("queries", (0, 1, 20))
 def test_pages_behind_a_window_may_be_given_away(backend, queries):
     lengths = (90, 33)

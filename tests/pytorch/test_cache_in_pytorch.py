@@ -258,7 +258,14 @@ def test_as_flash_attn_has_it(backend):
 
 
 ERRORS = {
-    "no room": (dict(cache_seqlens=38), "slots"),
+    "no room": (dict(cache_seqlens=38), "cache_seqlens must be from 0 to 37, so that there is room for 3 more, got 38"),
+    "less than none": (dict(cache_seqlens=-1), "cache_seqlens must be from 0 to 37, .* got -1"),
+    "a share": (dict(cache_seqlens=2.7), "cache_seqlens must be an integer, got 2.7"),
+    "lengths that are true": (dict(cache_seqlens=torch.ones(3).bool()), "cache_seqlens must be int32 or int64"),
+    "alpha": (dict(alpha=5.0), "alpha must be 1 or from"),
+    "query's heads": (dict(query=torch.randn(3, 3, 3, SIZE)), "query's number of heads must be a multiple"),
+    "query's type": (dict(query=torch.randn(3, 3, HEADS, SIZE).half()), "key_cache must have query's dtype"),
+    "table's type": (dict(block_table=torch.zeros(3, 1)), "block_table must be int32 or int64"),
     "lengths missing": (dict(cache_seqlens=None), "cache_seqlens must be given with key"),
     "value missing": (dict(value=None), "key and value go together"),
     "lengths of another batch": (

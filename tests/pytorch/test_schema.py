@@ -15,6 +15,11 @@ VARLEN_OPTIONS = (
     "bool is_causal=False, *, float? scale=None, int[2] window=[-1, -1], Tensor? alibi_slopes=None, "
     "float dropout_p=0., Tensor? dropout_seed=None)"
 )
+CACHE = "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor kv_seqlens"
+PAGED_OPTIONS = (
+    "bool is_causal=True, *, Tensor? cu_seqlens_q=None, SymInt max_seqlen_q=1, float? scale=None, "
+    "int[2] window=[-1, -1], Tensor? alibi_slopes=None)"
+)
 RESOLVED = (
     "Tensor? head_alpha, float alpha, bool is_causal, float? scale, Tensor? q_seqlens, Tensor? kv_seqlens, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int[2] window, "
@@ -41,6 +46,14 @@ SCHEMAS = {
     "entmax_attn_varlen_summary": [
         f"entmax_attn_varlen_summary.per_head({VARLEN}, Tensor alpha, {VARLEN_OPTIONS} -> {SUMMARY}",
         f"entmax_attn_varlen_summary({VARLEN}, float alpha=1.5, {VARLEN_OPTIONS} -> {SUMMARY}",
+    ],
+    "entmax_attn_paged": [
+        f"entmax_attn_paged.per_head({CACHE}, Tensor alpha, {PAGED_OPTIONS} -> Tensor",
+        f"entmax_attn_paged({CACHE}, float alpha=1.5, {PAGED_OPTIONS} -> Tensor",
+    ],
+    "entmax_cache_append": [
+        "entmax_cache_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) "
+        "-> ()",
     ],
     "entmax": [
         "entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor",
@@ -86,6 +99,9 @@ def test_kernels_are_registered_where_each_door_looks():
         "entmax_attn.per_head": keys,
         "entmax_attn_varlen": keys,
         "entmax_attn_varlen.per_head": keys,
+        "entmax_attn_paged": ("CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA"),
+        "entmax_attn_paged.per_head": ("CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA"),
+        "entmax_cache_append": ("CPU", "Meta", "Autograd", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"),
         "_entmax_attn_forward": ("CPU", "Meta"),
         "_entmax_attn_backward": ("CPU", "Meta"),
         "entmax": ("Autograd", "CompositeExplicitAutograd", "AutocastCUDA"),
