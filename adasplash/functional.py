@@ -189,7 +189,8 @@ def entmax_attn(
 
     For one query with scores s_j = scale · q·k_j over the keys it sees, the weights are
     p_j = [(α−1) s_j − τ]₊^(1/(α−1)), with τ such that they sum to one (Peters, Niculae and Martins, "Sparse
-    Sequence-to-Sequence Models", 2019, equation 6), and the result is Σ p_j v_j. No M×N tensor is ever built.
+    Sequence-to-Sequence Models", 2019, equation 6), and the result is Σ p_j v_j. No M×N tensor is ever built, but of up
+    to 16 queries.
 
     Self-attention over a batch that is padded on the right gives its lengths twice::
 
