@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import GenerationConfig, PhimoeConfig, PhimoeForCausalLM
+from transformers import CompileConfig, GenerationConfig, PhimoeConfig, PhimoeForCausalLM
 from transformers.generation import continuous_batching
 
 import adasplash.integrations.transformers  # noqa: F401
@@ -95,6 +95,24 @@ def test_a_window_that_layers_do_not_know(calls):
 @needs_newer
 def test_a_cache_that_is_too_small_for_all():
     assert_as_alone(build("llama", "ForCausalLM"), num_blocks=18)
+
+
+@needs_newer
+@pytest.mark.parametrize("name", ("llama", "mistral"))
+def test_padded_forwards(name, calls):
+    """As for CUDA graphs and compiled code, tokens of no request are behind the others."""
+    with torch.compiler.set_stance("force_eager"):
+        sizes = dict(q_padding_interval_size=16, max_requests_per_batch=16)
+        assert_as_alone(build(name, "ForCausalLM"), varlen_compile_config=CompileConfig(), **sizes)
+    assert any(len(lengths) > 1 and lengths[-1] > 0 == lengths[-2] for _, lengths, _ in calls)
+
+
+@needs_newer
+@pytest.mark.slow
+def test_compiled():
+    config = CompileConfig(backend="aot_eager", dynamic=True, fullgraph=False)
+    model = build("llama", "ForCausalLM", torch.float32)
+    assert_as_alone(model, varlen_compile_config=config, decode_compile_config=config)
 
 
 @needs_newer

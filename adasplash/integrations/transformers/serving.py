@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.generation import continuous_batching
 
 from adasplash.cache import entmax_attn_paged, entmax_cache_append
@@ -40,6 +41,7 @@ def window_of_cache(module: nn.Module) -> int | None:
     return window if slides else None
 
 
+@torch.compiler.disable  # as transformers has it: keys and values are views of one tensor
 def attend_to_cache(
     query: Tensor,
     key: Tensor,
@@ -59,13 +61,19 @@ def attend_to_cache(
     """
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
     offsets_q, offsets_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+    longest_q, longest_k = kwargs["max_length_q"], kwargs["max_length_k"]
+    # Where forwards are padded to a few sizes, tokens of no request are behind the others, and longest_q is their sum.
+    padded = longest_q >= queries.shape[0] > 1
+    if padded:
+        offsets_q = functional.pad(offsets_q, (0, 1), value=queries.shape[0])
     options: dict[str, Any] = {"is_causal": True, "scale": scale}
     if window is not None:
         options["window"] = (window, 0)
     if kwargs.get("k_cache") is None:
-        longest = kwargs["max_length_q"], kwargs["max_length_k"]
-        out = entmax_attn_varlen(queries, keys, values, offsets_q, offsets_k, *longest, alpha, **options)
-        return out[None]
+        if padded:
+            offsets_k, longest_k = functional.pad(offsets_k, (0, 1), value=keys.shape[0]), keys.shape[0]
+        packed = queries, keys, values, offsets_q, offsets_k, longest_q, longest_k
+        return entmax_attn_varlen(*packed, alpha, **options)[None]
 
     key_pages, value_pages, table = kwargs["k_cache"], kwargs["v_cache"], kwargs["block_table"]
     lengths, slots = offsets_k.diff(), kwargs.get("slots")
@@ -74,12 +82,14 @@ def attend_to_cache(
         number = table.long().gather(1, last.clamp(min=0).div(page, rounding_mode="floor")[:, None])[:, 0]
         slots = torch.where(lengths > 0, number * page + last % page, -1)
     else:
-        options |= {"cu_seqlens_q": offsets_q, "max_seqlen_q": kwargs["max_length_q"]}
+        options |= {"cu_seqlens_q": offsets_q, "max_seqlen_q": longest_q}
+        if padded:
+            lengths, table = functional.pad(lengths, (0, 1)), functional.pad(table, (0, 0, 0, 1))
     entmax_cache_append(keys, values, key_pages, value_pages, slots)
     return entmax_attn_paged(queries, key_pages, value_pages, table, lengths, alpha, **options)[None]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # in its place
 def leave_in_pages(
     theirs: Callable, cache: Any, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
