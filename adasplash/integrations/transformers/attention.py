@@ -10,6 +10,7 @@ from transformers.utils import output_capturing
 from adasplash.functional import entmax_attn, entmax_attn_varlen
 from adasplash.integrations.transformers.layers import alpha_of
 from adasplash.integrations.transformers.masks import NOT_SERVED, Lengths, Offsets, decode, offsets_of, to_boolean
+from adasplash.integrations.transformers.serving import attend_to_cache, is_served, window_of_cache
 from adasplash.masked import MOST_CHANNELS, allow_dense, attend_densely
 from adasplash.summary import entmax_attn_summary, entmax_attn_varlen_summary
 
@@ -55,7 +56,7 @@ def attention(
         attention_mask: what the mask function (masks.py) made, or a Boolean or floating point mask of the user's.
         s_aux: (H,), attention sinks.
         kwargs: cu_seq_lens_q and cu_seq_lens_k with max_length_q and max_length_k where sequences are packed,
-            position_ids, output_attentions; others are not looked at.
+            position_ids, output_attentions, and what continuous batching adds (serving.py); others are not looked at.
 
     Returns:
         (B, M, H, D_v), and the weights (B, H, M, N) where they are asked for.
@@ -70,12 +71,15 @@ def attention(
     scale = scale * module.config.adasplash_scale
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    served = is_served(kwargs)
+    if served and sliding_window is None:
+        sliding_window = window_of_cache(module)
     call = _Call(
         module, query, key, value, alpha_of(module, query), scale, dropout if module.training else 0.0, is_causal,
         sliding_window - 1 if sliding_window is not None and sliding_window > 0 else None,
     )  # fmt: skip
 
-    mask = decode(attention_mask)
+    mask = None if served else decode(attention_mask)
     cu_seqlens = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     lengths = kwargs.get("max_length_q"), kwargs.get("max_length_k")
     if isinstance(mask, Offsets):
@@ -105,6 +109,12 @@ def attention(
     elif max(query.shape[-1], value.shape[-1]) > MOST_CHANNELS:
         option = f"a head size above {MOST_CHANNELS}"
     wanted = kwargs.get("output_attentions") or _weights_are_captured()
+    if served:
+        if wanted or _is_recorded(module):
+            option = "output_attentions" if wanted else "record"
+        if option is not None:
+            raise NotImplementedError(f"adasplash: {name}: {option} is not served in continuous batching")
+        return attend_to_cache(query, key, value, call.alpha, scale, call.window, kwargs), None
     if option is not None or wanted:
         if option is not None:
             allow_dense(f"adasplash: {name}", option, batch * query.shape[1] * query.shape[2] * key.shape[2])

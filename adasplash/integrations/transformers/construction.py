@@ -2,18 +2,23 @@
 
 transformers has registries for attention and mask functions, and none for what else a model needs: parameters before
 its weights are loaded, an error where the word would change nothing, and config.json that keeps the word. For these,
-six methods of its base classes are extended.
+six methods of its base classes are extended. Continuous batching asks no registry either, but compares words with those
+that it knows; what is extended there, is in serving.py.
 """
 
 import functools
+from typing import Any
 
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.generation import continuous_batching
 
 from adasplash.integrations.transformers.attention import attention
 from adasplash.integrations.transformers.configuration import WORD, hand_down, set_defaults, sub_configs, word_to_save
 from adasplash.integrations.transformers.layers import can_switch, cannot_switch, prepare
 from adasplash.integrations.transformers.masks import mask
 from adasplash.integrations.transformers.normaliser import EntmaxNormaliser
+from adasplash.integrations.transformers.serving import can_serve, keep_the_word, leave_in_pages, take_block_tables
 
 
 def register() -> None:
@@ -29,9 +34,13 @@ def register() -> None:
     _extend(PreTrainedModel, "_initialize_weights", _initialize_weights)
     _extend(PreTrainedConfig, "to_dict", _to_dict)
     _extend_from_dict()
+    if can_serve():
+        _extend(continuous_batching.ContinuousBatchingManager, "switch_to_cb_friendly_attn", keep_the_word)
+        _extend(continuous_batching.PagedAttentionCache, "update", leave_in_pages)
+        _extend(continuous_batching.initialization, "ensure_decode_fast_path_is_available", take_block_tables)
 
 
-def _extend(owner: type, name: str, extension) -> None:
+def _extend(owner: Any, name: str, extension) -> None:
     theirs = getattr(owner, name)
 
     @functools.wraps(theirs)
@@ -65,6 +74,13 @@ def _post_init(theirs, model: PreTrainedModel) -> None:
 
 
 def _set_attn_implementation(theirs, model: PreTrainedModel, attn_implementation, *args, **kwargs) -> None:
+    if attn_implementation == f"paged|{WORD}":  # continuous batching of older versions says so by itself
+        if not can_serve():
+            raise NotImplementedError(
+                "adasplash: continuous batching must be that of a newer transformers (5.24 is tried), got "
+                f"{transformers.__version__}"
+            )
+        attn_implementation = WORD
     if attn_implementation == WORD and not can_switch(type(model)):
         raise cannot_switch(type(model).__name__)  # theirs warns and goes on
     theirs(model, attn_implementation, *args, **kwargs)
