@@ -41,8 +41,8 @@ at::Tensor call_paged(const at::Tensor& query, const at::Tensor& key_cache, cons
 void check_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
                   const at::Tensor& value_cache, const at::Tensor& slots);
 
-// Tokens as a backend writes them to the caches: a copy where they are a part of these, as some would be read after they
-// were written.
+// Tokens as a backend writes them to the caches: a copy where they are a part of these, as some would be read after
+// they were written.
 at::Tensor apart_from(const at::Tensor& tokens, const at::Tensor& key_cache, const at::Tensor& value_cache);
 
 // entmax_attn_paged over a function of its arguments and options, with the signature that options.h makes for it.
