@@ -1,9 +1,13 @@
 """Builds the library by calling CMake; everything else about the package stands in pyproject.toml."""
 
+import importlib.metadata
+import importlib.util
 import os
 import re
+import site
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -11,6 +15,23 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r"VERSION (\d+\.\d+\.\d+)", (ROOT / "CMakeLists.txt").read_text()).group(1)
+
+#: Of torch, whose C++ part changes with every minor release: those that the sources are known to build with.
+SUPPORTED_TORCH = ">=2.11,<2.15"
+
+
+def installed_packages() -> list[str]:
+    """Where the environment has its packages that this is installed into, which pip hides from an isolated build."""
+    return [*{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}, site.getusersitepackages()]
+
+
+def torch_required() -> str:
+    """What the package needs of torch: the minor release that it is built with, or for an sdist what it can be built
+    with."""
+    found = next(importlib.metadata.distributions(name="torch", path=[*sys.path, *installed_packages()]), None)
+    if found is None or "sdist" in sys.argv:
+        return f"torch{SUPPORTED_TORCH}"
+    return "torch=={}.{}.*".format(*found.version.split(".")[:2])
 
 
 class CMakeBuild(build_ext):
@@ -22,12 +43,17 @@ class CMakeBuild(build_ext):
         return ROOT / "adasplash" if in_place else Path(self.build_lib).resolve() / "adasplash"
 
     def run(self):
+        # Torch is that of the environment, also where the build is isolated: another release would not do.
+        environment = os.environ.copy()
+        if importlib.util.find_spec("torch") is None:
+            sys.path += installed_packages()
+            for name in ("PYTHONPATH", "PYTHONNOUSERSITE"):  # by which pip hides it, and Triton, from other processes
+                environment.pop(name, None)
         try:
             import torch
         except ModuleNotFoundError:
             raise SystemExit(
-                "torch-adasplash builds against the torch that is installed, and none is: install torch first, then "
-                "run pip with --no-build-isolation"
+                "torch-adasplash builds against the torch that is installed, and none is: install torch first"
             ) from None
         build = ROOT / "build" / f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
         subprocess.run(
@@ -40,8 +66,9 @@ class CMakeBuild(build_ext):
                 f"-DADASPLASH_ARCHS={os.environ.get('ADASPLASH_ARCHS') or 'auto'}",
             ],
             check=True,
+            env=environment,
         )
-        subprocess.run(["cmake", "--build", build], check=True)
+        subprocess.run(["cmake", "--build", build], check=True, env=environment)
         subprocess.run(["cmake", "--install", build, "--prefix", self.package_folder], check=True)
 
     def get_outputs(self):
@@ -51,4 +78,9 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(version=VERSION, ext_modules=[Extension("adasplash._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    version=VERSION,
+    install_requires=[torch_required()],
+    ext_modules=[Extension("adasplash._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

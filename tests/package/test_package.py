@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,22 +17,46 @@ from common import ROOT, build_once, run, run_python
 pytestmark = pytest.mark.backends("cpu")
 
 
+def make_sdist(folder: Path) -> Path:
+    """The source distribution, of the files that git would hand out."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder, cwd=folder / "source")
+    [file] = folder.glob("*.tar.gz")
+    return file
+
+
+def test_the_source_distribution_has_what_a_build_needs(tmp_path):
+    with tarfile.open(make_sdist(tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        [metadata] = [name for name in archive.getnames() if name.count("/") == 1 and name.endswith("PKG-INFO")]
+        assert b"Requires-Dist: torch<2.15,>=2.11" in archive.extractfile(metadata).read()
+    needed = run("git", "ls-files", "CMakeLists.txt", "cmake", "csrc", "triton_src", "adasplash", cwd=ROOT).stdout
+    assert set(needed.split()) | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory):
-    """`pip install .` of the files that git would hand out, into a folder of its own."""
+    """`pip install` of the source distribution as users type it, in an isolated build, into a folder of its own."""
 
     def build(folder):
-        listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
-        for name in listed:
-            if (ROOT / name).is_file():
-                (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
         run(
-            sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-q",
-            "--target", folder / "site", folder / "source", env={**os.environ, "ADASPLASH_ARCHS": "none"},
+            sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", folder / "site",
+            make_sdist(folder), env={**os.environ, "ADASPLASH_ARCHS": "none"},
         )  # fmt: skip
 
     return build_once(tmp_path_factory, "installed", build) / "site"
+
+
+@pytest.mark.builds
+def test_the_wheel_needs_the_torch_that_it_was_built_with(installed):
+    [metadata] = installed.glob("torch_adasplash-*.dist-info/METADATA")
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert f"Requires-Dist: torch=={minor}.*" in metadata.read_text()
 
 
 @pytest.mark.builds
