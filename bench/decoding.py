@@ -5,8 +5,8 @@
     python -m bench.decoding --device cuda --cases 1x32768 16x4096 --inputs scores:1 flat --no-file
     python -m bench.decoding --readme FILE …          the README's block, of these result files
 
-scores:σ stands for scores from N(0, σ²), flat for queries that are nearly zero. Peers run in turn; ratios are medians over
-rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
+scores:σ stands for scores from N(0, σ²), flat for queries that are nearly zero. Peers run in turn; ratios are medians
+over rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
 `flash-attn-3` is FlashAttention-3's flash_attn_with_kvcache, where it is installed (pip install fa3-fwd); `sdpa` is
 torch's attention with grouped heads.
 """
@@ -199,10 +199,11 @@ def block(rows: list[results.Row]) -> str:
         f"{'the rows on the CPU: ' if device == 'cpu' else ''}{tables.heading(of)}" for device, of in by_device(rows)
     ]
     return (
-        "A step of decoding, one new query a sequence, α = 1.5: this library's time, with keys behind each other and in "
-        f"a paged cache (pages of {PAGE}), and the first of these divided by the others' over the same keys, **lower is "
-        "better**. On a GPU all are captured graphs. Heads are of queries / of keys; flat scores are those of a query "
-        "near zero; writing the new key is not counted, and what caches hold from the step before is left there.\n\n"
+        "A step of decoding, one new query a sequence, α = 1.5: this library's time, with keys behind each other and "
+        f"in a paged cache (pages of {PAGE}), and the first of these divided by the others' over the same keys, **lower "
+        "is better**. On a GPU all are captured graphs. Heads are of queries / of keys; flat scores are those of a "
+        "query near zero; writing the new key is not counted, and what caches hold from the step before is left "
+        "there.\n\n"
         f"{tables.markdown(table)}\n\nMeasured on: {' '.join(where)} `python -m bench.decoding`."
     )
 
