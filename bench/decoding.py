@@ -201,8 +201,8 @@ def block(rows: list[results.Row]) -> str:
     return (
         "A step of decoding, one new query a sequence, α = 1.5: this library's time, with keys behind each other and "
         f"in a paged cache (pages of {PAGE}), and the first of these divided by the others' over the same keys, "
-        "**lower is better**. On a GPU all are captured graphs. Heads are of queries / of keys; flat scores are those of a "
-        "query near zero; writing the new key is not counted, and what caches hold from the step before is left "
+        "**lower is better**. On a GPU all are captured graphs. Heads are of queries / of keys; flat scores are those "
+        "of a query near zero; writing the new key is not counted, and what caches hold from the step before is left "
         "there.\n\n"
         f"{tables.markdown(table)}\n\nMeasured on: {' '.join(where)} `python -m bench.decoding`."
     )
