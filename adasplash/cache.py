@@ -127,7 +127,7 @@ def entmax_cache_append(key: Tensor, value: Tensor, key_cache: Tensor, value_cac
     Args:
         key: (T, H_kv, D), of the cache's type and on its device.
         value: (T, H_kv, D_v).
-        key_cache: (blocks, page, H_kv, D), of any strides; on a GPU as ``entmax_attn_paged`` takes it.
+        key_cache: (blocks, page, H_kv, D), of any strides; on a GPU rows must be dense.
         value_cache: (blocks, page, H_kv, D_v).
         slots: (T,) int32 or int64: page number · page + row for each token, or −1 for one that is not kept. Of equal
             slots the last token's key and value stay.
@@ -172,7 +172,7 @@ def entmax_attn_with_kvcache(
     :func:`entmax_attn_paged` in turn.
 
     Args:
-        query: (B, M, H, D).
+        query: (B, M, H, D). M is a constant where this is traced (``torch.jit.trace``).
         key_cache: (B, N, H_kv, D), or with ``block_table`` (blocks, page, H_kv, D). Changed in place.
         value_cache: the same with D_v.
         key: (B, M_new, H_kv, D), for the places behind those that the cache holds, or None.
@@ -188,9 +188,9 @@ def entmax_attn_with_kvcache(
         (B, M, H, D_v). Query i of a sequence stands at its token cache_seqlens + M_new − M + i.
 
     Raises:
-        TypeError, RuntimeError: an argument does not fit; the message names it, and the cache is as it was. A cache
-            without room for the new keys is an error on the CPU; a GPU does not write those that have none. Where it is
-            traced (``torch.jit.trace``) the number of queries is a constant.
+        TypeError, RuntimeError: an argument does not fit; the message names it. In eager code the cache is as it was
+            then; scripted, compiled and traced code may have appended already. A cache without room for the new keys is
+            an error on the CPU; a GPU does not write those that have none.
     """
     if not torch.jit.is_scripting():
         _check_kinds(query, key_cache, value_cache, key, value, cache_seqlens, block_table)
@@ -292,9 +292,8 @@ def _check_batch(name: str, tensor: Tensor, batch: int) -> None:
 
 
 def slots_of(block_table: Tensor, held: Tensor, new: int, page: int, blocks: int) -> Tensor:
-    """(B, new): the slots of the next keys of sequences that have `held` (B,) in a cache already. Where the
-    table has no
-    room or no page for one, it is a slot that no cache of so many blocks has."""
+    """(B, new): the slots of the next keys of sequences that have `held` (B,) in a cache already. Where the table has
+    no room or no page for one, it is a slot that no cache of so many blocks has."""
     places = held.long()[:, None] + torch.arange(new, device=held.device)
     entry = places.div(max(page, 1), rounding_mode="floor")
     there = (entry >= 0) & (entry < block_table.shape[1])

@@ -2,11 +2,11 @@
 
     python -m bench.decoding                          the table of goals for the CPU
     python -m bench.decoding --device cuda            … for a GPU
-    python -m bench.decoding --device cuda --cases 1x32768 16x4096 --inputs gaussian:1 flat --no-file
+    python -m bench.decoding --device cuda --cases 1x32768 16x4096 --inputs scores:1 flat --no-file
     python -m bench.decoding --readme FILE …          the README's block, of these result files
 
-Scores are drawn from N(0, σ²), or flat: of queries that are nearly zero. Peers run in turn; ratios are medians over
-rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
+scores:σ stands for scores from N(0, σ²), flat for queries that are nearly zero. Peers run in turn; ratios are medians
+over rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
 `flash-attn-3` is FlashAttention-3's flash_attn_with_kvcache, where it is installed (pip install fa3-fwd); `sdpa` is
 torch's attention with grouped heads.
 """
@@ -158,6 +158,11 @@ def bench(cache: Cache, alpha: float, device: str, effort: Effort) -> Iterator[r
         }  # fmt: skip
 
 
+def by_device(rows: list[results.Row]) -> list[tuple[str, list[results.Row]]]:
+    devices = dict.fromkeys(row["device"] for row in rows)
+    return [(device, [row for row in rows if row["device"] == device]) for device in devices]
+
+
 def block(rows: list[results.Row]) -> str:
     """What the README shows: a line for each case of a device."""
     peers = {"flash-attn-3": "FlashAttention-3", "sdpa": "torch's softmax"}
@@ -190,11 +195,16 @@ def block(rows: list[results.Row]) -> str:
                 *(f"{found[peer]['ratio']:.2f}" if peer in found else "–" for peer in peers),
             ]
         )
+    where = [
+        f"{'the rows on the CPU: ' if device == 'cpu' else ''}{tables.heading(of)}" for device, of in by_device(rows)
+    ]
     return (
-        "A step of decoding, one new query a sequence: this library's time, with keys behind each other and in a paged "
-        f"cache (pages of {PAGE}), and the first of these divided by the others' over the same keys, **lower is "
-        "better**. On a GPU all are captured graphs.\n\n"
-        f"{tables.markdown(table)}\n\nMeasured on: {tables.heading(rows)} `python -m bench.decoding`."
+        "A step of decoding, one new query a sequence, α = 1.5: this library's time, with keys behind each other and "
+        f"in a paged cache (pages of {PAGE}), and the first of these divided by the others' over the same keys, "
+        "**lower is better**. On a GPU all are captured graphs. Heads are of queries / of keys; flat scores are those "
+        "of a query near zero; writing the new key is not counted, and what caches hold from the step before is left "
+        "there.\n\n"
+        f"{tables.markdown(table)}\n\nMeasured on: {' '.join(where)} `python -m bench.decoding`."
     )
 
 
@@ -223,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", nargs="+", type=case_of, metavar="SEQUENCESxKEYS")
-    parser.add_argument("--inputs", nargs="+", default=["gaussian:1.5"], metavar="INPUT")
+    parser.add_argument("--inputs", nargs="+", default=["scores:1.5"], metavar="INPUT")
     parser.add_argument("--heads", nargs=2, type=int, default=[32, 8], metavar=("QUERY", "KEY"))
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)

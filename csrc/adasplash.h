@@ -133,8 +133,9 @@ ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
 // Sequence b has kv_seqlens[b] keys, of which key j is row j % page of page block_table[b, j / page]. Its queries are
 // the last of its tokens, as a causal mask is aligned bottom right: max_seqlen_q of them, behind those of the sequences
 // before it; or with cu_seqlens_q (B + 1,) those from cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1, which max_seqlen_q
-// bounds. So chunks of a prompt and single tokens may be in one call. Tables and lengths are int32 or int64; caches may
-// have any strides. What they hold out of range is an error on the CPU; on a GPU lengths and pages are clamped.
+// bounds. So chunks of a prompt and single tokens may be in one call. Tables and lengths are int32 or int64; those
+// out of range are an error on the CPU and are clamped on a GPU. Caches may have any strides; on a GPU rows must be
+// dense and start at multiples of 16 bytes. Tensors that require a gradient are an error while gradients are recorded.
 ADASPLASH_API at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache,
                                            const at::Tensor& value_cache, const at::Tensor& block_table,
                                            const at::Tensor& kv_seqlens, double alpha = 1.5, bool is_causal = true,
@@ -152,7 +153,7 @@ ADASPLASH_API at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Te
 
 // Writes the keys (T, H_kv, D) and values (T, H_kv, D_v) of tokens to a paged cache, in place. slots (T,) int32 or
 // int64 are page number * page + row; a slot of -1 is skipped, another one out of range is an error on the CPU and
-// skipped on a GPU. Of equal slots the last one's key and value stay.
+// skipped on a GPU. Of equal slots the last one's key and value stay. On a GPU rows of a cache must be dense.
 ADASPLASH_API void entmax_cache_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
                                        const at::Tensor& value_cache, const at::Tensor& slots);
 

@@ -304,7 +304,7 @@ def test_decoding_is_timed_against_its_peers(tmp_path):
         "--seconds",
         "0",
         "--inputs",
-        "gaussian:1",
+        "scores:1",
         "flat",
     ]
     decoding.main([*options, "--out", str(tmp_path / "rows.jsonl")])
@@ -313,7 +313,7 @@ def test_decoding_is_timed_against_its_peers(tmp_path):
     assert {row["peer"] for row in rows} == peers and len(rows) == 2 * 2 * len(peers)
     assert all(row["median"] > 0 and (row["ratio"] is None) == row["peer"].startswith("adasplash") for row in rows)
     supports = {row["input"]: row["support"] for row in rows}
-    assert 1 <= supports["gaussian:1"] < supports["flat"] == 128
+    assert 1 <= supports["scores:1"] < supports["flat"] == 128
 
 
 def test_the_readme_shows_decoding():
@@ -322,7 +322,7 @@ def test_the_readme_shows_decoding():
 
 
 def test_what_decoding_reads_is_the_same_in_pages():
-    cache = decoding.Cache("cpu", 2, 128, (4, 2), 16, "fp32", "gaussian:1.5")
+    cache = decoding.Cache("cpu", 2, 128, (4, 2), 16, "fp32", "scores:1.5")
     steps = decoding.peers(cache, 1.5)
     with torch.no_grad():
         out = steps["adasplash"]()
