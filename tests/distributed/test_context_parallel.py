@@ -1,7 +1,9 @@
 """Context parallelism: sequences sharded over two and over four processes, each case against one process."""
 
+import time
 from unittest import mock
 
+import dying_ranks
 import parallel_ranks
 import pytest
 import torch
@@ -27,6 +29,14 @@ def outcomes(request, tmp_path_factory) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", parallel_ranks.CASES)
 def test_as_one_process(outcomes, name):
     assert not any(outcome[name] for outcome in outcomes), "\n".join(outcome[name] for outcome in outcomes)
+
+
+@pytest.mark.slow
+def test_a_process_that_died_is_an_error_of_the_others(tmp_path):
+    """At once, and not after the group's time-out."""
+    start = time.monotonic()
+    ranks.run_ranks(dying_ranks.__file__, lambda rank: [rank, tmp_path / "store"])
+    assert time.monotonic() - start < 55
 
 
 def test_without_a_process_group():
