@@ -31,13 +31,13 @@ def inputs(heads=4, kv_heads=4, batch=2, chunk=6, dim=8, value_dim=5, dtype=DOUB
     return [torch.randn(batch, *shape, dtype=dtype) for shape in shapes]
 
 
-def check(*tensors, alpha=1.5, scale=None, parallel=entmax_attn_context_parallel, method="gather", **options):
+def check(*tensors, alpha=1.5, scale=None, method="gather", **options):
     """A call over shards against one process with everything: outputs and gradients, and without gradients."""
     for without in (torch.no_grad, torch.inference_mode):
         with without():
             expected = adasplash.entmax_attn(*tensors, alpha, scale=scale, **options)
             shards = [shard(x, 2) for x in tensors]
-            found = unshard(parallel(*shards, alpha, scale=scale, method=method, **options), 2)
+            found = unshard(entmax_attn_context_parallel(*shards, alpha, scale=scale, method=method, **options), 2)
             compare(found, expected)
 
     def leaves():
@@ -51,7 +51,8 @@ def check(*tensors, alpha=1.5, scale=None, parallel=entmax_attn_context_parallel
     grad = torch.randn_like(expected)
     expected.backward(grad)
     *whole, an_alpha, a_scale = leaves()
-    out = parallel(*(shard(x, 2) for x in whole), an_alpha, scale=a_scale, method=method, **options)
+    shards = [shard(x, 2) for x in whole]
+    out = entmax_attn_context_parallel(*shards, an_alpha, scale=a_scale, method=method, **options)
     assert out.dtype == tensors[0].dtype and out.shape[2] * WORLD == tensors[0].shape[2]
     out.backward(shard(grad, 2))
     compare(unshard(out.detach(), 2), expected.detach())
@@ -62,7 +63,7 @@ def check(*tensors, alpha=1.5, scale=None, parallel=entmax_attn_context_parallel
 
 def compare(found, expected):
     close = {DOUBLE: 1e-11, SINGLE: 2e-5, torch.bfloat16: 3e-2}[expected.dtype]
-    torch.testing.assert_close(found, expected, atol=close * max(1, expected.abs().max().item()), rtol=close)
+    torch.testing.assert_close(found, expected, atol=close * max([1.0, *expected.abs().flatten().tolist()]), rtol=close)
 
 
 def refused(error, words, function, *arguments, **options):
@@ -120,6 +121,12 @@ def plain(method):
 def grouped_queries(method):
     for is_causal in (False, True):
         check(*inputs(heads=8, kv_heads=4, dtype=SINGLE), is_causal=is_causal, method=method)
+
+
+@for_both_methods
+def nothing_at_all(method):
+    for batch, chunk in ((0, 6), (2, 0)):
+        check(*inputs(batch=batch, chunk=chunk), is_causal=True, method=method)
 
 
 @for_both_methods
@@ -197,30 +204,30 @@ def same_bits(method):
 
 @for_both_methods
 def compiled(method):
-    def parallel(*arguments, **options):
-        return entmax_attn_context_parallel(*arguments, **options) * 1.0
-
-    options = dict(parallel=torch.compile(parallel, backend="aot_eager", fullgraph=True), method=method)
-    torch._dynamo.reset()
-    alpha = torch.tensor([1.2, 1.5, 1.7, 2.0], dtype=DOUBLE)
-    check(*inputs(chunk=4), alpha=alpha, is_causal=True, **options)
-    torch._dynamo.reset()
-    check(*inputs(chunk=4), window=(3, 2), **options)
-    torch._dynamo.reset()
-    whole = torch.randn(2, 4, 4 * WORLD, 8, dtype=DOUBLE)
+    whole, alpha = torch.randn(2, 4, 8 * WORLD, 8, dtype=DOUBLE), torch.tensor([1.2, 1.5, 1.7, 2.0], dtype=DOUBLE)
     grad = torch.randn_like(whole)
 
-    def step(x):
+    def step(x, alpha, **options):
         mine = shard(x, 2)
-        return unshard(parallel(mine, mine.sin(), mine.cos(), is_causal=True, method=method), 2)
+        return unshard(entmax_attn_context_parallel(mine, mine.sin(), mine.cos(), alpha, method=method, **options), 2)
 
-    results = []
-    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
-        leaf = whole.clone().requires_grad_()
-        out = function(leaf)
-        out.backward(grad)
-        results.append((out.detach(), leaf.grad))
-    torch.testing.assert_close(*results)
+    def alone(x, alpha, **options):
+        return adasplash.entmax_attn(x, x.sin(), x.cos(), alpha, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for options in (dict(is_causal=True), dict(window=(3, 2))):
+        results = []
+        for function in (alone, step, compiled):
+            leaves = whole.clone().requires_grad_(), alpha.clone().requires_grad_()
+            out = function(*leaves, **options)
+            out.backward(grad)
+            results.append((out.detach(), *(x.grad for x in leaves)))
+        for expected, *others in zip(*results, strict=True):
+            for found in others:
+                compare(found, expected)
+    with torch.inference_mode():
+        compare(compiled(whole, alpha, is_causal=True), alone(whole, alpha, is_causal=True))
 
 
 @case
