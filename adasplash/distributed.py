@@ -244,8 +244,7 @@ def _gather(function, query, key, value, alpha, is_causal, scale, window, alibi_
             start, end = seen[chunk]
             chunks.update(range(start // length, (end - 1) // length + 1))
         needed.append(sorted(chunks))
-    # Where one process needs every chunk all wait for it, and an all-gather, which sends each chunk once, is faster than
-    # an all-to-all, in which its owner sends it to everyone.
+    # Where one process needs every chunk, the others wait for it whatever they fetch themselves, and all gather.
     fetch = _fetch_all if max(map(len, needed)) == 2 * world else _fetch_needed
     parts = fetch(key, value, needed, rank, world, name)
     keys = torch.cat([parts[chunk][0] for chunk in needed[rank]], dim=2)
