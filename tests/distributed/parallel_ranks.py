@@ -1,0 +1,383 @@
+"""What test_context_parallel.py says of adasplash.distributed, run by several processes: `python parallel_ranks.py RANK
+WORLD FOLDER` runs every case and writes what went wrong in each, "" if nothing did."""
+
+import datetime
+import itertools
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+import adasplash
+from adasplash.distributed import entmax_attn_context_parallel, shard, unshard
+from ranks import run_cases
+
+CASES = {}
+SINGLE, DOUBLE = torch.float32, torch.float64
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def inputs(heads=4, kv_heads=4, batch=2, chunk=6, dim=8, value_dim=5, dtype=DOUBLE):
+    """Query, key and value of 2W chunks, the same on every process."""
+    tokens = 2 * WORLD * chunk
+    shapes = (heads, tokens, dim), (kv_heads, tokens, dim), (kv_heads, tokens, value_dim)
+    return [torch.randn(batch, *shape, dtype=dtype) for shape in shapes]
+
+
+def check(*tensors, alpha=1.5, scale=None, method="gather", **options):
+    """A call over shards against one process with everything: outputs and gradients, and without gradients."""
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            expected = adasplash.entmax_attn(*tensors, alpha, scale=scale, **options)
+            shards = [shard(x, 2) for x in tensors]
+            found = unshard(entmax_attn_context_parallel(*shards, alpha, scale=scale, method=method, **options), 2)
+            compare(found, expected)
+
+    def leaves():
+        return [x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in (*tensors, alpha, scale)]
+
+    def gradients(of):
+        return [x.grad for x in of if isinstance(x, torch.Tensor)]
+
+    *single, one_alpha, one_scale = leaves()
+    expected = adasplash.entmax_attn(*single, one_alpha, scale=one_scale, **options)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    *whole, an_alpha, a_scale = leaves()
+    shards = [shard(x, 2) for x in whole]
+    out = entmax_attn_context_parallel(*shards, an_alpha, scale=a_scale, method=method, **options)
+    assert out.dtype == tensors[0].dtype and out.shape[2] * WORLD == tensors[0].shape[2]
+    out.backward(shard(grad, 2))
+    compare(unshard(out.detach(), 2), expected.detach())
+    found = gradients((*whole, an_alpha, a_scale))
+    for x, y in zip(found, gradients((*single, one_alpha, one_scale)), strict=True):
+        compare(x, y)
+
+
+def compare(found, expected):
+    close = {DOUBLE: 1e-11, SINGLE: 2e-5, torch.bfloat16: 3e-2}[expected.dtype]
+    torch.testing.assert_close(found, expected, atol=close * max([1.0, *expected.abs().flatten().tolist()]), rtol=close)
+
+
+def refused(error, words, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except error as raised:
+        assert words in str(raised), raised
+    else:
+        raise AssertionError(f"{words!r} was not said")
+
+
+def for_both_methods(function):
+    for method in ("gather", "exchange"):
+        CASES[f"{function.__name__}_by_{method}"] = lambda method=method: function(method)
+    return function
+
+
+@case
+def layout():
+    """Chunks r and 2W - 1 - r, of any type and in any dimension, there and back."""
+    tokens = torch.arange(3 * 4 * WORLD).view(3, 4 * WORLD)
+    mine = shard(tokens, 1)
+    assert torch.equal(mine, tokens[:, [2 * RANK, 2 * RANK + 1, -2 * RANK - 2, -2 * RANK - 1]])
+    assert torch.equal(unshard(mine, -1), tokens)
+    assert torch.equal(unshard(shard(tokens.t(), 0), 0), tokens.t())
+    assert shard(torch.zeros(2, 0), 1).shape == unshard(torch.zeros(2, 0), 1).shape == (2, 0)
+
+
+@case
+def layout_has_the_gradient_of_one_process():
+    whole = torch.randn(2, 4 * WORLD, dtype=DOUBLE).requires_grad_()
+    weights = torch.randn(2, 4 * WORLD, dtype=DOUBLE)
+    out = unshard(shard(whole, 1).square(), 1)
+    (out * weights).sum().backward()
+    compare(whole.grad, 2 * whole.detach() * weights)
+
+
+@case
+def layout_refuses():
+    refused(
+        RuntimeError, f"must be a multiple of {2 * WORLD}, got {2 * WORLD + 1}", shard, torch.zeros(2 * WORLD + 1), 0
+    )
+    refused(RuntimeError, "must be even, got 3", unshard, torch.zeros(3), 0)
+    refused(IndexError, "which has 1, got 1", shard, torch.zeros(4), 1)
+    refused(TypeError, "tensor must be a tensor, got None", shard, None, 0)
+
+
+@for_both_methods
+def plain(method):
+    for is_causal in (False, True):
+        check(*inputs(), is_causal=is_causal, method=method)
+
+
+@for_both_methods
+def grouped_queries(method):
+    for is_causal in (False, True):
+        check(*inputs(heads=8, kv_heads=4, dtype=SINGLE), is_causal=is_causal, method=method)
+
+
+@for_both_methods
+def nothing_at_all(method):
+    for batch, chunk in ((0, 6), (2, 0)):
+        check(*inputs(batch=batch, chunk=chunk), is_causal=True, method=method)
+
+
+@for_both_methods
+def half(method):
+    check(*inputs(dtype=torch.bfloat16), is_causal=True, method=method)
+
+
+@for_both_methods
+def windows(method):
+    """Of no key before, of less than a chunk, of a chunk to the key, of several, of everything."""
+    tensors = inputs(batch=1, heads=4, kv_heads=4, chunk=4, dim=4, value_dim=4)
+    for left, right in itertools.product((-1, 0, 3, 4, 9, 1000), (-1, 0, 2, 4, 11, 1000)):
+        check(*tensors, window=(left, right), method=method)
+    for left in (0, 3, 4, 5, 9, 1000):
+        check(*tensors, window=(left, 2), is_causal=True, method=method)
+
+
+@for_both_methods
+def alphas(method):
+    tensors = inputs(heads=4, kv_heads=4)
+    for alpha in (1.0, 1.3, 2.0, torch.tensor(1.4, dtype=DOUBLE), torch.tensor([1.2, 1.5, 1.7, 2.0])):
+        check(*tensors, alpha=alpha, is_causal=True, scale=0.7, method=method)
+
+
+@for_both_methods
+def scale_with_a_gradient(method):
+    check(*inputs(), scale=torch.tensor([0.6], dtype=DOUBLE), window=(5, 5), method=method)
+
+
+@for_both_methods
+def slopes(method):
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0])
+    for given in (slopes, torch.stack((slopes, slopes.flip(0)))):
+        check(*inputs(), alibi_slopes=given, is_causal=True, method=method)
+        check(*inputs(), alibi_slopes=given, window=(7, 0), method=method)
+
+
+@case
+def slopes_not_causal_by_exchange():
+    check(*inputs(), alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.0]), method="exchange")
+
+
+@for_both_methods
+def strides(method):
+    """Tokens first, as projections leave them."""
+    query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs())
+    check(query, key, value, is_causal=True, method=method)
+
+
+@for_both_methods
+def parts_of_the_gradient_of_alpha(method):
+    """With sum_gradients=False: processes' parts, whose sum is the gradient."""
+    tensors, alpha = inputs(), torch.tensor([1.2, 1.5, 1.7, 2.0], dtype=DOUBLE)
+    one, part = alpha.clone().requires_grad_(), alpha.clone().requires_grad_()
+    adasplash.entmax_attn(*tensors, one).sum().backward()
+    shards = [shard(x, 2) for x in tensors]
+    entmax_attn_context_parallel(*shards, part, method=method, sum_gradients=False).sum().backward()
+    assert not torch.allclose(part.grad, one.grad)
+    dist.all_reduce(part.grad)
+    compare(part.grad, one.grad)
+
+
+@for_both_methods
+def same_bits(method):
+    def run():
+        leaves = [shard(x, 2).requires_grad_() for x in tensors]
+        out = entmax_attn_context_parallel(*leaves, is_causal=True, method=method)
+        out.backward(grad)
+        return [out.detach(), *(x.grad for x in leaves)]
+
+    tensors = inputs(dtype=SINGLE)
+    grad = shard(torch.randn(2, 4, tensors[0].shape[2], 5), 2)
+    assert all(torch.equal(x, y) for x, y in zip(run(), run(), strict=True))
+
+
+@for_both_methods
+def compiled(method):
+    whole, alpha = torch.randn(2, 4, 8 * WORLD, 8, dtype=DOUBLE), torch.tensor([1.2, 1.5, 1.7, 2.0], dtype=DOUBLE)
+    grad = torch.randn_like(whole)
+
+    def step(x, alpha, **options):
+        mine = shard(x, 2)
+        return unshard(entmax_attn_context_parallel(mine, mine.sin(), mine.cos(), alpha, method=method, **options), 2)
+
+    def alone(x, alpha, **options):
+        return adasplash.entmax_attn(x, x.sin(), x.cos(), alpha, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for options in (dict(is_causal=True), dict(window=(3, 2))):
+        results = []
+        for function in (alone, step, compiled):
+            leaves = whole.clone().requires_grad_(), alpha.clone().requires_grad_()
+            out = function(*leaves, **options)
+            out.backward(grad)
+            results.append((out.detach(), *(x.grad for x in leaves)))
+        for expected, *others in zip(*results, strict=True):
+            for found in others:
+                compare(found, expected)
+    with torch.inference_mode():
+        compare(compiled(whole, alpha, is_causal=True), alone(whole, alpha, is_causal=True))
+
+
+@case
+def window_fetches_neighbours_only():
+    """Bytes received, as the collectives are called: a causal window of a chunk's length needs the chunk before each of
+    a process' two, and its own."""
+    query, key, value = (shard(x, 2) for x in inputs(chunk=8))
+    sent = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if "_c10d_functional" in str(function) and "wait" not in str(function):
+                sent.append((str(function), arguments))
+            return function(*arguments, **(options or {}))
+
+    def sent_by(window):
+        sent.clear()
+        with Count():
+            entmax_attn_context_parallel(query, key, value, is_causal=True, window=window)
+        ((name, arguments),) = sent
+        return name, arguments[1]
+
+    chunks = {RANK, 2 * WORLD - 1 - RANK}
+    chunks |= {chunk - 1 for chunk in chunks if chunk}
+    name, received = sent_by((8, 0))
+    assert "all_to_all_single" in name
+    assert sum(received) == len(chunks) * (key.numel() + value.numel()) // 2
+    name, _ = sent_by((16 * WORLD, 0))
+    assert "all_gather_into_tensor" in name
+
+
+@case
+def refusals():
+    query, key, value = (shard(x, 2) for x in inputs())
+    parallel = entmax_attn_context_parallel
+    slopes = torch.ones(4)
+    refused(NotImplementedError, "dropout_p must be 0, got 0.1", parallel, query, key, value, dropout_p=0.1)
+    refused(NotImplementedError, 'use method="exchange"', parallel, query, key, value, alibi_slopes=slopes)
+    refused(RuntimeError, 'must be "gather" or "exchange"', parallel, query, key, value, method="ring")
+    refused(RuntimeError, "or -1 for no limit, got (-2, 0)", parallel, query, key, value, window=(-2, 0))
+    refused(TypeError, "is_causal must be True or False, got None", parallel, query, key, value, 1.5, None)
+    refused(TypeError, "key must be a tensor, got 3", parallel, query, 3, value)
+    refused(RuntimeError, "must be even in number, got 5", parallel, *(x[:, :, :5] for x in (query, key, value)))
+    refused(RuntimeError, "as many tokens as query, 12, got 10", parallel, query, key[:, :, :10], value)
+    refused(RuntimeError, "key must have 4 dimensions", parallel, query, key[0], value)
+    refused(RuntimeError, "must have query's type", parallel, query, key.float(), value)
+    heads = [x[:, : WORLD + 1] for x in (query, key, value)] if WORLD < 4 else [x[:, :3] for x in (query, key, value)]
+    count = heads[0].shape[1]
+    refused(RuntimeError, f"multiples of {WORLD}, got {count} and {count}", parallel, *heads, method="exchange")
+    refused(RuntimeError, "entmax_attn_context_parallel: alpha", parallel, query, key, value, 3.0)
+    for name in ("alpha", "alibi_slopes"):  # as many numbers as a process has heads in the exchange
+        for method in ("gather", "exchange"):
+            given = {name: torch.full((4 // WORLD,), 1.5)}
+            words = f"entmax_attn_context_parallel: {name}"
+            refused(RuntimeError, words, parallel, query, key, value, is_causal=True, method=method, **given)
+
+
+@case
+def other_arguments_elsewhere_are_one_error_everywhere():
+    odd = RANK == WORLD - 1
+    batches = itertools.count(3)  # what has been compared is not compared again
+
+    def message(change, function=entmax_attn_context_parallel):
+        tensors = dict(zip(("query", "key", "value"), inputs(batch=next(batches), chunk=2), strict=True))
+        try:
+            function(**(tensors | change(tensors)))
+        except RuntimeError as error:
+            messages = [None] * WORLD
+            dist.all_gather_object(messages, str(error))
+            assert set(messages) == {str(error)}, messages
+            return str(error).replace(f"rank {WORLD - 1}", "the last")
+        raise AssertionError("nothing was raised")
+
+    def shorter(tensors):
+        return {name: x[:, :, : 4 if odd else 8] for name, x in tensors.items()}
+
+    said = "entmax_attn_context_parallel: the processes of a group must be called with the same arguments: "
+    sizes = "query is a float64 tensor of sizes [3, 4, 8, 8] (cpu) on rank 0 and a float64 tensor of sizes [3, 4, 4, 8]"
+    assert message(shorter) == f"{said}{sizes} (cpu) on the last"
+    for name, value, words in (
+        ("is_causal", True, "False on rank 0 and True on the last"),
+        ("alpha", 1.25, "1.5 on rank 0 and 1.25 on the last"),
+        ("window", (3, 0), "tuple (-1, -1) on rank 0 and tuple (3, 0) on the last"),
+        ("dropout_p", 0.5, "0.0 on rank 0 and 0.5 on the last"),
+        ("method", "exchange", "'gather' on rank 0 and 'exchange' on the last"),
+    ):
+        assert (
+            message(lambda tensors, name=name, value=value: {name: value} if odd else {}) == f"{said}{name} is {words}"
+        )
+    assert "and None on the last" in message(lambda tensors: {"key": None} if odd else {})
+    assert "that requires a gradient on the last" in message(lambda x: {"query": x["query"].requires_grad_(odd)})
+    said = message(lambda tensors: {}, lambda query, **_: unshard(query[:, :, : 4 if odd else 8], 2))
+    assert said.startswith("unshard: the processes of a group must be called with the same arguments: tensor is")
+    said = message(
+        lambda tensors: {},
+        lambda query, key, value: unshard(query, 1) if odd else entmax_attn_context_parallel(query, key, value),
+    )
+    assert "rank 0 called entmax_attn_context_parallel, the last unshard" in said
+
+
+@case
+def other_arguments_are_found_always_if_asked_for():
+    """Where one process has had its call compared before, and the other one not."""
+    query, key, value = (shard(x, 2) for x in inputs(chunk=3))
+    entmax_attn_context_parallel(query, key, value)
+    with mock.patch.dict(os.environ, ADASPLASH_COMPARE_RANKS="1"):
+        window = (7, 0) if RANK else (-1, -1)
+        words = "window is tuple (-1, -1) on rank 0 and tuple (7, 0) on rank 1"
+        refused(RuntimeError, words, entmax_attn_context_parallel, query, key, value, window=window)
+
+
+@case
+def arguments_are_compared_once():
+    """Again where they are new, or where the variable says always."""
+    query, key, value = (shard(x, 2) for x in inputs(batch=1, chunk=3))
+    with mock.patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as gathered:
+
+        def times(*options, **others):
+            before = gathered.call_count
+            entmax_attn_context_parallel(query, key, value, *options, **others)
+            return gathered.call_count - before
+
+        assert [times(alpha) for alpha in (1.5, 1.5, 1.6)] == [1, 0, 0]
+        assert [times(is_causal=True), times(is_causal=True)] == [1, 0]
+        assert [times(group=PAIRS[RANK // 2]), times(group=PAIRS[RANK // 2])] == [1, 0]
+        with mock.patch.dict(os.environ, ADASPLASH_COMPARE_RANKS="1"):
+            assert times() == 1
+        assert times() == 0
+
+
+@case
+def other_group():
+    """Two processes of more: the ranks of the group count."""
+    group = PAIRS[RANK // 2]
+    tensors = [x[:, :, :16] for x in inputs()]
+    for method in ("gather", "exchange"):
+        out = entmax_attn_context_parallel(*(shard(x, 2, group) for x in tensors), method=method, group=group)
+        compare(unshard(out, 2, group), adasplash.entmax_attn(*tensors))
+    others = PAIRS[1 - RANK // 2] if WORLD == 4 else None
+    if others is not None:
+        refused(RuntimeError, "not in the group", shard, tensors[0], 2, others)
+
+
+if __name__ == "__main__":
+    RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    # What goes wrong in one process alone leaves the others waiting.
+    wait = datetime.timedelta(seconds=60)
+    store = f"file://{FOLDER / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=wait)
+    PAIRS = [dist.new_group([first, first + 1]) for first in range(0, WORLD, 2)]
+    run_cases(CASES, FOLDER / f"{RANK}.json")
+    dist.destroy_process_group()

@@ -1,0 +1,56 @@
+"""Context parallelism: sequences sharded over two and over four processes, each case against one process."""
+
+import time
+from unittest import mock
+
+import dying_ranks
+import parallel_ranks
+import pytest
+import torch
+
+import adasplash.distributed
+import common
+import ranks
+
+
+@pytest.fixture(scope="module", params=(2, 4))
+def outcomes(request, tmp_path_factory) -> list[dict[str, str]]:
+    """What went wrong in each case of parallel_ranks.py, for every rank."""
+    world = request.param
+
+    def run(folder):
+        ranks.run_ranks(parallel_ranks.__file__, lambda rank: [rank, world, folder])
+
+    with mock.patch.object(ranks, "RANKS", range(world)):
+        return ranks.read_outcomes(common.build_once(tmp_path_factory, f"parallel_{world}", run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", parallel_ranks.CASES)
+def test_as_one_process(outcomes, name):
+    assert not any(outcome[name] for outcome in outcomes), "\n".join(outcome[name] for outcome in outcomes)
+
+
+@pytest.mark.slow
+def test_a_process_that_died_is_an_error_of_the_others(tmp_path):
+    """At once, and not after the group's time-out."""
+    start = time.monotonic()
+    ranks.run_ranks(dying_ranks.__file__, lambda rank: [rank, tmp_path / "store"])
+    assert time.monotonic() - start < 55
+
+
+def test_without_a_process_group():
+    x = torch.zeros(1, 1, 4, 4)
+    for call in (
+        lambda: adasplash.distributed.shard(x, 2),
+        lambda: adasplash.distributed.unshard(x, 2),
+        lambda: adasplash.distributed.entmax_attn_context_parallel(x, x, x),
+    ):
+        with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
+            call()
+
+
+def test_importing_the_package_leaves_torch_distributed_alone():
+    """Torch may be built without it."""
+    out = common.run_python("import sys, adasplash; print('adasplash.distributed' in sys.modules)")
+    assert out.strip() == "False"
