@@ -51,7 +51,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "backends(*names): the test is about these backends only")
-    config.addinivalue_line("markers", "builds: builds the library anew, which takes minutes")
+    config.addinivalue_line("markers", "builds: builds the library anew, or takes as long: not in `make test`")
     config.addinivalue_line("markers", "slow: builds something or takes more than a few seconds")
     if config.getoption("--backend") != "cuda":
         # Triton decides when it is first imported whether it interprets, and torch's compiler imports it too.

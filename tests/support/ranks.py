@@ -1,4 +1,4 @@
-"""Tests over two processes: a program that runs cases in each, and what starts it twice."""
+"""Tests over two processes or more: a program that runs cases in each, and what starts it as often."""
 
 import json
 import os
@@ -10,11 +10,9 @@ from pathlib import Path
 
 import torch
 
-RANKS = range(2)
 
-
-def run_ranks(program: str, arguments: Callable[[int], list[object]]) -> None:
-    """`python program *arguments(rank)` for both ranks at once; an error of either is one here."""
+def run_ranks(program: str, arguments: Callable[[int], list[object]], world: int = 2) -> None:
+    """`python program *arguments(rank)` for all ranks at once; an error of one is one here."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths}
 
@@ -22,7 +20,7 @@ def run_ranks(program: str, arguments: Callable[[int], list[object]]) -> None:
         command = [sys.executable, program, *map(str, arguments(rank))]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
-    processes = [start(rank) for rank in RANKS]
+    processes = [start(rank) for rank in range(world)]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -44,6 +42,6 @@ def run_cases(cases: Mapping[str, Callable[[], None]], outcomes: Path) -> None:
     outcomes.write_text(json.dumps(outcome))
 
 
-def read_outcomes(folder: Path) -> list[dict[str, str]]:
-    """What both processes wrote, as RANK.json in a folder."""
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in RANKS]
+def read_outcomes(folder: Path, world: int = 2) -> list[dict[str, str]]:
+    """What the processes wrote, as RANK.json in a folder."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
