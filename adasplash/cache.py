@@ -221,8 +221,9 @@ def entmax_attn_with_kvcache(
         _check_sizes("value", value, 4, "(batch, new keys, kv_heads, value_dim)")
         _check_batch("value", value, batch)
         if not torch.jit.is_scripting():
-            options = (table, held, alpha, is_causal, queries, scale, window, alibi_slopes)
-            _check_before_append(query, key_cache, value_cache, key.shape[1], page, options)
+            options = {"alpha": alpha, "is_causal": is_causal, "scale": scale, "window": window}
+            options["alibi_slopes"] = alibi_slopes
+            _check_before_append(query, key_cache, value_cache, table, held, key.shape[1], options)
         slots = slots_of(table, held, key.shape[1], page, key_cache.shape[0])
         entmax_cache_append(key.flatten(0, 1), value.flatten(0, 1), key_cache, value_cache, slots.flatten())
         held = held + key.shape[1]
@@ -258,18 +259,16 @@ def _check_kinds(query, key_cache, value_cache, key, value, cache_seqlens, block
         check("entmax_attn_with_kvcache", "cache_seqlens", INTEGER, cache_seqlens)
 
 
-def _check_before_append(query, key_cache, value_cache, new, page, options) -> None:
+def _check_before_append(query, key_cache, value_cache, block_table, held, new, options) -> None:
     """In eager code: all that attention would refuse, asked of no queries; and on the CPU that there is room. A step
     that fails should leave the cache as it was."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    table, held, alpha, is_causal, _, scale, window, alibi_slopes = options
-    entmax_attn_paged(
-        query[:, :0].flatten(0, 1), key_cache, value_cache, table, held, alpha, is_causal, None, 0, scale, window,
-        alibi_slopes,
-    )  # fmt: skip
+    nothing = query[:, :0].flatten(0, 1)
+    entmax_attn_paged(nothing, key_cache, value_cache, block_table, held, max_seqlen_q=0, **options)
     if type(held) is Tensor and held.device.type == "cpu" and held.numel() > 0:  # others may have no values
-        room, least, most = table.shape[1] * page - new, int(held.min()), int(held.max())
+        room = block_table.shape[1] * key_cache.shape[1] - new
+        least, most = int(held.min()), int(held.max())
         if least < 0 or most > room:
             raise RuntimeError(
                 f"entmax_attn_with_kvcache: cache_seqlens must be from 0 to {room}, so that there is room for {new} "

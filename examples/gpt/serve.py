@@ -110,12 +110,14 @@ def judge(name: str, written: bytes, expected: bytes, eager: bytes, gaps: Callab
     return Verdict(written, ties=sum(deficit > 0 for deficit in deficits))
 
 
-def verify(program: Path, artifact: Path, model: CachedGPT, prompts: list[bytes], count: int) -> list[Verdict]:
-    """Lets a C++ server continue prompts together from the saved model, and judges what it wrote for each."""
+def verify(
+    program: Path, artifact: Path, model: CachedGPT, prompts: list[bytes], count: int, eager: list[bytes]
+) -> list[Verdict]:
+    """Lets a C++ server continue prompts together from the saved model, and judges what it wrote for each beside what
+    the eager model gives (`eager`)."""
     shape, device = shape_of(model), next(model.parameters()).device
     written = serve_in_cpp(program, artifact, prompts, count)
     expected = continue_all(load(artifact), shape, prompts, count, device)
-    eager = continue_all(model, shape, prompts, count, device)
     return [
         judge(
             artifact.name, *texts, lambda chosen, prompt=prompt: gaps_to_likeliest(model, shape, prompt, chosen, device)
@@ -136,14 +138,17 @@ def verify_all(programs: Path, exported: Exported, model: GPT, prompt: bytes, co
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a few short sequences are too little work for more
     try:
-        cached = CachedGPT(model).eval()
+        cached, lines, fewer = CachedGPT(model).eval(), lines_of(prompt), min(count, 40)
+        device = next(model.parameters()).device
+        eager = continue_all(cached, shape_of(cached), [prompt], count, device)
+        eager_lines = continue_all(cached, shape_of(cached), lines, fewer, device)
         verdicts = {}
         for name, program, artifact in (
             ("TorchScript", "serve_torchscript", exported.torchscript),
             ("AOTInductor", "serve_aoti", exported.aoti),
         ):
-            [verdicts[name]] = verify(programs / program, artifact, cached, [prompt], count)
-            verify(programs / program, artifact, cached, lines_of(prompt), min(count, 40))
+            [verdicts[name]] = verify(programs / program, artifact, cached, [prompt], count, eager)
+            verify(programs / program, artifact, cached, lines, fewer, eager_lines)
         return verdicts
     finally:
         torch.set_num_threads(threads)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +18,19 @@ def half_inputs(length: int, heads: int = 4, **options) -> Inputs:
     return make_inputs(1, heads, length, length, size=64, sigma=1.0, dtype=torch.bfloat16, device="cuda", **options)
 
 
+def capture(step: Callable):
+    """A graph of what `step` does, after it has run once on a stream of its own, and what it returned in the graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
 @pytest.mark.parametrize("alpha", (1.0, 1.3, 1.5, "heads"))
 def test_a_graph_of_forward_and_backward(backend, alpha):
     """Captured once, replayed over other numbers: nothing is synchronised or allocated on the way."""
@@ -29,14 +43,7 @@ def test_a_graph_of_forward_and_backward(backend, alpha):
         out = entmax_attn(*inputs, **options)
         return out, *torch.autograd.grad(out, inputs, grad)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         for x, other in zip(inputs, half_inputs(700, seed=5), strict=True):
             x.copy_(other)
@@ -78,14 +85,7 @@ def test_a_graph_of_a_step_on_a_paged_cache(backend, alpha, queries):
             cu_seqlens_q=given["cu_seqlens_q"], max_seqlen_q=queries,
         )  # fmt: skip
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for seed in (1, 2):
         for name, x in draw(seed).items():
             given[name].copy_(x)
@@ -100,13 +100,7 @@ def test_a_graph_of_a_step_on_a_paged_cache(backend, alpha, queries):
 def test_a_graph_drops_other_weights_at_every_replay(backend):
     """The seed comes from torch's generator, which a captured graph moves on."""
     inputs = half_inputs(300)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        entmax_attn(*inputs, dropout_p=0.5)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = entmax_attn(*inputs, dropout_p=0.5)
+    graph, captured = capture(lambda: entmax_attn(*inputs, dropout_p=0.5))
     replays = []
     for _ in range(2):
         graph.replay()

@@ -284,7 +284,8 @@ def test_disagreement_fails_loudly_and_ties_are_told(monkeypatch):
     def verify(written, python, eager_model):
         monkeypatch.setattr(serve, "run_in_cpp", lambda *_: written)
         monkeypatch.setattr(serve, "load", lambda _: Alternate(python))
-        return serve.verify(Path("program"), Path("model.pt"), eager_model, [b"prompt"], 4)[0]
+        eager = continue_all(eager_model, shape_of(eager_model), [b"prompt"], 4, "cpu")
+        return serve.verify(Path("program"), Path("model.pt"), eager_model, [b"prompt"], 4, eager)[0]
 
     assert verify(b"BBBB", 1.0, Alternate(1.0)) == serve.Verdict(b"BBBB", 0)
     for written in (b"BBBA", b"BBB", b"BBBBB", b""):
