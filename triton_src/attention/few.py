@@ -204,6 +204,7 @@ SCORE_FEW = Spec(
     alphas=("any",),
 )  # fmt: skip
 SCORE_FEW_PAGED = SCORE_FEW.over_pages()
+SCORE_FEW_EVEN = SCORE_FEW.over_even_pages(types=("bf16", "fp16"))
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
@@ -519,6 +520,7 @@ WEIGH_FEW = Spec(
     alphas=("any",),
 )  # fmt: skip
 WEIGH_FEW_PAGED = WEIGH_FEW.over_pages()
+WEIGH_FEW_EVEN = WEIGH_FEW.over_even_pages(types=("bf16", "fp16"))
 
 
 @triton.jit

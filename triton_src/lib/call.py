@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .entmax import Alpha, alpha_of_head
-from .matrices import PAGED_MATRIX, Rows, paged_rows_of_head, rows_of_head
+from .matrices import MATRIX, Rows, paged_rows_of_head, rows_of_head
 from .scores import HeadScale, Scores, qk_slope_of, z_scale_of
 from .tile_lists import first_tile_row
 from .visibility import TILE, Band, Sequence, Sequences, sequence_bounds
@@ -97,7 +97,7 @@ def query_rows_of(matrix, at, columns, end):
 @triton.jit
 def key_rows_of(matrix, at, columns, end):
     """The rows of a Head's key head in a matrix with a row for each key, which may be in a paged cache."""
-    if len(matrix) == PAGED_MATRIX:
+    if len(matrix) > MATRIX:
         return paged_rows_of_head(matrix, at.batch, at.head // at.group, columns, end)
     else:
         # As rows_of_head has it, but that the division comes after a product: the compiler keeps this order.
