@@ -193,8 +193,8 @@ def make_key_index(key_cache: Tensor) -> Tensor:
 
 
 def entmax_key_index_update(key_cache: Tensor, slots: Tensor, key_index: Tensor) -> None:
-    """Makes the entries of an index anew, in place, from what the cache holds: for keys that were written otherwise than
-    by :func:`entmax_cache_append` with this index.
+    """Makes the entries of an index anew, in place, from what the cache holds: for keys that were written otherwise
+    than by :func:`entmax_cache_append` with this index.
 
     Args:
         key_cache: (blocks, page, H_kv, D), of any strides.

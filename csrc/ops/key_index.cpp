@@ -15,8 +15,12 @@ namespace {
 
 // What each word of the header says, after the magic number, in which no other tensor is likely to start.
 constexpr int32_t kMagic = 0x494B6441, kVersion = 1;
-constexpr std::array<const char*, kHeaderWords> kWords = {
-    "", "version", "number of pages", "page size", "number of key heads", "head_dim", "dtype"};
+constexpr std::array<const char*, kHeaderWords> kWords = {"",
+                                                          "version",
+                                                          "the keys' number of pages",
+                                                          "the keys' page size",
+                                                          "the keys' number of heads",
+                                                          "the keys' head_dim"};
 
 void check_head_dim(const char* op, const at::Tensor& key_cache) {
   const c10::SymInt size = key_cache.sym_size(3);
@@ -56,11 +60,11 @@ at::Tensor make_key_index(const at::Tensor& key_cache) {
   const auto header = key_index_header(key_cache);
   const at::Tensor words = index.select(0, 0).view(at::kInt);
   for (int64_t i = 0; i < kHeaderWords; ++i) words.select(0, i).fill_(header[i]);
-  index.narrow(0, 1, layout.blocks)
-      .narrow(1, 0, layout.kv_heads * layout.chunk())
-      .unflatten(1, {layout.kv_heads, layout.chunk()})
-      .narrow(2, layout.errors(), 4 * layout.page)
-      .view(at::kFloat)
+  index.view(at::kFloat)
+      .narrow(0, 1, layout.blocks)
+      .narrow(1, 0, layout.kv_heads * layout.chunk() / 4)
+      .unflatten(1, {layout.kv_heads, layout.chunk() / 4})
+      .narrow(2, layout.errors() / 4, layout.page)
       .fill_(std::numeric_limits<float>::infinity());
   return index;
 }
@@ -91,11 +95,10 @@ void check_key_index_header(const char* op, const at::Tensor& key_cache, const a
   TORCH_CHECK(got[0] == expected[0], op,
               ": key_index must be what make_key_index gave, got a tensor of something else");
   for (int64_t i = 1; i + 1 < kHeaderWords; ++i) {
-    TORCH_CHECK(got[i] == expected[i], op, ": key_index must be of the keys' ", kWords[i], " ", expected[i], ", got ",
-                got[i]);
+    TORCH_CHECK(got[i] == expected[i], op, ": key_index must have ", kWords[i], " ", expected[i], ", got ", got[i]);
   }
   TORCH_CHECK(got.back() == expected.back(), op, ": key_index must be of keys of dtype ", key_cache.scalar_type(),
-              ", got one for another");
+              ", got one of another");
 }
 
 void check_key_index_update(const at::Tensor& key_cache, const at::Tensor& slots, const at::Tensor& key_index) {
