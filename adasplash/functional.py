@@ -116,11 +116,12 @@ def resolve(
 
 def attend(
     function, query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts=None,
-    dropout_p=0.0, dropout_seed=None, names=None, op=None,
+    dropout_p=0.0, dropout_seed=None, key_index=None, names=None, op=None,
 ):  # fmt: skip
     """``entmax_attn``, or another op that takes its arguments, in eager code, on behalf of a public function."""
     options = {
-        "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts
+        "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts,
+        "key_index": key_index,
     }  # fmt: skip
     op = torch.ops.adasplash.entmax_attn if op is None else op
     out = call_attention(
@@ -184,6 +185,7 @@ def entmax_attn(
     kv_starts: Optional[Tensor] = None,  # noqa: UP045
     dropout_p: float = 0.0,
     dropout_seed: Optional[Tensor] = None,  # noqa: UP045
+    key_index: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """Attention whose weights are the α-entmax of the scaled scores: exactly zero for most keys.
 
@@ -246,6 +248,10 @@ def entmax_attn(
             same for the same seed, batch entry, query head, query and key, counted from the start of its sequence, on
             every device and in the packed form too. Drawn from torch's generator (``torch.manual_seed``) unless given;
             the ops in ``torch.ops`` draw none and need it where dropout_p is not 0.
+        key_index: an index of the keys, for a few queries over a static cache: what :func:`adasplash.make_key_index`
+            made for ``key.transpose(1, 2)``, whose slot b · N + j is key j of batch entry b, and
+            :func:`adasplash.entmax_key_index_update` has filled. The result has the same bits. Calls that record
+            gradients, with dropout, with α = 1 as a number, or whose keys autocast casts, do without.
 
     Returns:
         (B, H, M, D_v), contiguous, in query's type. A query that sees no key gives zeros. Differentiable once in
@@ -272,6 +278,7 @@ def entmax_attn(
                 kv_starts=kv_starts,
                 dropout_p=dropout_p,
                 dropout_seed=dropout_seed,
+                key_index=key_index,
             )
         return attend(
             "entmax_attn",
@@ -288,6 +295,7 @@ def entmax_attn(
             kv_starts,
             dropout_p,
             dropout_seed,
+            key_index,
         )
     query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
     # TorchScript knows no overload by name; it chooses one for each branch by the type that alpha has there.
@@ -306,6 +314,7 @@ def entmax_attn(
             kv_starts=kv_starts,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
+            key_index=key_index,
         )
     else:
         return torch.ops.adasplash.entmax_attn(
@@ -322,6 +331,7 @@ def entmax_attn(
             kv_starts=kv_starts,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
+            key_index=key_index,
         )
 
 

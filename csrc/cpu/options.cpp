@@ -105,6 +105,18 @@ std::vector<int64_t> pages_of(const std::vector<Sequence>& sequences, const at::
   return pages;
 }
 
+std::vector<Place> places_of(const char* op, const at::Tensor& slots, const at::Tensor& cache) {
+  const int64_t page = cache.size(1), count = cache.size(0) * page;
+  const auto numbers = values_of<int64_t>(slots);
+  std::vector<Place> places(numbers.size(), {-1, 0});
+  for (size_t t = 0; t < numbers.size(); ++t) {
+    TORCH_CHECK(numbers[t] >= -1 && numbers[t] < count, op, ": slots must be -1 or from 0 to ", count - 1, ", got ",
+                numbers[t], " at [", t, "]");
+    if (numbers[t] >= 0) places[t] = {numbers[t] / page, numbers[t] % page};
+  }
+  return places;
+}
+
 std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options) {
   if (!options.head_alpha) return std::vector<double>(heads, options.alpha);
   auto alphas = values_of<double>(*options.head_alpha);

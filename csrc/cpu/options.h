@@ -1,9 +1,10 @@
-// The options that are tensors, as the CPU reads them: lengths, alpha and slopes. Here what they hold is checked; sizes
-// and types have been before.
+// The options that are tensors, as the CPU reads them: lengths, slots, alpha and slopes. Here what they hold is
+// checked; sizes and types have been before.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <compare>
 #include <cstdint>
 #include <vector>
 
@@ -40,6 +41,16 @@ std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& ke
 // not in the cache; entries behind these may be anything.
 std::vector<int64_t> pages_of(const std::vector<Sequence>& sequences, const at::Tensor& key,
                               const AttentionOptions& options);
+
+// Where a key is in a cache; -1 as page for a slot that is skipped.
+struct Place {
+  int64_t page, row;
+
+  auto operator<=>(const Place&) const = default;
+};
+
+// Where slots of a cache (blocks, page, H_kv, D) are. Throws where one is neither in it nor -1.
+std::vector<Place> places_of(const char* op, const at::Tensor& slots, const at::Tensor& cache);
 
 // One a head. Throws where a value of the tensor is not in range.
 std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options);

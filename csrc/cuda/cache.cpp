@@ -10,6 +10,7 @@
 #include "cuda/launchers.h"
 #include "cuda/ops.h"
 #include "cuda/part.h"
+#include "ops/key_index.h"
 
 namespace adasplash::cuda {
 namespace {
@@ -59,9 +60,10 @@ void attend_cache(const at::Tensor& query, const at::Tensor& key, const at::Tens
 }
 
 void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
-                     const at::Tensor& value_cache, const at::Tensor& slots) {
+                     const at::Tensor& value_cache, const at::Tensor& slots, const OptionalTensor& key_index) {
   constexpr const char* op = "entmax_cache_append";
-  check_append(key, value, key_cache, value_cache, slots);
+  check_append(key, value, key_cache, value_cache, slots, key_index);
+  TORCH_CHECK_NOT_IMPLEMENTED(!key_index, op, ": a key_index is made on the CPU only");
   TORCH_CHECK(key.scalar_type() != at::kDouble, op,
               ": float64 runs on the CPU only; the GPU takes float32, float16 and bfloat16");
   for (const auto& [name, cache] : {std::pair{"key_cache", key_cache}, std::pair{"value_cache", value_cache}}) {
@@ -92,6 +94,11 @@ void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::T
              .page_size = checked_size(key_cache, 1, "the page size"),
              .blocks = checked_size(key_cache, 0, "the number of pages"),
          });
+}
+
+void update_key_index(const at::Tensor& key_cache, const at::Tensor& slots, const at::Tensor& key_index) {
+  check_key_index_update(key_cache, slots, key_index);
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "entmax_key_index_update: a key_index is made on the CPU only");
 }
 
 }  // namespace adasplash::cuda

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <iomanip>
 
+#include "ops/key_index.h"
+
 namespace adasplash {
 namespace {
 
@@ -184,6 +186,7 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
   check_seqlens(op, "kv_seqlens", options.kv_seqlens, shape, query);
   check_seqlens(op, "kv_starts", options.kv_starts, shape, query);
   check_options(op, shape, query, options);
+  if (options.key_index) check_key_index(op, key.transpose(1, 2), *options.key_index);
 }
 
 void check_saved(const char* op, const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,
