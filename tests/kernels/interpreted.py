@@ -94,8 +94,7 @@ def key_index_argument(index: Tensor, cache: Tensor) -> KeyIndex:
     blocks, heads, page, head_dim = cache.shape
     chunk = -(-page * (padded_dim(head_dim) // 2 + 8) // 16) * 16
     element = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}[cache.dtype]
-    scales = index[1].flatten()[page * padded_dim(head_dim) // 2 :]
-    norms = torch.as_strided(index.view(torch.float32), scales.shape, (1,), scales.storage_offset() // 4)
+    norms = index.view(torch.float32)[1][page * padded_dim(head_dim) // 8 :]
     header = index[0].view(torch.int32)
     return KeyIndex(index[1], norms, header, index.stride(0), chunk, blocks, page, heads, head_dim, element)
 

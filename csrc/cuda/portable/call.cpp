@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "cuda/few.h"
+#include "cuda/key_index.h"
 #include "cuda/sides.h"
 
 namespace adasplash::cuda::portable {
@@ -247,6 +248,14 @@ const Variant& PreparedCall::variant(Kernel kernel, bool gather) const {
                       general ? AlphaCode::kAny : alpha_code(arguments.alpha.number.value), place.device, gather);
 }
 
+const Variant& PreparedCall::variant_of_codes(Kernel kernel) const {
+  return find_variant(kernel, at::kByte, query.sizes().back(), AlphaCode::kAny, place.device);
+}
+
+const Variant& PreparedCall::variant_of_turns(Kernel kernel) const {
+  return find_variant(kernel, query.scalar_type(), query.sizes().back(), AlphaCode::kAny, place.device);
+}
+
 Extents PreparedCall::extents() const {
   // The sequences of a packed batch share row_state and tile bits.
   const int64_t stored_heads = packed ? query.size(1) : heads;
@@ -260,6 +269,10 @@ Extents PreparedCall::extents() const {
   extents.kv_heads = kv_heads;
   add_few(extents, inputs_, kv_heads, stored_kv_heads);
   return extents;
+}
+
+std::optional<KeyIndex> PreparedCall::key_index() const {
+  return uses_index(inputs_) ? std::optional(key_index_of(inputs_)) : std::nullopt;
 }
 
 PagedMatrix PreparedCall::paged_matrix_of(const at::Tensor& cache) const {
@@ -286,6 +299,20 @@ PagedMatrix PreparedCall::paged_matrix_of(const at::Tensor& cache) const {
       .page_size = static_cast<int32_t>(page_size),
       .page_inverse = static_cast<int32_t>(inverse),
       .page_shift = static_cast<int32_t>(shift),
+  };
+}
+
+EvenPagedMatrix PreparedCall::even_paged_matrix_of(const at::Tensor& cache) const {
+  const Dims dims(cache);
+  return {
+      .data = cache.const_data_ptr(),
+      .block_stride = stride_of(cache, dims.batch),
+      .head_stride = stride_of(cache, dims.head),
+      .row_stride = row_stride(cache),
+      .table = tensors_.block_table.const_data_ptr<int32_t>(),
+      .table_stride = stride_of(tensors_.block_table, 0),
+      .blocks = checked_count(inputs_.op, "the number of pages", cache.size(dims.batch)),
+      .page_bits = static_cast<int32_t>(std::countr_zero(static_cast<uint64_t>(cache.size(dims.row)))),
   };
 }
 
