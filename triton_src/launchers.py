@@ -140,7 +140,7 @@ def source(manifest):
         rows.append(
             f'    {{"{one["name"]}", "{one["symbol"]}", Kernel::k{camel(one["kernel"])}, {element}, '
             f"{one['block_d']}, AlphaCode::k{camel(one['alpha'])}, {str(one['gather']).lower()}, {one['arch']}, "
-            f"{constants['BLOCK_M']}, {constants['BLOCK_N']}, {one['warps']}, {one['shared']}, "
+            f"{constants.get('BLOCK_M', 1)}, {constants.get('BLOCK_N', 1)}, {one['warps']}, {one['shared']}, "
             f"{one['offset']}, {one['size']}, {one.get('ptx_offset', 0)}, {one.get('ptx_size', 0)}}},\n"
         )
     archs = ", ".join(map(str, manifest["archs"]))
