@@ -38,7 +38,14 @@ CALL = Call(
     keys=SEQUENCES,
     alpha=Alpha(per_head="*fp32", source="i32", number="fp32"),
     scores=Scores(
-        slopes="*fp32", slopes_batch_stride="i64", has_slopes="i32", scale="fp32", window_left="i32", window_right="i32"
+        slopes="*fp32",
+        slopes_batch_stride="i64",
+        has_slopes="i32",
+        scale="fp32",
+        window_left="i32",
+        window_right="i32",
+        q_positions="*i32",
+        has_positions="i32",
     ),
     dropout=Dropout(seed="*i64", threshold="i32", scale="fp32", first_batch="i32", first_head="i32"),
     state_batch_stride="i64",

@@ -97,6 +97,7 @@ struct Call {
     }
     head.queries = s.queries;
     head.keys = s.keys;
+    head.first_place = s.first_place;
     head.head_dim = query.size(3);
     head.value_dim = value.size(3);
     const auto [left, right] = options_.window;

@@ -27,6 +27,7 @@ struct Sequence {
   int64_t first_query = 0, queries = 0;
   int64_t first_key = 0, keys = 0;
   int64_t first_tile_row = 0;
+  int64_t first_place = 0;  // of the first query, counted from the first key
 };
 
 // Query, key, value or what is shaped like them, as (entries, heads, rows, width). The packed form is one entry, whose

@@ -45,6 +45,8 @@ struct Scores {
   Exactly<float> scale;
   Exactly<int32_t> window_left;
   Exactly<int32_t> window_right;
+  Exactly<const int32_t*> q_positions;
+  Exactly<int32_t> has_positions;
 };
 
 // Which weights are dropped: those with 32 random bits below a threshold, none if that is 0.
@@ -115,7 +117,7 @@ struct AttendArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 328);
+static_assert(sizeof(AttendArguments) == 344);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -136,7 +138,7 @@ struct MarkArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(MarkArguments) == 288);
+static_assert(sizeof(MarkArguments) == 304);
 inline void mark(const Variant& variant, const Place& place, int64_t programs,
                  const MarkArguments& arguments) {
   launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
@@ -163,7 +165,7 @@ struct GradQueryArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 440);
+static_assert(sizeof(GradQueryArguments) == 456);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -188,7 +190,7 @@ struct GradKeyValueArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 424);
+static_assert(sizeof(GradKeyValueArguments) == 440);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
@@ -208,7 +210,7 @@ struct CountSupportArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(CountSupportArguments) == 288);
+static_assert(sizeof(CountSupportArguments) == 304);
 inline void count_support(const Variant& variant, const Place& place, int64_t programs,
                           const CountSupportArguments& arguments) {
   launch(Kernel::kCountSupport, variant, place, programs, &arguments, sizeof arguments);
@@ -224,7 +226,7 @@ struct ScoreFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewArguments) == 280);
+static_assert(sizeof(ScoreFewArguments) == 296);
 inline void score_few(const Variant& variant, const Place& place, int64_t programs,
                       const ScoreFewArguments& arguments) {
   launch(Kernel::kScoreFew, variant, place, programs, &arguments, sizeof arguments);
@@ -246,7 +248,7 @@ struct SolveFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewArguments) == 328);
+static_assert(sizeof(SolveFewArguments) == 344);
 inline void solve_few(const Variant& variant, const Place& place, int64_t programs,
                       const SolveFewArguments& arguments) {
   launch(Kernel::kSolveFew, variant, place, programs, &arguments, sizeof arguments);
@@ -266,7 +268,7 @@ struct WeighFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewArguments) == 288);
+static_assert(sizeof(WeighFewArguments) == 304);
 inline void weigh_few(const Variant& variant, const Place& place, int64_t programs,
                       const WeighFewArguments& arguments) {
   launch(Kernel::kWeighFew, variant, place, programs, &arguments, sizeof arguments);
@@ -282,7 +284,7 @@ struct JoinFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(JoinFewArguments) == 256);
+static_assert(sizeof(JoinFewArguments) == 272);
 inline void join_few(const Variant& variant, const Place& place, int64_t programs,
                      const JoinFewArguments& arguments) {
   launch(Kernel::kJoinFew, variant, place, programs, &arguments, sizeof arguments);
@@ -301,7 +303,7 @@ struct AttendPagedArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 392);
+static_assert(sizeof(AttendPagedArguments) == 408);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -317,7 +319,7 @@ struct ScoreFewPagedArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewPagedArguments) == 312);
+static_assert(sizeof(ScoreFewPagedArguments) == 328);
 inline void score_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const ScoreFewPagedArguments& arguments) {
   launch(Kernel::kScoreFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -339,7 +341,7 @@ struct SolveFewPagedArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewPagedArguments) == 360);
+static_assert(sizeof(SolveFewPagedArguments) == 376);
 inline void solve_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const SolveFewPagedArguments& arguments) {
   launch(Kernel::kSolveFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -359,7 +361,7 @@ struct WeighFewPagedArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewPagedArguments) == 320);
+static_assert(sizeof(WeighFewPagedArguments) == 336);
 inline void weigh_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const WeighFewPagedArguments& arguments) {
   launch(Kernel::kWeighFewPaged, variant, place, programs, &arguments, sizeof arguments);

@@ -11,30 +11,33 @@ at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at:
                        bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
                        const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
                        const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& kv_starts,
-                       double dropout_p, const std::optional<at::Tensor>& dropout_seed) {
+                       double dropout_p, const std::optional<at::Tensor>& dropout_seed,
+                       const std::optional<at::Tensor>& q_positions) {
   static const auto op = find_op<PaddedSignature<double>>("adasplash::entmax_attn");
   return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-                 dropout_p, dropout_seed);
+                 dropout_p, dropout_seed, q_positions);
 }
 
 at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& alpha,
                        bool is_causal, std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
                        const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
                        const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& kv_starts,
-                       double dropout_p, const std::optional<at::Tensor>& dropout_seed) {
+                       double dropout_p, const std::optional<at::Tensor>& dropout_seed,
+                       const std::optional<at::Tensor>& q_positions) {
   static const auto op = find_op<PaddedSignature<PerHead>>("adasplash::entmax_attn", "per_head");
   return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-                 dropout_p, dropout_seed);
+                 dropout_p, dropout_seed, q_positions);
 }
 
 at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
                               c10::SymInt max_seqlen_k, double alpha, bool is_causal, std::optional<double> scale,
                               c10::IntArrayRef window, const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
-                              const std::optional<at::Tensor>& dropout_seed) {
+                              const std::optional<at::Tensor>& dropout_seed,
+                              const std::optional<at::Tensor>& q_positions) {
   static const auto op = find_op<PackedSignature<double>>("adasplash::entmax_attn_varlen");
   return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
-                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, q_positions);
 }
 
 at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -42,10 +45,11 @@ at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, co
                               c10::SymInt max_seqlen_k, const at::Tensor& alpha, bool is_causal,
                               std::optional<double> scale, c10::IntArrayRef window,
                               const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
-                              const std::optional<at::Tensor>& dropout_seed) {
+                              const std::optional<at::Tensor>& dropout_seed,
+                              const std::optional<at::Tensor>& q_positions) {
   static const auto op = find_op<PackedSignature<PerHead>>("adasplash::entmax_attn_varlen", "per_head");
   return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
-                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, q_positions);
 }
 
 AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -54,10 +58,11 @@ AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
                                      const std::optional<at::Tensor>& alibi_slopes,
                                      const std::optional<at::Tensor>& kv_starts, double dropout_p,
-                                     const std::optional<at::Tensor>& dropout_seed) {
+                                     const std::optional<at::Tensor>& dropout_seed,
+                                     const std::optional<at::Tensor>& q_positions) {
   static const auto op = find_op<PaddedSignature<double, AttentionSummary>>("adasplash::entmax_attn_summary");
   return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-                 dropout_p, dropout_seed);
+                 dropout_p, dropout_seed, q_positions);
 }
 
 AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -66,11 +71,12 @@ AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
                                      const std::optional<at::Tensor>& alibi_slopes,
                                      const std::optional<at::Tensor>& kv_starts, double dropout_p,
-                                     const std::optional<at::Tensor>& dropout_seed) {
+                                     const std::optional<at::Tensor>& dropout_seed,
+                                     const std::optional<at::Tensor>& q_positions) {
   static const auto op =
       find_op<PaddedSignature<PerHead, AttentionSummary>>("adasplash::entmax_attn_summary", "per_head");
   return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-                 dropout_p, dropout_seed);
+                 dropout_p, dropout_seed, q_positions);
 }
 
 AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -78,10 +84,11 @@ AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::T
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha,
                                             bool is_causal, std::optional<double> scale, c10::IntArrayRef window,
                                             const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
-                                            const std::optional<at::Tensor>& dropout_seed) {
+                                            const std::optional<at::Tensor>& dropout_seed,
+                                            const std::optional<at::Tensor>& q_positions) {
   static const auto op = find_op<PackedSignature<double, AttentionSummary>>("adasplash::entmax_attn_varlen_summary");
   return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
-                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, q_positions);
 }
 
 AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -89,11 +96,12 @@ AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::T
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
                                             bool is_causal, std::optional<double> scale, c10::IntArrayRef window,
                                             const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
-                                            const std::optional<at::Tensor>& dropout_seed) {
+                                            const std::optional<at::Tensor>& dropout_seed,
+                                            const std::optional<at::Tensor>& q_positions) {
   static const auto op =
       find_op<PackedSignature<PerHead, AttentionSummary>>("adasplash::entmax_attn_varlen_summary", "per_head");
   return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
-                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, q_positions);
 }
 
 at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,

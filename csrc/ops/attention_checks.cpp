@@ -42,10 +42,11 @@ void check_cu_seqlens(const char* op, const at::Tensor& query, const AttentionOp
 }
 
 void check_seqlens(const char* op, const char* name, const OptionalTensor& lengths, const AttentionShape& shape,
-                   const at::Tensor& query) {
+                   const at::Tensor& query, const AttentionOptions& options) {
   if (!lengths) return;
   check_lengths(op, name, "(batch,)", *lengths, query);
-  check_size(op, name, "batch size", lengths->sym_size(0), "query's", shape.batch);
+  check_size(op, name, "batch size", lengths->sym_size(0), options.packed() ? "cu_seqlens_q's" : "query's",
+             shape.batch);
 }
 
 void check_attention_alpha(const char* op, const AttentionShape& shape, const at::Tensor& query,
@@ -180,9 +181,10 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
   check_size(op, "value", "number of keys", value.sym_size(options.packed() ? 0 : 2), "key's", shape.keys);
   check_size(op, "key", "head_dim", key.sym_size(-1), "query's", shape.head_dim);
   check_heads(op, shape);
-  check_seqlens(op, "q_seqlens", options.q_seqlens, shape, query);
-  check_seqlens(op, "kv_seqlens", options.kv_seqlens, shape, query);
-  check_seqlens(op, "kv_starts", options.kv_starts, shape, query);
+  check_seqlens(op, "q_seqlens", options.q_seqlens, shape, query, options);
+  check_seqlens(op, "kv_seqlens", options.kv_seqlens, shape, query, options);
+  check_seqlens(op, "kv_starts", options.kv_starts, shape, query, options);
+  check_seqlens(op, "q_positions", options.q_positions, shape, query, options);
   check_options(op, shape, query, options);
 }
 

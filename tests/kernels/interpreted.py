@@ -96,6 +96,7 @@ def attention(
     window: tuple[int, int] = (-1, -1),
     lengths: tuple[Tensor | None, Tensor | None] = (None, None),
     offsets: tuple[Tensor, Tensor | None, int, int | None] | None = None,
+    positions: Tensor | None = None,
     table: Tensor | None = None,
     dropout: tuple[float, int] = (0.0, 0),
     first: tuple[int, int] = (0, 0),
@@ -112,7 +113,8 @@ def attention(
     cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
     Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
     With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page, D); queries may still be packed.
-    `dropout` is (p, seed), and `first` the first batch entry and head among those of the whole call."""
+    `positions` (B,) are the places of first queries. `dropout` is (p, seed), and `first` the first batch entry and head
+    among those of the whole call."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
@@ -156,6 +158,8 @@ def attention(
             scale=head_dim**-0.5 if scale is None else scale,
             window_left=left,
             window_right=0 if is_causal else right,
+            q_positions=none.int() if positions is None else positions,
+            has_positions=int(positions is not None),
         ),
         dropout=dropout_argument(*dropout, first),
         state_batch_stride=state_batch,

@@ -31,6 +31,7 @@ class Padded(torch.nn.Module):
             kv_starts=kv_seqlens // 3,
             dropout_p=0.3,
             dropout_seed=kv_seqlens.long().sum(),
+            q_positions=kv_seqlens // 2 - 5,
         )
 
 
@@ -62,6 +63,7 @@ class Packed(torch.nn.Module):
             alibi_slopes=slopes,
             dropout_p=0.3,
             dropout_seed=cu_seqlens_k.long().sum(),
+            q_positions=cu_seqlens_k.diff() // 2 - 5,
         )
 
 

@@ -74,6 +74,11 @@ at::Tensor as_key_lengths(const at::Tensor& key, const AttentionOptions& options
   return at::stack({starts, ends}, 1);
 }
 
+// Places of first queries, which may be negative, likewise.
+at::Tensor as_positions(const OptionalTensor& given) {
+  return given ? given->clamp(-kFarthestPosition, kFarthestPosition).to(at::kInt).contiguous() : at::Tensor();
+}
+
 // A table of int32 with dense rows is read as it is: its entries are clamped where they are read.
 at::Tensor as_block_table(const OptionalTensor& given) {
   if (!given) return {};
@@ -134,7 +139,8 @@ int32_t window_bound(int64_t given) {
   return given < 0 ? kUnlimited : static_cast<int32_t>(std::min<int64_t>(given, kUnlimited));
 }
 
-Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const AttentionOptions& options) {
+Scores scores_argument(const OptionTensors& tensors, int64_t head_dim, const AttentionOptions& options) {
+  const at::Tensor &slopes = tensors.slopes, &positions = tensors.q_positions;
   return {
       .slopes = pointer<float>(slopes),
       .slopes_batch_stride = slopes.defined() && slopes.dim() == 2 ? slopes.size(1) : int64_t{0},
@@ -142,6 +148,8 @@ Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const Attenti
       .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)))),
       .window_left = window_bound(options.window[0]),
       .window_right = options.is_causal ? 0 : window_bound(options.window[1]),
+      .q_positions = pointer<int32_t>(positions),
+      .has_positions = static_cast<int32_t>(positions.defined()),
   };
 }
 
@@ -168,7 +176,7 @@ Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) 
       .queries = queries,
       .keys = sequences_argument(op, "the number of keys", tensors.key_lengths, StoredSide::of_keys(inputs)),
       .alpha = alpha_argument(tensors.alphas, options),
-      .scores = scores_argument(tensors.slopes, query.sizes().back(), options),
+      .scores = scores_argument(tensors, query.sizes().back(), options),
       .dropout = dropout_argument(first, options),
       .state_batch_stride = options.packed() ? int64_t{0} : int64_t{heads} * queries.rows.value,
       .heads = heads,
@@ -226,7 +234,8 @@ PreparedCall::PreparedCall(const AttentionInputs& inputs)
                .key_lengths = as_key_lengths(inputs.key, inputs.options),
                .block_table = as_block_table(inputs.options.block_table),
                .alphas = as_floats(inputs.options.head_alpha),
-               .slopes = as_floats(inputs.options.alibi_slopes)},
+               .slopes = as_floats(inputs.options.alibi_slopes),
+               .q_positions = as_positions(inputs.options.q_positions)},
       packed(inputs.options.packed()),
       query(with_aligned_rows(inputs.options.scale.value_or(1.0) < 0 ? inputs.query.neg() : inputs.query)),
       key(inputs.options.paged() ? with_aligned_pages(inputs.op, "key_cache", inputs.key)
