@@ -70,6 +70,7 @@ def entmax_attn_summary(
     dropout_p: float = 0.0,
     dropout_seed: Optional[Tensor] = None,  # noqa: UP045
     q_positions: Optional[Tensor] = None,  # noqa: UP045
+    dropout_origin: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tuple[Tensor, AttentionStats]:  # noqa: UP006
     """``entmax_attn`` and what it attended to, for little more than its own time.
 
@@ -80,7 +81,7 @@ def entmax_attn_summary(
     Args:
         query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
             q_positions: as in ``entmax_attn``.
-        dropout_p, dropout_seed: as there; of the output alone.
+        dropout_p, dropout_seed, dropout_origin: as there; of the output alone.
 
     Returns:
         The output of ``entmax_attn``, its bits and gradients, and :class:`AttentionStats`, which have none.
@@ -97,7 +98,7 @@ def entmax_attn_summary(
         out, size, largest, maximum, gap, empty = attend(
             "entmax_attn_summary", query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window,
             alibi_slopes, kv_starts, dropout_p, dropout_seed, op=torch.ops.adasplash.entmax_attn_summary,
-            q_positions=q_positions,
+            q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
     query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
@@ -105,14 +106,14 @@ def entmax_attn_summary(
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_summary(
             query, key, value, alpha, is_causal, scale=factor, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
             window=list(window), alibi_slopes=alibi_slopes, kv_starts=kv_starts, dropout_p=dropout_p,
-            dropout_seed=dropout_seed, q_positions=q_positions,
+            dropout_seed=dropout_seed, q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
     else:
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_summary(
             query, key, value, alpha, is_causal, scale=factor, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
             window=list(window), alibi_slopes=alibi_slopes, kv_starts=kv_starts, dropout_p=dropout_p,
-            dropout_seed=dropout_seed, q_positions=q_positions,
+            dropout_seed=dropout_seed, q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
 
@@ -133,13 +134,14 @@ def entmax_attn_varlen_summary(
     dropout_p: float = 0.0,
     dropout_seed: Optional[Tensor] = None,  # noqa: UP045
     q_positions: Optional[Tensor] = None,  # noqa: UP045
+    dropout_origin: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tuple[Tensor, AttentionStats]:  # noqa: UP006
     """``entmax_attn_varlen`` and what it attended to; see ``entmax_attn_summary``.
 
     Args:
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale, window,
             alibi_slopes, q_positions: as in ``entmax_attn_varlen``.
-        dropout_p, dropout_seed: as there; of the output alone.
+        dropout_p, dropout_seed, dropout_origin: as there; of the output alone.
 
     Returns:
         The output of ``entmax_attn_varlen``, its bits and gradients, and :class:`AttentionStats`, of which empty_tiles
@@ -152,7 +154,7 @@ def entmax_attn_varlen_summary(
         out, size, largest, maximum, gap, empty = attend_packed(
             "entmax_attn_varlen_summary", query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             alpha, is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed,
-            op=torch.ops.adasplash.entmax_attn_varlen_summary, q_positions=q_positions,
+            op=torch.ops.adasplash.entmax_attn_varlen_summary, q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
     query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
@@ -160,13 +162,13 @@ def entmax_attn_varlen_summary(
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_varlen_summary(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale=factor,
             window=list(window), alibi_slopes=alibi_slopes, dropout_p=dropout_p, dropout_seed=dropout_seed,
-            q_positions=q_positions,
+            q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
     else:
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_varlen_summary(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale=factor,
             window=list(window), alibi_slopes=alibi_slopes, dropout_p=dropout_p, dropout_seed=dropout_seed,
-            q_positions=q_positions,
+            q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)

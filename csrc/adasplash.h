@@ -38,10 +38,10 @@ namespace adasplash {
 //   dropout_p, dropout_seed  the share of weights that become zero, 0 or more and below 1, while the others are divided
 //                          by 1 - dropout_p; and one int64 on query's device, from which alone it follows which ones.
 //                          Without a seed dropout_p must be 0.
-//   q_positions            (B,) int32 or int64: where each batch entry's first query stands, counted as its keys are,
-//   in
-//                          the place of N - M above. From -(2^29 - 1) to 2^29 - 1: before its keys, or behind them,
-//                          too.
+//   q_positions            (B,) int32 or int64: where each batch entry's first query stands, counted as its keys are:
+//                          in place of N - M above. From -(2^29 - 1) to 2^29 - 1: before its keys or behind them, too.
+//   dropout_origin         (B, 4) int32 or int64: what dropout counts each batch entry itself as, and its first head,
+//                          query and key, so that parts of a call drop the weights of the whole; (b, 0, 0, 0) without.
 ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                      double alpha = 1.5, bool is_causal = false,
                                      std::optional<double> scale = std::nullopt,
@@ -51,7 +51,8 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                      const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
                                      const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-                                     const std::optional<at::Tensor>& q_positions = std::nullopt);
+                                     const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                     const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same with one alpha for each head, a tensor of shape (H,) or (), float32, float64 or of query's type. Values are
 // 1 or from 1.01 to 2; differentiable in alpha too.
@@ -64,7 +65,8 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                      const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
                                      const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-                                     const std::optional<at::Tensor>& q_positions = std::nullopt);
+                                     const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                     const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same for sequences of different lengths, packed behind each other without padding:
 //
@@ -80,7 +82,8 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
                                             const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                             double dropout_p = 0,
                                             const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-                                            const std::optional<at::Tensor>& q_positions = std::nullopt);
+                                            const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                            const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                             const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
@@ -89,7 +92,8 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
                                             const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                             double dropout_p = 0,
                                             const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-                                            const std::optional<at::Tensor>& q_positions = std::nullopt);
+                                            const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                            const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same, and what it attended to: the output, of the bits of the ops above and differentiable as theirs; and of each
 // row, (B, H, M), packed (H, T_q), without a gradient:
@@ -110,7 +114,8 @@ ADASPLASH_API AttentionSummary entmax_attn_summary(
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
     const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
     const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-    const std::optional<at::Tensor>& q_positions = std::nullopt);
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key,
                                                    const at::Tensor& value, const at::Tensor& alpha,
                                                    bool is_causal = false, std::optional<double> scale = std::nullopt,
@@ -121,21 +126,24 @@ ADASPLASH_API AttentionSummary entmax_attn_summary(const at::Tensor& query, cons
                                                    const std::optional<at::Tensor>& kv_starts = std::nullopt,
                                                    double dropout_p = 0,
                                                    const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-                                                   const std::optional<at::Tensor>& q_positions = std::nullopt);
+                                                   const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                                   const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
     const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha = 1.5,
     bool is_causal = false, std::optional<double> scale = std::nullopt, c10::IntArrayRef window = {-1, -1},
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
     const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-    const std::optional<at::Tensor>& q_positions = std::nullopt);
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
     const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
     bool is_causal = false, std::optional<double> scale = std::nullopt, c10::IntArrayRef window = {-1, -1},
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
     const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-    const std::optional<at::Tensor>& q_positions = std::nullopt);
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // Attention on a paged cache of keys and values, as in serving; without a gradient.
 //

@@ -135,6 +135,13 @@ Dropout dropout_of(const AttentionOptions& options) {
           .kept = 1 / (1 - options.dropout_p)};
 }
 
+std::vector<int64_t> dropout_origins_of(int64_t sequences, const AttentionOptions& options) {
+  if (options.dropout_origin) return values_of<int64_t>(*options.dropout_origin);
+  std::vector<int64_t> origins(sequences * 4, 0);
+  for (int64_t b = 0; b < sequences; ++b) origins[b * 4] = b;
+  return origins;
+}
+
 std::vector<double> slopes_of(int64_t sequences, int64_t heads, const AttentionOptions& options) {
   if (!options.alibi_slopes) return {};
   return values_of<double>(options.alibi_slopes->expand({sequences, heads}));

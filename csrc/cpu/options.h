@@ -48,6 +48,9 @@ std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options);
 // Dropout but for the head and the sequence. Reads the seed.
 Dropout dropout_of(const AttentionOptions& options);
 
+// What dropout counts each sequence from, four numbers each: its own, its first head, query and key.
+std::vector<int64_t> dropout_origins_of(int64_t sequences, const AttentionOptions& options);
+
 // One a sequence and head, sequence by sequence; empty without ALiBi.
 std::vector<double> slopes_of(int64_t sequences, int64_t heads, const AttentionOptions& options);
 

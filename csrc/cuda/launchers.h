@@ -56,6 +56,8 @@ struct Dropout {
   Exactly<float> scale;
   Exactly<int32_t> first_batch;
   Exactly<int32_t> first_head;
+  Exactly<const int32_t*> origins;
+  Exactly<int32_t> has_origins;
 };
 
 // The shape and options of a call, which all kernels of attention take.
@@ -117,7 +119,7 @@ struct AttendArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 344);
+static_assert(sizeof(AttendArguments) == 360);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -138,7 +140,7 @@ struct MarkArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(MarkArguments) == 304);
+static_assert(sizeof(MarkArguments) == 320);
 inline void mark(const Variant& variant, const Place& place, int64_t programs,
                  const MarkArguments& arguments) {
   launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
@@ -165,7 +167,7 @@ struct GradQueryArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 456);
+static_assert(sizeof(GradQueryArguments) == 472);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -190,7 +192,7 @@ struct GradKeyValueArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 440);
+static_assert(sizeof(GradKeyValueArguments) == 456);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
@@ -210,7 +212,7 @@ struct CountSupportArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(CountSupportArguments) == 304);
+static_assert(sizeof(CountSupportArguments) == 320);
 inline void count_support(const Variant& variant, const Place& place, int64_t programs,
                           const CountSupportArguments& arguments) {
   launch(Kernel::kCountSupport, variant, place, programs, &arguments, sizeof arguments);
@@ -226,7 +228,7 @@ struct ScoreFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewArguments) == 296);
+static_assert(sizeof(ScoreFewArguments) == 312);
 inline void score_few(const Variant& variant, const Place& place, int64_t programs,
                       const ScoreFewArguments& arguments) {
   launch(Kernel::kScoreFew, variant, place, programs, &arguments, sizeof arguments);
@@ -248,7 +250,7 @@ struct SolveFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewArguments) == 344);
+static_assert(sizeof(SolveFewArguments) == 360);
 inline void solve_few(const Variant& variant, const Place& place, int64_t programs,
                       const SolveFewArguments& arguments) {
   launch(Kernel::kSolveFew, variant, place, programs, &arguments, sizeof arguments);
@@ -268,7 +270,7 @@ struct WeighFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewArguments) == 304);
+static_assert(sizeof(WeighFewArguments) == 320);
 inline void weigh_few(const Variant& variant, const Place& place, int64_t programs,
                       const WeighFewArguments& arguments) {
   launch(Kernel::kWeighFew, variant, place, programs, &arguments, sizeof arguments);
@@ -284,7 +286,7 @@ struct JoinFewArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(JoinFewArguments) == 272);
+static_assert(sizeof(JoinFewArguments) == 288);
 inline void join_few(const Variant& variant, const Place& place, int64_t programs,
                      const JoinFewArguments& arguments) {
   launch(Kernel::kJoinFew, variant, place, programs, &arguments, sizeof arguments);
@@ -303,7 +305,7 @@ struct AttendPagedArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 408);
+static_assert(sizeof(AttendPagedArguments) == 424);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -319,7 +321,7 @@ struct ScoreFewPagedArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewPagedArguments) == 328);
+static_assert(sizeof(ScoreFewPagedArguments) == 344);
 inline void score_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const ScoreFewPagedArguments& arguments) {
   launch(Kernel::kScoreFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -341,7 +343,7 @@ struct SolveFewPagedArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewPagedArguments) == 376);
+static_assert(sizeof(SolveFewPagedArguments) == 392);
 inline void solve_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const SolveFewPagedArguments& arguments) {
   launch(Kernel::kSolveFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -361,7 +363,7 @@ struct WeighFewPagedArguments {
   void* global_scratch = nullptr;
   void* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewPagedArguments) == 336);
+static_assert(sizeof(WeighFewPagedArguments) == 352);
 inline void weigh_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const WeighFewPagedArguments& arguments) {
   launch(Kernel::kWeighFewPaged, variant, place, programs, &arguments, sizeof arguments);

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, query_rows_of
-from ..lib.dropout import Dropout, dropout_factors
+from ..lib.dropout import SequenceDropout, dropout_factors, dropout_of_sequence
 from ..lib.entmax import ALPHA_1, ALPHA_ANY, fixed_alpha, weigh
 from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
@@ -53,7 +53,7 @@ class HeadRows(NamedTuple):
     row_terms: tl.tensor
     row_seeds: tl.tensor
     scale: HeadScale
-    dropout: Dropout
+    dropout: SequenceDropout
 
 
 @triton.jit
@@ -102,6 +102,7 @@ def grad_key_value(
     gathered += key_tile_row * GATHER_ROOM
     # The others see nothing: they may hold anything, and 0 * NaN would reach the sums.
     see = rows_that_see(at.band)
+    dropout = dropout_of_sequence(call.dropout, batch, ALPHA)
 
     wide = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = KeyValueSums(wide, wide)
@@ -109,7 +110,7 @@ def grad_key_value(
         scale = head_scale(call, batch, at.head + member, ALPHA)
         member_query = RowsFrom(query_data, query_rows.stride, call.head_dim, see.end, see.first)
         member_grad_out = RowsFrom(grad_out_data, grad_out_rows.stride, call.value_dim, see.end, see.first)
-        member_rows = HeadRows(member_query, member_grad_out, row_terms, row_seeds, scale, call.dropout)
+        member_rows = HeadRows(member_query, member_grad_out, row_terms, row_seeds, scale, dropout)
         weighing = list_query_tiles(entries, query_tiles, tiles, call.tile_words, key_tile, at.band, CODE)
         unused = query_tiles - weighing.count
         marked = MarkedRows(marks, key_tiles, gathered)

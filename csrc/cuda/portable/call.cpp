@@ -91,6 +91,9 @@ at::DimVector padded_sizes(const at::Tensor& t) {
   return sizes;
 }
 
+// What dropout counts from: 32 bits of each number.
+at::Tensor as_origins(const OptionalTensor& given) { return given ? given->to(at::kInt).contiguous() : at::Tensor(); }
+
 at::Tensor as_floats(const OptionalTensor& given) { return given ? given->to(at::kFloat).contiguous() : at::Tensor(); }
 
 template <typename T>
@@ -154,7 +157,7 @@ Scores scores_argument(const OptionTensors& tensors, int64_t head_dim, const Att
 }
 
 // Without dropout the threshold is 0, and nothing reads the seed.
-Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options) {
+Dropout dropout_argument(const FirstHead& first, const at::Tensor& origins, const AttentionOptions& options) {
   const uint32_t threshold = options.dropout_threshold();
   return {
       .seed = threshold ? options.dropout_seed->const_data_ptr<int64_t>() : nullptr,
@@ -162,6 +165,8 @@ Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options
       .scale = static_cast<float>(1 / (1 - options.dropout_p)),
       .first_batch = static_cast<int32_t>(first.entry),
       .first_head = static_cast<int32_t>(first.head),
+      .origins = pointer<int32_t>(origins),
+      .has_origins = static_cast<int32_t>(origins.defined()),
   };
 }
 
@@ -177,7 +182,7 @@ Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) 
       .keys = sequences_argument(op, "the number of keys", tensors.key_lengths, StoredSide::of_keys(inputs)),
       .alpha = alpha_argument(tensors.alphas, options),
       .scores = scores_argument(tensors, query.sizes().back(), options),
-      .dropout = dropout_argument(first, options),
+      .dropout = dropout_argument(first, tensors.dropout_origins, options),
       .state_batch_stride = options.packed() ? int64_t{0} : int64_t{heads} * queries.rows.value,
       .heads = heads,
       .group = static_cast<int32_t>(heads / key.size(1)),
@@ -235,7 +240,8 @@ PreparedCall::PreparedCall(const AttentionInputs& inputs)
                .block_table = as_block_table(inputs.options.block_table),
                .alphas = as_floats(inputs.options.head_alpha),
                .slopes = as_floats(inputs.options.alibi_slopes),
-               .q_positions = as_positions(inputs.options.q_positions)},
+               .q_positions = as_positions(inputs.options.q_positions),
+               .dropout_origins = as_origins(inputs.options.dropout_origin)},
       packed(inputs.options.packed()),
       query(with_aligned_rows(inputs.options.scale.value_or(1.0) < 0 ? inputs.query.neg() : inputs.query)),
       key(inputs.options.paged() ? with_aligned_pages(inputs.op, "key_cache", inputs.key)
