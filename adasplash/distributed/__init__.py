@@ -18,5 +18,6 @@ Collectives are called as ops of ``torch.ops._c10d_functional``, which torch.com
 
 from adasplash.distributed.attention import entmax_attn_context_parallel
 from adasplash.distributed.layout import shard, unshard
+from adasplash.distributed.plan import ContextParallel, context_parallel
 
-__all__ = ["entmax_attn_context_parallel", "shard", "unshard"]
+__all__ = ["ContextParallel", "context_parallel", "entmax_attn_context_parallel", "shard", "unshard"]
