@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # form the ones on the second line start with the heads.
 _ROWS = {"query", "key", "value", "out", "grad_out", "dq", "dk", "dv"}
 _SAVED = {"row_state", "support", "tiles", "support_size", "largest_weight"}
-_LENGTHS = {"q_seqlens", "kv_seqlens", "kv_starts"}
+_LENGTHS = {"q_seqlens", "kv_seqlens", "kv_starts", "q_positions", "dropout_origin"}
 
 
 def register() -> None:

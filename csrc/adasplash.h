@@ -41,6 +41,10 @@ namespace adasplash {
 //   key_index              an index of key.transpose(1, 2) as a cache, from entmax_make_key_index below: a call of few
 //                          queries need not read all keys then. It changes no bit, and calls that record gradients,
 //                          with dropout or with alpha = 1 do without, as does entmax_attn_summary.
+//   q_positions            (B,) int32 or int64: where each batch entry's first query stands, counted as its keys are:
+//                          in place of N - M above. From -(2^29 - 1) to 2^29 - 1: before its keys or behind them, too.
+//   dropout_origin         (B, 4) int32 or int64: what dropout counts each batch entry itself as, and its first head,
+//                          query and key, so that parts of a call drop the weights of the whole; (b, 0, 0, 0) without.
 ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                      double alpha = 1.5, bool is_causal = false,
                                      std::optional<double> scale = std::nullopt,
@@ -50,7 +54,9 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                      const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
                                      const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-                                     const std::optional<at::Tensor>& key_index = std::nullopt);
+                                     const std::optional<at::Tensor>& key_index = std::nullopt,
+                                     const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                     const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same with one alpha for each head, a tensor of shape (H,) or (), float32, float64 or of query's type. Values are
 // 1 or from 1.01 to 2; differentiable in alpha too.
@@ -63,7 +69,9 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                      const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
                                      const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-                                     const std::optional<at::Tensor>& key_index = std::nullopt);
+                                     const std::optional<at::Tensor>& key_index = std::nullopt,
+                                     const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                     const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same for sequences of different lengths, packed behind each other without padding:
 //
@@ -78,7 +86,9 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
                                             c10::IntArrayRef window = {-1, -1},
                                             const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                             double dropout_p = 0,
-                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+                                            const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                            const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                             const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
@@ -86,7 +96,9 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
                                             c10::IntArrayRef window = {-1, -1},
                                             const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                             double dropout_p = 0,
-                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+                                            const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                            const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same, and what it attended to: the output, of the bits of the ops above and differentiable as theirs; and of each
 // row, (B, H, M), packed (H, T_q), without a gradient:
@@ -107,7 +119,9 @@ ADASPLASH_API AttentionSummary entmax_attn_summary(
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
     const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
     const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-    const std::optional<at::Tensor>& key_index = std::nullopt);
+    const std::optional<at::Tensor>& key_index = std::nullopt,
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key,
                                                    const at::Tensor& value, const at::Tensor& alpha,
                                                    bool is_causal = false, std::optional<double> scale = std::nullopt,
@@ -118,19 +132,25 @@ ADASPLASH_API AttentionSummary entmax_attn_summary(const at::Tensor& query, cons
                                                    const std::optional<at::Tensor>& kv_starts = std::nullopt,
                                                    double dropout_p = 0,
                                                    const std::optional<at::Tensor>& dropout_seed = std::nullopt,
-                                                   const std::optional<at::Tensor>& key_index = std::nullopt);
+                                                   const std::optional<at::Tensor>& key_index = std::nullopt,
+                                                   const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                                   const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
     const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha = 1.5,
     bool is_causal = false, std::optional<double> scale = std::nullopt, c10::IntArrayRef window = {-1, -1},
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
-    const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+    const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
     const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
     bool is_causal = false, std::optional<double> scale = std::nullopt, c10::IntArrayRef window = {-1, -1},
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
-    const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+    const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // Attention on a paged cache of keys and values, as in serving; without a gradient.
 //

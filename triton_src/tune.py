@@ -116,11 +116,12 @@ class Problem:
             "tile_counts": torch.zeros(batch, heads, 2, dtype=torch.int64, **like),
             "tiles": torch.zeros(batch, heads, tile_rows, count_tile_words(length), dtype=torch.int32, **like),
         }  # fmt: skip
-        # What is not asked for here: lengths, alphas and slopes in memory, dropout, the gradient of alpha, a probe.
+        # What is not asked for: lengths, places, alphas and slopes in memory, dropout, the gradient of alpha, a probe.
         absent = (
             "call.queries.lengths", "call.keys.lengths", "call.alpha.per_head", "call.scores.slopes",
-            "call.scores.slopes_batch_stride", "call.scores.has_slopes", "alpha_terms", "probe_from",
-            "row_seeds", *(f"call.dropout.{part}" for part in Dropout._fields),
+            "call.scores.slopes_batch_stride", "call.scores.has_slopes", "call.scores.q_positions",
+            "call.scores.has_positions", "alpha_terms", "probe_from", "row_seeds",
+             *(f"call.dropout.{part}" for part in Dropout._fields),
         )  # fmt: skip
         self.values = dict.fromkeys((*absent, *(name for name, _ in APPENDED)), 0)
         for name, x in self.tensors.items():

@@ -28,6 +28,7 @@ struct Sequence {
   int64_t first_query = 0, queries = 0;
   int64_t first_key = 0, keys = 0;
   int64_t first_tile_row = 0;
+  int64_t first_place = 0;  // of the first query, counted from the first key
 };
 
 // Query, key, value or what is shaped like them, as (entries, heads, rows, width). The packed form is one entry, whose
@@ -57,6 +58,9 @@ std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options);
 
 // Dropout but for the head and the sequence. Reads the seed.
 Dropout dropout_of(const AttentionOptions& options);
+
+// What dropout counts each sequence from, four numbers each: its own, its first head, query and key.
+std::vector<int64_t> dropout_origins_of(int64_t sequences, const AttentionOptions& options);
 
 // One a sequence and head, sequence by sequence; empty without ALiBi.
 std::vector<double> slopes_of(int64_t sequences, int64_t heads, const AttentionOptions& options);

@@ -45,6 +45,8 @@ struct Scores {
   Exactly<float> scale;
   Exactly<int32_t> window_left;
   Exactly<int32_t> window_right;
+  Exactly<const int32_t*> q_positions;
+  Exactly<int32_t> has_positions;
 };
 
 // Which weights are dropped: those with 32 random bits below a threshold, none if that is 0.
@@ -54,6 +56,8 @@ struct Dropout {
   Exactly<float> scale;
   Exactly<int32_t> first_batch;
   Exactly<int32_t> first_head;
+  Exactly<const int32_t*> origins;
+  Exactly<int32_t> has_origins;
 };
 
 // The shape and options of a call, which all kernels of attention take.
@@ -157,7 +161,7 @@ struct AttendArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 328);
+static_assert(sizeof(AttendArguments) == 360);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -178,7 +182,7 @@ struct MarkArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(MarkArguments) == 288);
+static_assert(sizeof(MarkArguments) == 320);
 inline void mark(const Variant& variant, const Place& place, int64_t programs,
                  const MarkArguments& arguments) {
   launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
@@ -205,7 +209,7 @@ struct GradQueryArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 440);
+static_assert(sizeof(GradQueryArguments) == 472);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -230,7 +234,7 @@ struct GradKeyValueArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 424);
+static_assert(sizeof(GradKeyValueArguments) == 456);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
@@ -250,7 +254,7 @@ struct CountSupportArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(CountSupportArguments) == 288);
+static_assert(sizeof(CountSupportArguments) == 320);
 inline void count_support(const Variant& variant, const Place& place, int64_t programs,
                           const CountSupportArguments& arguments) {
   launch(Kernel::kCountSupport, variant, place, programs, &arguments, sizeof arguments);
@@ -266,7 +270,7 @@ struct ScoreFewArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewArguments) == 280);
+static_assert(sizeof(ScoreFewArguments) == 312);
 inline void score_few(const Variant& variant, const Place& place, int64_t programs,
                       const ScoreFewArguments& arguments) {
   launch(Kernel::kScoreFew, variant, place, programs, &arguments, sizeof arguments);
@@ -288,7 +292,7 @@ struct SolveFewArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewArguments) == 328);
+static_assert(sizeof(SolveFewArguments) == 360);
 inline void solve_few(const Variant& variant, const Place& place, int64_t programs,
                       const SolveFewArguments& arguments) {
   launch(Kernel::kSolveFew, variant, place, programs, &arguments, sizeof arguments);
@@ -308,7 +312,7 @@ struct WeighFewArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewArguments) == 288);
+static_assert(sizeof(WeighFewArguments) == 320);
 inline void weigh_few(const Variant& variant, const Place& place, int64_t programs,
                       const WeighFewArguments& arguments) {
   launch(Kernel::kWeighFew, variant, place, programs, &arguments, sizeof arguments);
@@ -324,7 +328,7 @@ struct JoinFewArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(JoinFewArguments) == 256);
+static_assert(sizeof(JoinFewArguments) == 288);
 inline void join_few(const Variant& variant, const Place& place, int64_t programs,
                      const JoinFewArguments& arguments) {
   launch(Kernel::kJoinFew, variant, place, programs, &arguments, sizeof arguments);
@@ -343,7 +347,7 @@ struct AttendPagedArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 392);
+static_assert(sizeof(AttendPagedArguments) == 424);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -359,7 +363,7 @@ struct ScoreFewPagedArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewPagedArguments) == 312);
+static_assert(sizeof(ScoreFewPagedArguments) == 344);
 inline void score_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const ScoreFewPagedArguments& arguments) {
   launch(Kernel::kScoreFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -381,7 +385,7 @@ struct SolveFewPagedArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewPagedArguments) == 360);
+static_assert(sizeof(SolveFewPagedArguments) == 392);
 inline void solve_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const SolveFewPagedArguments& arguments) {
   launch(Kernel::kSolveFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -401,7 +405,7 @@ struct WeighFewPagedArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewPagedArguments) == 320);
+static_assert(sizeof(WeighFewPagedArguments) == 352);
 inline void weigh_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const WeighFewPagedArguments& arguments) {
   launch(Kernel::kWeighFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -417,7 +421,7 @@ struct ScoreFewEvenArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewEvenArguments) == 304);
+static_assert(sizeof(ScoreFewEvenArguments) == 336);
 inline void score_few_even(const Variant& variant, const Place& place, int64_t programs,
                            const ScoreFewEvenArguments& arguments) {
   launch(Kernel::kScoreFewEven, variant, place, programs, &arguments, sizeof arguments);
@@ -437,7 +441,7 @@ struct WeighFewEvenArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewEvenArguments) == 312);
+static_assert(sizeof(WeighFewEvenArguments) == 344);
 inline void weigh_few_even(const Variant& variant, const Place& place, int64_t programs,
                            const WeighFewEvenArguments& arguments) {
   launch(Kernel::kWeighFewEven, variant, place, programs, &arguments, sizeof arguments);
@@ -453,7 +457,7 @@ struct TurnQueriesArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(TurnQueriesArguments) == 312);
+static_assert(sizeof(TurnQueriesArguments) == 344);
 inline void turn_queries(const Variant& variant, const Place& place, int64_t programs,
                          const TurnQueriesArguments& arguments) {
   launch(Kernel::kTurnQueries, variant, place, programs, &arguments, sizeof arguments);
@@ -472,7 +476,7 @@ struct ScanIndexArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScanIndexArguments) == 336);
+static_assert(sizeof(ScanIndexArguments) == 368);
 inline void scan_index(const Variant& variant, const Place& place, int64_t programs,
                        const ScanIndexArguments& arguments) {
   launch(Kernel::kScanIndex, variant, place, programs, &arguments, sizeof arguments);
@@ -491,7 +495,7 @@ struct ScanIndexEvenArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScanIndexEvenArguments) == 360);
+static_assert(sizeof(ScanIndexEvenArguments) == 392);
 inline void scan_index_even(const Variant& variant, const Place& place, int64_t programs,
                             const ScanIndexEvenArguments& arguments) {
   launch(Kernel::kScanIndexEven, variant, place, programs, &arguments, sizeof arguments);
@@ -510,7 +514,7 @@ struct ScoreFoundArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFoundArguments) == 304);
+static_assert(sizeof(ScoreFoundArguments) == 336);
 inline void score_found(const Variant& variant, const Place& place, int64_t programs,
                         const ScoreFoundArguments& arguments) {
   launch(Kernel::kScoreFound, variant, place, programs, &arguments, sizeof arguments);
@@ -529,7 +533,7 @@ struct ScoreFoundEvenArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFoundEvenArguments) == 328);
+static_assert(sizeof(ScoreFoundEvenArguments) == 360);
 inline void score_found_even(const Variant& variant, const Place& place, int64_t programs,
                              const ScoreFoundEvenArguments& arguments) {
   launch(Kernel::kScoreFoundEven, variant, place, programs, &arguments, sizeof arguments);

@@ -12,10 +12,11 @@ at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at:
                        const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
                        const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& kv_starts,
                        double dropout_p, const std::optional<at::Tensor>& dropout_seed,
-                       const std::optional<at::Tensor>& key_index) {
+                       const std::optional<at::Tensor>& key_index, const std::optional<at::Tensor>& q_positions,
+                       const std::optional<at::Tensor>& dropout_origin) {
   static const auto op = find_op<PaddedSignature<double>>("adasplash::entmax_attn");
   return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-                 dropout_p, dropout_seed, key_index);
+                 dropout_p, dropout_seed, key_index, q_positions, dropout_origin);
 }
 
 at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& alpha,
@@ -23,20 +24,23 @@ at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at:
                        const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
                        const std::optional<at::Tensor>& alibi_slopes, const std::optional<at::Tensor>& kv_starts,
                        double dropout_p, const std::optional<at::Tensor>& dropout_seed,
-                       const std::optional<at::Tensor>& key_index) {
+                       const std::optional<at::Tensor>& key_index, const std::optional<at::Tensor>& q_positions,
+                       const std::optional<at::Tensor>& dropout_origin) {
   static const auto op = find_op<PaddedSignature<PerHead>>("adasplash::entmax_attn", "per_head");
   return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-                 dropout_p, dropout_seed, key_index);
+                 dropout_p, dropout_seed, key_index, q_positions, dropout_origin);
 }
 
 at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q,
                               c10::SymInt max_seqlen_k, double alpha, bool is_causal, std::optional<double> scale,
                               c10::IntArrayRef window, const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
-                              const std::optional<at::Tensor>& dropout_seed) {
+                              const std::optional<at::Tensor>& dropout_seed,
+                              const std::optional<at::Tensor>& q_positions,
+                              const std::optional<at::Tensor>& dropout_origin) {
   static const auto op = find_op<PackedSignature<double>>("adasplash::entmax_attn_varlen");
   return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
-                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, q_positions, dropout_origin);
 }
 
 at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -44,37 +48,37 @@ at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, co
                               c10::SymInt max_seqlen_k, const at::Tensor& alpha, bool is_causal,
                               std::optional<double> scale, c10::IntArrayRef window,
                               const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
-                              const std::optional<at::Tensor>& dropout_seed) {
+                              const std::optional<at::Tensor>& dropout_seed,
+                              const std::optional<at::Tensor>& q_positions,
+                              const std::optional<at::Tensor>& dropout_origin) {
   static const auto op = find_op<PackedSignature<PerHead>>("adasplash::entmax_attn_varlen", "per_head");
   return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
-                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, q_positions, dropout_origin);
 }
 
-AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                     double alpha, bool is_causal, std::optional<double> scale,
-                                     const std::optional<at::Tensor>& q_seqlens,
-                                     const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
-                                     const std::optional<at::Tensor>& alibi_slopes,
-                                     const std::optional<at::Tensor>& kv_starts, double dropout_p,
-                                     const std::optional<at::Tensor>& dropout_seed,
-                                     const std::optional<at::Tensor>& key_index) {
+AttentionSummary entmax_attn_summary(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, double alpha, bool is_causal,
+    std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
+    const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window, const std::optional<at::Tensor>& alibi_slopes,
+    const std::optional<at::Tensor>& kv_starts, double dropout_p, const std::optional<at::Tensor>& dropout_seed,
+    const std::optional<at::Tensor>& key_index, const std::optional<at::Tensor>& q_positions,
+    const std::optional<at::Tensor>& dropout_origin) {
   static const auto op = find_op<PaddedSignature<double, AttentionSummary>>("adasplash::entmax_attn_summary");
   return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-                 dropout_p, dropout_seed, key_index);
+                 dropout_p, dropout_seed, key_index, q_positions, dropout_origin);
 }
 
-AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                     const at::Tensor& alpha, bool is_causal, std::optional<double> scale,
-                                     const std::optional<at::Tensor>& q_seqlens,
-                                     const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window,
-                                     const std::optional<at::Tensor>& alibi_slopes,
-                                     const std::optional<at::Tensor>& kv_starts, double dropout_p,
-                                     const std::optional<at::Tensor>& dropout_seed,
-                                     const std::optional<at::Tensor>& key_index) {
+AttentionSummary entmax_attn_summary(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& alpha, bool is_causal,
+    std::optional<double> scale, const std::optional<at::Tensor>& q_seqlens,
+    const std::optional<at::Tensor>& kv_seqlens, c10::IntArrayRef window, const std::optional<at::Tensor>& alibi_slopes,
+    const std::optional<at::Tensor>& kv_starts, double dropout_p, const std::optional<at::Tensor>& dropout_seed,
+    const std::optional<at::Tensor>& key_index, const std::optional<at::Tensor>& q_positions,
+    const std::optional<at::Tensor>& dropout_origin) {
   static const auto op =
       find_op<PaddedSignature<PerHead, AttentionSummary>>("adasplash::entmax_attn_summary", "per_head");
   return op.call(query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-                 dropout_p, dropout_seed, key_index);
+                 dropout_p, dropout_seed, key_index, q_positions, dropout_origin);
 }
 
 AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -82,10 +86,12 @@ AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::T
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha,
                                             bool is_causal, std::optional<double> scale, c10::IntArrayRef window,
                                             const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
-                                            const std::optional<at::Tensor>& dropout_seed) {
+                                            const std::optional<at::Tensor>& dropout_seed,
+                                            const std::optional<at::Tensor>& q_positions,
+                                            const std::optional<at::Tensor>& dropout_origin) {
   static const auto op = find_op<PackedSignature<double, AttentionSummary>>("adasplash::entmax_attn_varlen_summary");
   return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
-                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, q_positions, dropout_origin);
 }
 
 AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -93,11 +99,13 @@ AttentionSummary entmax_attn_varlen_summary(const at::Tensor& query, const at::T
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
                                             bool is_causal, std::optional<double> scale, c10::IntArrayRef window,
                                             const std::optional<at::Tensor>& alibi_slopes, double dropout_p,
-                                            const std::optional<at::Tensor>& dropout_seed) {
+                                            const std::optional<at::Tensor>& dropout_seed,
+                                            const std::optional<at::Tensor>& q_positions,
+                                            const std::optional<at::Tensor>& dropout_origin) {
   static const auto op =
       find_op<PackedSignature<PerHead, AttentionSummary>>("adasplash::entmax_attn_varlen_summary", "per_head");
   return op.call(query, key, value, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), alpha,
-                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed);
+                 is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, q_positions, dropout_origin);
 }
 
 at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,

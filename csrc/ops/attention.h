@@ -47,6 +47,8 @@ using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor
 constexpr int64_t kInference = -1;        // support_capacity of a call that needs no backward
 constexpr int32_t kEndOfSupport = -1;     // the row's support ends here
 constexpr int32_t kSupportOverflow = -2;  // in the first place: the row's support did not fit, rebuild it
+// How far q_positions may be from 0 either way: the CUDA kernels add them to a row and a window, in 32 bits.
+constexpr int64_t kFarthestPosition = (int64_t{1} << 29) - 1;
 // Edge of the tiles that the tile bits speak of: TILE in triton_src/lib/visibility.py, _TILE in adasplash/inspect.py.
 constexpr int64_t kTile = 64;
 

@@ -121,10 +121,11 @@ def alpha_argument(alpha: float | Tensor) -> Alpha:
     return Alpha(torch.zeros(1), entmax.ALPHA_NUMBER.value, alpha)
 
 
-def dropout_argument(p: float, seed: int, first: tuple[int, int]) -> Dropout:
+def dropout_argument(p: float, seed: int, first: tuple[int, int], origins: Tensor | None) -> Dropout:
     threshold = min(round(p * 2**32), 2**32 - 1)
     bits = threshold - (threshold >> 31 << 32)
-    return Dropout(torch.tensor([seed]), bits, 1 / (1 - p), *first)
+    given = torch.zeros(4, dtype=torch.int32) if origins is None else origins.int()
+    return Dropout(torch.tensor([seed]), bits, 1 / (1 - p), *first, given, int(origins is not None))
 
 
 def attention(
@@ -139,9 +140,11 @@ def attention(
     window: tuple[int, int] = (-1, -1),
     lengths: tuple[Tensor | None, Tensor | None] = (None, None),
     offsets: tuple[Tensor, Tensor | None, int, int | None] | None = None,
+    positions: Tensor | None = None,
     table: Tensor | None = None,
     dropout: tuple[float, int] = (0.0, 0),
     first: tuple[int, int] = (0, 0),
+    origins: Tensor | None = None,
     alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
@@ -155,8 +158,10 @@ def attention(
     (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
     cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
     Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
-    An `index` of the keys is used there. With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page, D); queries may still be packed.
-    `dropout` is (p, seed), and `first` the first batch entry and head among those of the whole call."""
+    An `index` of the keys is used there. With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page,
+    D); queries may still be packed.
+    `positions` (B,) are the places of first queries. `dropout` is (p, seed), and `first` the first batch entry and head
+    among those of the whole call, or `origins` (B, 4) what each sequence is counted from."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
@@ -200,8 +205,10 @@ def attention(
             scale=head_dim**-0.5 if scale is None else scale,
             window_left=left,
             window_right=0 if is_causal else right,
+            q_positions=none.int() if positions is None else positions,
+            has_positions=int(positions is not None),
         ),
-        dropout=dropout_argument(*dropout, first),
+        dropout=dropout_argument(*dropout, first, origins),
         state_batch_stride=state_batch,
         heads=heads,
         group=heads // kv_heads,

@@ -7,13 +7,13 @@ import adasplash  # noqa: F401  (registers the ops)
 OPTIONS = (
     "bool is_causal=False, *, float? scale=None, Tensor? q_seqlens=None, Tensor? kv_seqlens=None, "
     "int[2] window=[-1, -1], Tensor? alibi_slopes=None, Tensor? kv_starts=None, float dropout_p=0., "
-    "Tensor? dropout_seed=None, Tensor? key_index=None)"
+    "Tensor? dropout_seed=None, Tensor? key_index=None, Tensor? q_positions=None, Tensor? dropout_origin=None)"
 )
 TENSORS = "Tensor query, Tensor key, Tensor value"
 VARLEN = f"{TENSORS}, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 VARLEN_OPTIONS = (
     "bool is_causal=False, *, float? scale=None, int[2] window=[-1, -1], Tensor? alibi_slopes=None, "
-    "float dropout_p=0., Tensor? dropout_seed=None)"
+    "float dropout_p=0., Tensor? dropout_seed=None, Tensor? q_positions=None, Tensor? dropout_origin=None)"
 )
 CACHE = "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor kv_seqlens"
 PAGED_OPTIONS = (
@@ -25,7 +25,11 @@ RESOLVED = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int[2] window, "
     "Tensor? alibi_slopes"
 )
-LATER = "Tensor? kv_starts=None, float dropout_p=0., Tensor? dropout_seed=None"  # behind everything else
+# Behind everything else.
+LATER = (
+    "Tensor? kv_starts=None, float dropout_p=0., Tensor? dropout_seed=None, Tensor? q_positions=None, "
+    "Tensor? dropout_origin=None"
+)
 SUMMARY = "(Tensor out, Tensor support_size, Tensor largest_weight, Tensor maximum, Tensor gap, Tensor empty_tiles)"
 
 # In the order in which an eager call tries them: a tensor alpha before a number, or a one-element tensor would lose

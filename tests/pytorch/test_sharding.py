@@ -128,11 +128,12 @@ def test_the_rules_know_every_tensor():
     ops = torch.ops.adasplash
     known = {
         "_entmax_attn_forward": "query key value head_alpha q_seqlens kv_seqlens cu_seqlens_q cu_seqlens_k kv_starts "
-        "alibi_slopes dropout_seed out row_state support tiles",
+        "alibi_slopes dropout_seed q_positions dropout_origin out row_state support tiles",
         "_entmax_attn_backward": "grad_out query key value row_state support tiles head_alpha q_seqlens kv_seqlens "
-        "cu_seqlens_q cu_seqlens_k alibi_slopes kv_starts dropout_seed out dq dk dv dalpha",
+        "cu_seqlens_q cu_seqlens_k alibi_slopes kv_starts dropout_seed q_positions dropout_origin out dq dk dv dalpha",
         "_entmax_attn_summary": "query key row_state support tiles head_alpha q_seqlens kv_seqlens cu_seqlens_q "
-        "cu_seqlens_k alibi_slopes kv_starts dropout_seed support_size largest_weight tile_counts",
+        "cu_seqlens_k alibi_slopes kv_starts dropout_seed q_positions dropout_origin support_size largest_weight "
+        "tile_counts",
         "_entmax_forward": "input row_alpha",
         "_entmax_backward": "grad_out output row_alpha grad_input grad_alpha",
     }

@@ -69,7 +69,7 @@ def block_of_program(blocks, heads):
 def head_in_sequence(call, batch, head):
     queries = sequence_bounds(call.queries, batch)
     keys = sequence_bounds(call.keys, batch)
-    return Head(batch, head, call.group, queries, keys, band_of(call, queries, keys))
+    return Head(batch, head, call.group, queries, keys, band_of(call, batch, queries, keys))
 
 
 @triton.jit
@@ -85,7 +85,8 @@ def without_few(call, at):
     queries = Sequence(
         at.queries.offset, tl.where(has_many_queries(call, at.queries), at.queries.length, 0), at.queries.extent
     )
-    return Head(at.batch, at.head, at.group, queries, at.keys, band_of(call, queries, at.keys))
+    band = Band(queries.length, at.keys.length, at.band.first_place, at.band.window_left, at.band.window_right)
+    return Head(at.batch, at.head, at.group, queries, at.keys, band)
 
 
 @triton.jit
@@ -119,8 +120,10 @@ def first_state_row(call, at):
 
 
 @triton.jit
-def band_of(call, queries, keys):
-    return Band(queries.length, keys.length, call.scores.window_left, call.scores.window_right)
+def band_of(call, batch, queries, keys):
+    last_beside_last = keys.length - queries.length
+    place = tl.load(call.scores.q_positions + batch, mask=call.scores.has_positions != 0, other=last_beside_last)
+    return Band(queries.length, keys.length, place, call.scores.window_left, call.scores.window_right)
 
 
 @triton.jit

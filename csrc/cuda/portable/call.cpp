@@ -75,6 +75,11 @@ at::Tensor as_key_lengths(const at::Tensor& key, const AttentionOptions& options
   return at::stack({starts, ends}, 1);
 }
 
+// Places of first queries, which may be negative, likewise.
+at::Tensor as_positions(const OptionalTensor& given) {
+  return given ? given->clamp(-kFarthestPosition, kFarthestPosition).to(at::kInt).contiguous() : at::Tensor();
+}
+
 // A table of int32 with dense rows is read as it is: its entries are clamped where they are read.
 at::Tensor as_block_table(const OptionalTensor& given) {
   if (!given) return {};
@@ -86,6 +91,9 @@ at::DimVector padded_sizes(const at::Tensor& t) {
   sizes.back() = aligned_size(t);
   return sizes;
 }
+
+// What dropout counts from: 32 bits of each number.
+at::Tensor as_origins(const OptionalTensor& given) { return given ? given->to(at::kInt).contiguous() : at::Tensor(); }
 
 at::Tensor as_floats(const OptionalTensor& given) { return given ? given->to(at::kFloat).contiguous() : at::Tensor(); }
 
@@ -135,7 +143,8 @@ int32_t window_bound(int64_t given) {
   return given < 0 ? kUnlimited : static_cast<int32_t>(std::min<int64_t>(given, kUnlimited));
 }
 
-Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const AttentionOptions& options) {
+Scores scores_argument(const OptionTensors& tensors, int64_t head_dim, const AttentionOptions& options) {
+  const at::Tensor &slopes = tensors.slopes, &positions = tensors.q_positions;
   return {
       .slopes = pointer<float>(slopes),
       .slopes_batch_stride = slopes.defined() && slopes.dim() == 2 ? slopes.size(1) : int64_t{0},
@@ -143,11 +152,13 @@ Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const Attenti
       .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)))),
       .window_left = window_bound(options.window[0]),
       .window_right = options.is_causal ? 0 : window_bound(options.window[1]),
+      .q_positions = pointer<int32_t>(positions),
+      .has_positions = static_cast<int32_t>(positions.defined()),
   };
 }
 
 // Without dropout the threshold is 0, and nothing reads the seed.
-Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options) {
+Dropout dropout_argument(const FirstHead& first, const at::Tensor& origins, const AttentionOptions& options) {
   const uint32_t threshold = options.dropout_threshold();
   return {
       .seed = threshold ? options.dropout_seed->const_data_ptr<int64_t>() : nullptr,
@@ -155,6 +166,8 @@ Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options
       .scale = static_cast<float>(1 / (1 - options.dropout_p)),
       .first_batch = static_cast<int32_t>(first.entry),
       .first_head = static_cast<int32_t>(first.head),
+      .origins = pointer<int32_t>(origins),
+      .has_origins = static_cast<int32_t>(origins.defined()),
   };
 }
 
@@ -169,8 +182,8 @@ Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) 
       .queries = queries,
       .keys = sequences_argument(op, "the number of keys", tensors.key_lengths, StoredSide::of_keys(inputs)),
       .alpha = alpha_argument(tensors.alphas, options),
-      .scores = scores_argument(tensors.slopes, query.sizes().back(), options),
-      .dropout = dropout_argument(first, options),
+      .scores = scores_argument(tensors, query.sizes().back(), options),
+      .dropout = dropout_argument(first, tensors.dropout_origins, options),
       .state_batch_stride = options.packed() ? int64_t{0} : int64_t{heads} * queries.rows.value,
       .heads = heads,
       .group = static_cast<int32_t>(heads / key.size(1)),
@@ -227,7 +240,9 @@ PreparedCall::PreparedCall(const AttentionInputs& inputs)
                .key_lengths = as_key_lengths(inputs.key, inputs.options),
                .block_table = as_block_table(inputs.options.block_table),
                .alphas = as_floats(inputs.options.head_alpha),
-               .slopes = as_floats(inputs.options.alibi_slopes)},
+               .slopes = as_floats(inputs.options.alibi_slopes),
+               .q_positions = as_positions(inputs.options.q_positions),
+               .dropout_origins = as_origins(inputs.options.dropout_origin)},
       packed(inputs.options.packed()),
       query(with_aligned_rows(inputs.options.scale.value_or(1.0) < 0 ? inputs.query.neg() : inputs.query)),
       key(inputs.options.paged() ? with_aligned_pages(inputs.op, "key_cache", inputs.key)

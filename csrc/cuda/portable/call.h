@@ -31,7 +31,7 @@ class AlignedResult {
 
 // The options that are tensors, as the kernels take them: dense, of int32 and float32. Undefined where not given.
 struct OptionTensors {
-  at::Tensor query_lengths, key_lengths, block_table, alphas, slopes;
+  at::Tensor query_lengths, key_lengths, block_table, alphas, slopes, q_positions, dropout_origins;
 };
 
 // The kernels that read keys or values, by the type of matrix that these are.
