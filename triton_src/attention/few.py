@@ -35,8 +35,10 @@ from ..lib.tile_lists import WORD, append, first_tile_row
 from ..lib.visibility import LENGTHS_PACKED, TILE, UNLIMITED, Span, visible_keys
 from ..spec import CALL, FEW, MATRIX, Spec
 
-LISTED = tl.constexpr(1024)  # keys that a row's list has room for
-TOGETHER = tl.constexpr(1024)  # keys of a row that are looked at together
+LISTED = tl.constexpr(2048)  # keys that a row's list has room for
+SHORT_LIST = tl.constexpr(1024)  # … of a list that is quicker to go through
+TOGETHER = tl.constexpr(2048)  # keys of a row that are looked at together
+MANY_TOGETHER = tl.constexpr(4096)  # keys of a row that is long, which are read again and again
 TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
 KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
 SPLIT = tl.constexpr(16)  # tiles whose values one program sums
@@ -62,7 +64,12 @@ class FewRows(NamedTuple):
 
 @triton.jit
 def few_rows(first, call, few, kv_head, queries, ROWS: tl.constexpr):
-    place = first + tl.arange(0, ROWS)
+    return few_rows_at(first + tl.arange(0, ROWS), call, few, kv_head, queries)
+
+
+@triton.jit
+def few_rows_at(place, call, few, kv_head, queries):
+    """The FewRows in some places."""
     member = place // few.queries
     position = place - member * few.queries
     real = (member < call.group) & (position < queries.length)
@@ -251,9 +258,11 @@ def solve_few(
             count = list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max, gap)
             long = (count > LISTED).to(tl.int32)
             if long > 0:
-                gap = solve(z_row, entries, candidates * TILE, visible, row_max, gap, scale.alpha, ALPHA, False)
+                gap = solve_tiles(z_row, entries, candidates, visible, row_max, gap, scale.alpha, ALPHA)
+            elif count <= SHORT_LIST:
+                gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA, SHORT_LIST)
             else:
-                gap = solve(to_z, entries, count, visible, row_max, gap, scale.alpha, ALPHA, True)
+                gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA, LISTED)
     tl.store(is_long + number, long)
     state = row_state + 2 * (first_state_row(call, at) + position)
     tl.store(state, tl.where(broken, float("nan"), row_max))
@@ -373,10 +382,10 @@ def list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap):
 
 
 @triton.jit
-def scores_of_tiles(z_row, entries, first, count, visible):
-    """(z, keys) of the listed tiles from `first` on that fit TOGETHER keys; -inf behind the list and for keys that are
+def scores_of_tiles(z_row, entries, first, count, visible, KEYS: tl.constexpr):
+    """(z, keys) of the listed tiles from `first` on that fit so many keys; -inf behind the list and for keys that are
     not seen."""
-    entry = first * TILE + tl.arange(0, TOGETHER)
+    entry = first * TILE + tl.arange(0, KEYS)
     tile = tl.load(entries + entry // TILE, mask=entry < count * TILE, other=0)
     keys = tile * TILE + entry % TILE
     seen = (entry < count * TILE) & (keys >= visible.first) & (keys < visible.end)
@@ -390,7 +399,7 @@ def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max,
     count = 0
     first = 0
     while (first < candidates) & (count <= LISTED):
-        z, keys = scores_of_tiles(z_row, entries, first, candidates, visible)
+        z, keys = scores_of_tiles(z_row, entries, first, candidates, visible, TOGETHER)
         wanted = z - row_max > gap
         place = count + tl.cumsum(wanted.to(tl.int32), 0) - 1
         room = wanted & (place < LISTED)
@@ -403,31 +412,47 @@ def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max,
 
 
 @triton.jit
-def solve(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.constexpr, LIST: tl.constexpr):
-    """gap of `count` scores: of a LIST of at most LISTED, or of the listed tiles."""
+def solve_list(listed_z, count, row_max, gap, alpha, ALPHA: tl.constexpr, ROOM: tl.constexpr):
+    """gap of a list of at most ROOM scores, from a lower bound of it."""
+    entry = tl.arange(0, ROOM)
+    z = tl.load(listed_z + entry, mask=entry < count, other=float("-inf"))
     attempts = 0
-    if LIST:
-        entry = tl.arange(0, LISTED)
-        z = tl.load(z_row + entry, mask=entry < count, other=float("-inf"))
     moving = 1
     while moving > 0:
-        part_p = tl.zeros([TOGETHER], tl.float32)
-        part_u = tl.zeros([TOGETHER], tl.float32)
-        if LIST:
-            part_p, part_u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
-        else:
-            for first in range(0, count // TILE, TOGETHER // TILE):
-                some, _ = scores_of_tiles(z_row, entries, first, count // TILE, visible)
-                p, u = weights(excess(some, row_max, gap), alpha, ALPHA, True)
-                part_p += p
-                part_u += u
+        p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
+        sum_p = tl.sum(p, 0)
+        step = newton_step(sum_p, tl.sum(u, 0), alpha, ALPHA)
+        attempts += 1
+        moving = goes_on(sum_p, gap, step, attempts, NEAR)
+        gap += step
+    return gap
+
+
+@triton.jit
+def solve_tiles(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.constexpr):
+    """gap of the scores of `count` listed tiles, from a lower bound of it."""
+    attempts = 0
+    moving = 1
+    while moving > 0:
+        part_p = tl.zeros([MANY_TOGETHER], tl.float32)
+        part_u = tl.zeros([MANY_TOGETHER], tl.float32)
+        for first in range(0, count, MANY_TOGETHER // TILE):
+            z, _ = scores_of_tiles(z_row, entries, first, count, visible, MANY_TOGETHER)
+            p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
+            part_p += p
+            part_u += u
         sum_p = tl.sum(part_p, 0)
         step = newton_step(sum_p, tl.sum(part_u, 0), alpha, ALPHA)
         attempts += 1
-        more = (tl.abs(sum_p - 1.0) > (NEAR if LIST else NEAR_LONG)) & (gap + step != gap) & (attempts < ATTEMPTS)
+        moving = goes_on(sum_p, gap, step, attempts, NEAR_LONG)
         gap += step
-        moving = more.to(tl.int32)
     return gap
+
+
+@triton.jit
+def goes_on(sum_p, gap, step, attempts, near):
+    """Whether another step is needed after this one."""
+    return ((tl.abs(sum_p - 1.0) > near) & (gap + step != gap) & (attempts < ATTEMPTS)).to(tl.int32)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from ..spec import CALL, FEW, KEY_INDEX, MATRIX, Spec
 from .few import (
     ROUNDING,
     few_rows,
+    few_rows_at,
     keys_of_rows,
     kv_number,
     list_place,
@@ -48,7 +49,8 @@ PLANE_STEPS = tl.constexpr(127.0)  # to each side of zero
 BETWEEN = tl.constexpr(254.0)  # steps of the second plane in one of the first
 TERMS = tl.constexpr(3)  # numbers that are kept of a turned query, by which bounds are made: unit, offset, norm
 NEAR_ONE = tl.constexpr(1 + 2.0**-18)  # by which a norm is certainly not too small
-KEYS_SIEVED = tl.constexpr(128)  # bounds of a row that are looked at together
+KEYS_SIEVED = tl.constexpr(1024)  # bounds of a row that are looked at together
+ROWS_SIEVED = tl.constexpr(4)  # rows that are
 SPLITS_TOGETHER = tl.constexpr(64)  # splits whose best keys are
 
 
@@ -139,13 +141,16 @@ def scan_index(
     unit = tl.load(of_row, mask=rows.real, other=0.0)[:, None]
     offset = tl.load(of_row + 1, mask=rows.real, other=0.0)[:, None]
     norm = tl.load(of_row + 2, mask=rows.real, other=0.0)[:, None]
+    # One product for both planes: those of all rows, and below them the others.
+    stacked = tl.arange(0, PLANES * BLOCK_M)
+    plane = stacked // BLOCK_M
+    both = few_rows_at(program % row_blocks * BLOCK_M + stacked % BLOCK_M, call, few, kv_head, at.queries)
+    place = list_place(call, few, at, kv_head, both.place) * PLANES + plane
     column = tl.arange(0, HALF)
-    place = planes + (number * (PLANES * BLOCK_D))[:, None] + column[None, :]
-    real = rows.real[:, None]
-    high_first = tl.load(place, mask=real, other=0)
-    high_second = tl.load(place + HALF, mask=real, other=0)
-    low_first = tl.load(place + 2 * HALF, mask=real, other=0)
-    low_second = tl.load(place + 3 * HALF, mask=real, other=0)
+    place = planes + (place * BLOCK_D)[:, None] + column[None, :]
+    q_first = tl.load(place, mask=both.real[:, None], other=0)
+    q_second = tl.load(place + HALF, mask=both.real[:, None], other=0)
+    worth = tl.where(plane == 0, 1.0, 1.0 / BETWEEN)[:, None]
     codes = index.codes + kv_head * index.head_stride
     norms = index.norms + kv_head * (index.head_stride // 4)
 
@@ -162,12 +167,12 @@ def scan_index(
         key_scale = tl.load(norms + to_norms, mask=there, other=0.0)[None, :]
         error = tl.load(norms + index.page_size + to_norms, mask=there, other=0.0)[None, :]
         n_first, n_second = halves_of(code)
-        high = whole_dot(high_second, tl.trans(n_second), whole_dot(high_first, tl.trans(n_first)))
-        low = whole_dot(low_second, tl.trans(n_second), whole_dot(low_first, tl.trans(n_first)))
-        product = high.to(tl.float32) + low.to(tl.float32) / BETWEEN
+        products = whole_dot(q_second, tl.trans(n_second), whole_dot(q_first, tl.trans(n_first)))
+        products = products.to(tl.float32) * worth
+        product = tl.sum(tl.reshape(products, [PLANES, BLOCK_M, BLOCK_N]), 0)
         bound = key_scale * (unit * product + offset) + norm * error
         z = scores_of(bound, rules, keys, 0, ALPHA, True) * scale.z[:, None]
-        tl.store(to_scores[:, None] + keys[None, :], z, mask=real & there[None, :])
+        tl.store(to_scores[:, None] + keys[None, :], z, mask=rows.real[:, None] & there[None, :])
         better = z > best
         best = tl.where(better, z, best)
         best_key = tl.where(better, keys[None, :], best_key)
@@ -218,7 +223,7 @@ def score_found(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """What score_few leaves, but for keys without weight: those of a split's keys whose bound reaches the row's floor
-    for any row are listed and scored, 64 at a time; all others have -inf."""
+    for any row are listed and scored, 64 at a time. All others keep their bounds, which are as weightless."""
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     kv_heads = call.heads // call.group
     program, kv_head, batch = block_of_program(few.scorers * row_blocks, kv_heads)
@@ -242,7 +247,6 @@ def score_found(
     rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
     key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
     to_scores = scores + score_row(call, few, at, kv_head, rows.place)
-    to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
     number = list_place(call, few, at, kv_head, rows.place)
 
     best_key = best_of_splits(best_bounds, best_keys, number, rows.real, few.scorers, BLOCK_M)
@@ -252,20 +256,25 @@ def score_found(
     # that are found, and may round otherwise.
     floor = floor - 1.0 - (1.0 + tl.abs(floor)) * (4 * ROUNDING)
     floor = tl.where(scale.alpha == 1.0, float("-inf"), floor)  # where all keys have weight
+    floor = tl.where(rows.real, floor, float("inf"))
 
     entries = found + (kv_number(call, at, kv_head) * row_blocks + block) * call.keys.rows + mine.first * TILE
     end = tl.minimum(mine.end * TILE, at.keys.length)
+    here = tl.minimum(few.rows - block * BLOCK_M, BLOCK_M)
     count = 0
     for first in range(mine.first * TILE, end, KEYS_SIEVED):
         keys = first + tl.arange(0, KEYS_SIEVED)
-        there = rows.real[:, None] & (keys < end)[None, :]
-        place = to_scores[:, None] + keys[None, :]
-        bound = tl.load(place, mask=there, other=float("-inf"))
-        # What is not finite compares as if it had weight; hidden keys have -inf and none.
-        wanted = there & ~(bound < floor[:, None]) & (bound != float("-inf"))
-        wanted = tl.max(wanted.to(tl.int32), 0) > 0
+        wanted = tl.zeros([KEYS_SIEVED], tl.int1)
+        for row in range(0, here, ROWS_SIEVED):
+            for other in tl.static_range(ROWS_SIEVED):
+                place = block * BLOCK_M + row + other
+                least = floor_of(floor, row + other, BLOCK_M)
+                last = tl.where((place < few.rows) & (least < float("inf")), end, 0)
+                bounds = scores + score_row(call, few, at, kv_head, place) + keys
+                bound = tl.load(bounds, mask=keys < last, other=float("-inf"))
+                # What is not finite compares as if it had weight; hidden keys have -inf and none.
+                wanted = wanted | (~(bound < least) & (bound != float("-inf")))
         count = append(entries, count, keys, wanted)
-        tl.store(place, tl.full([BLOCK_M, KEYS_SIEVED], float("-inf"), tl.float32), mask=there & ~wanted[None, :])
     tl.debug_barrier()  # what other threads wrote is read from here on
 
     for first in tl.range(0, count, BLOCK_N):
@@ -279,11 +288,23 @@ def score_found(
     TILES: tl.constexpr = KEYS_SIEVED // TILE
     for first in range(mine.first, mine.end, TILES):
         keys = first * TILE + tl.arange(0, KEYS_SIEVED)
-        there = rows.real[:, None] & (keys < end)[None, :]
-        some = tl.load(to_scores[:, None] + keys[None, :], mask=there, other=float("-inf"))
-        largest = max_or_nan(tl.reshape(some, [BLOCK_M, TILES, TILE]), 2)
         tile = first + tl.arange(0, TILES)
-        tl.store(to_maxima[:, None] + tile[None, :], largest, mask=rows.real[:, None] & (tile < mine.end)[None, :])
+        for row in range(0, here, ROWS_SIEVED):
+            for other in tl.static_range(ROWS_SIEVED):
+                place = block * BLOCK_M + row + other
+                least = floor_of(floor, row + other, BLOCK_M)
+                last = tl.where((place < few.rows) & (least < float("inf")), end, 0)
+                z_row = scores + score_row(call, few, at, kv_head, place)
+                some = tl.load(z_row + keys, mask=keys < last, other=float("-inf"))
+                largest = max_or_nan(tl.reshape(some, [TILES, TILE]), 1)
+                maxima = tile_max + tile_place(call, few, at, kv_head, place)
+                tl.store(maxima + tile, largest, mask=tile * TILE < last)
+
+
+@triton.jit
+def floor_of(floor, row, BLOCK_M: tl.constexpr):
+    """One of the rows' floors; -inf where it is not a number."""
+    return tl.max(tl.where(tl.arange(0, BLOCK_M) == row, floor, float("-inf")), 0)
 
 
 @triton.jit

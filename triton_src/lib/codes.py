@@ -50,13 +50,13 @@ def is_for(index):
 def turned(row, columns, BLOCK_D: tl.constexpr):
     """(BLOCK_D,) the turned row that a pointer says, of so many columns."""
     column = tl.arange(0, BLOCK_D)
-    sums = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, BLOCK_D, TURN_STEP):
+    sums = tl.zeros([TURN_STEP, BLOCK_D], tl.float32)
+    for start in tl.static_range(0, BLOCK_D, TURN_STEP):
         some = start + tl.arange(0, TURN_STEP)
         x = tl.load(row + some, mask=some < columns, other=0.0).to(tl.float32)[:, None]
-        sums += tl.sum(tl.where(is_odd(some[:, None] & column[None, :]), -x, x), 0)
+        sums += tl.where(is_odd(some[:, None] & column[None, :]), -x, x)
     SCALE: tl.constexpr = BLOCK_D**-0.5
-    return sums * SCALE
+    return tl.sum(sums, 0) * SCALE
 
 
 @triton.jit
