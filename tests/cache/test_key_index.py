@@ -277,6 +277,58 @@ def test_an_index_changes_no_bit_of_unusual_keys(backend, entries, kind, dtype):
     assert_same_bits(out.nan_to_num(-7), expected.nan_to_num(-7))
 
 
+def best_first(keys, query):
+    keys[:, :, 0] = query[:, ::2, 0]
+
+
+def best_last(keys, query):
+    keys[:, :, -1] = query[:, ::2, 0]
+
+
+def best_at_borders(keys, query):
+    keys[:, :, 63:] = keys[:, :, 63:].clone() * 0.1
+    keys[:, :, 63], keys[:, :, 64] = query[:, ::2, 0], query[:, 1::2, 0]
+
+
+def alike(keys, query):
+    keys[:] = query[:, ::2] * 0.5
+
+
+def far(keys, query):
+    keys[:, :, keys.shape[2] // 2] *= 1000
+
+
+def in_clusters(keys, query):
+    keys[:, :, ::7] += 3 * query[:, ::2]
+
+
+@pytest.mark.parametrize("alpha", (1.2, 1.5, 2.0))
+@pytest.mark.parametrize("change", (best_first, best_last, best_at_borders, alike, far, in_clusters))
+@pytest.mark.parametrize("n", (100, 5000))
+def test_the_best_keys_anywhere(backend, entries, make_inputs, n, change, alpha, dtype):
+    """Of few queries, which need not read most keys."""
+    inputs = make_inputs(2, 4, 1, n, size=64, kv_heads=2, dtype=dtype)
+    change(inputs.key, inputs.query)
+    expected = entmax_attn(*inputs, alpha)
+    index = indexed(inputs.key.transpose(1, 2))
+    assert_same_bits(entmax_attn(*inputs, alpha, key_index=index), expected)
+    # Half of the keys are none that the index knows: all of these are read.
+    known = torch.arange(0, 2 * n, 2, device=backend.device)
+    assert_same_bits(entmax_attn(*inputs, alpha, key_index=indexed(inputs.key.transpose(1, 2), known)), expected)
+
+
+def test_bytes_of_any_kind_are_no_stray_access(backend, entries, make_inputs, dtype):
+    """An index that knows nothing of its keys' changes may give wrong weights, and no more."""
+    inputs = make_inputs(2, 4, 1, 130, kv_heads=2, dtype=dtype)
+    index = make_key_index(inputs.key.transpose(1, 2))
+    random = torch.randint(0, 256, index[1:].shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    index[1:] = random.to(index.device)
+    out = entmax_attn(*inputs, key_index=index)
+    if backend.name == "cpu":  # which reads the keys
+        assert_same_bits(out, entmax_attn(*inputs))
+    assert_same_bits(entmax_attn(*inputs, key_index=index).isnan(), out.isnan())
+
+
 def test_pages_are_copied_with_their_rows(backend, entries, dtype):
     """A common start that a second sequence is given as a copy."""
     _, _, paged = make_paged([1, 1], [48, 16], 16, backend.device, heads=2, dtype=dtype)
@@ -503,5 +555,5 @@ def test_double_keys_on_the_gpu_are_refused(backend):
     if backend.name == "cpu":
         pytest.skip("the CPU has float64")
     keys = torch.ones(BLOCKS, PAGE, HEADS, 24, dtype=torch.float64, device=backend.device)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="on the CPU only"):
         indexed(keys)
