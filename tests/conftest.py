@@ -145,6 +145,13 @@ def backend(request) -> Backend:
     return BACKENDS[name]
 
 
+@pytest.fixture
+def entries(backend):
+    """For tests of what the entries of a key index hold, or that need some."""
+    if backend.name != "cpu":
+        pytest.skip("the GPU has no kernel that makes the entries of a key index yet")
+
+
 @pytest.fixture(autouse=True)
 def cuda_implementation(request):
     """The one under test: the preferred one with the others behind it, as users have it, or another one alone."""

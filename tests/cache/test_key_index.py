@@ -14,13 +14,6 @@ BLOCKS, PAGE, HEADS = 5, 6, 2
 SIZES = (1, 3, 16, 64, 80, 96, 128, 200, 255, 256)
 
 
-@pytest.fixture
-def entries(backend):
-    """For tests of what entries hold, or that need some."""
-    if backend.name != "cpu":
-        pytest.skip("the GPU has no kernel that makes the entries of a key index yet")
-
-
 def all_slots(key_cache):
     return torch.arange(key_cache.shape[0] * key_cache.shape[1], device=key_cache.device)
 
