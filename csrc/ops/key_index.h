@@ -19,7 +19,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
-#include <c10/util/DimVector.h>
 
 #include <algorithm>
 #include <array>
