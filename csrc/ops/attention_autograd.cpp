@@ -211,7 +211,7 @@ AttentionSummary summary_inference(const at::Tensor& query, const at::Tensor& ke
   return with_summary(by_torch ? softmax_attn(query, key, value, options) : ours, query, key, saved, options);
 }
 
-// The same for the packed form as PaddedOp is for the padded one.
+// What PaddedOp is for the padded form.
 template <auto kernel, typename Signature>
 struct PackedOp;
 template <auto kernel, typename Result, typename Alpha, typename... Options>

@@ -7,8 +7,8 @@
 //
 // The code of a key k is of k' = H k / sqrt(R), where H is the Hadamard matrix H[i][j] = (-1)^popcount(i & j) and k has
 // zeros behind its D elements: turned so, one large channel is spread over all. Its R elements n are from 0 to 15 and
-// stand for (n - 7.5) * scale; byte i of a code is n[i] | n[i + R / 2] << 4. For every query q, with q' = H q /
-// sqrt(R),
+// stand for (n - 7.5) * scale; byte i of a code is n[i] | n[i + R / 2] << 4.
+// For every query q, with q' = H q / sqrt(R),
 //
 //     |q.k - sum over j of q'[j] * (n[j] - 7.5) * scale| <= ||q|| * (error - kKeyIndexRoom * ||k||)
 //
@@ -19,7 +19,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
-#include <c10/util/DimVector.h>
 
 #include <algorithm>
 #include <array>

@@ -14,13 +14,6 @@ BLOCKS, PAGE, HEADS = 5, 6, 2
 SIZES = (1, 3, 16, 64, 80, 96, 128, 200, 255, 256)
 
 
-@pytest.fixture
-def entries(backend):
-    """For tests of what entries hold, or that need some."""
-    if backend.name != "cpu":
-        pytest.skip("the GPU has no kernel that makes the entries of a key index yet")
-
-
 def all_slots(key_cache):
     return torch.arange(key_cache.shape[0] * key_cache.shape[1], device=key_cache.device)
 
@@ -87,21 +80,21 @@ KINDS = (outlier, large_mean, flat, equal, one_channel, zeros, small, large, not
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_entries_bound_every_score(backend, entries, size, dtype):
+def test_entries_bound_every_score(backend, size, dtype):
     keys = drawn((BLOCKS, PAGE, HEADS, size), dtype, backend.device)
     check_entries(indexed(keys), keys, all_slots(keys))
 
 
 @pytest.mark.parametrize("size", (16, 80, 128))
 @pytest.mark.parametrize("kind", KINDS)
-def test_entries_of_unusual_keys(backend, entries, kind, size, dtype):
+def test_entries_of_unusual_keys(backend, kind, size, dtype):
     keys = drawn((BLOCKS, PAGE, HEADS, size), dtype, backend.device)
     kind(keys)
     check_entries(indexed(keys), keys, all_slots(keys))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_caches_of_any_strides(backend, entries, layout, dtype):
+def test_caches_of_any_strides(backend, layout, dtype):
     keys = drawn((BLOCKS, PAGE, HEADS, 24), dtype, backend.device)
     cache, _ = empty_caches(BLOCKS, PAGE, HEADS, (24, 24), layout, keys)
     cache[:] = keys
@@ -149,7 +142,7 @@ def larger_scales(parts, keys):
     "fault",
     (smaller_errors, no_room, stale_codes, coarser_codes, swapped_halves, larger_errors, another_key, larger_scales),
 )
-def test_a_wrong_index_is_noticed(backend, entries, fault, size, dtype):
+def test_a_wrong_index_is_noticed(backend, fault, size, dtype):
     """By the checks above."""
     keys = drawn((BLOCKS, PAGE, HEADS, size), dtype, backend.device)
     index = indexed(keys)
@@ -170,7 +163,7 @@ def test_an_empty_index_says_nothing(backend, dtype):
 
 
 @pytest.mark.parametrize("int_type", (torch.int32, torch.int64), ids=str)
-def test_slots(backend, entries, int_type, dtype):
+def test_slots(backend, int_type, dtype):
     """Those that are named, once or often, and no other entry changes."""
     keys = drawn((BLOCKS, PAGE, HEADS, 24), dtype, backend.device)
     index = make_key_index(keys)
@@ -183,7 +176,7 @@ def test_slots(backend, entries, int_type, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
-def test_append_keeps_the_index(backend, entries, layout, dtype):
+def test_append_keeps_the_index(backend, layout, dtype):
     """Tokens are overwritten, sequences rolled back, slots used again, also twice in a call: the index is that of what
     the cache holds, and so it is bit for bit."""
     caches = empty_caches(BLOCKS, PAGE, HEADS, (24, 8), layout, drawn((1,), dtype, backend.device))
@@ -235,7 +228,7 @@ def options_of(name, device):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("page", (1, 16, 200))
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_an_index_changes_no_bit_of_pages(backend, entries, lengths, page, options, alpha, dtype):
+def test_an_index_changes_no_bit_of_pages(backend, lengths, page, options, alpha, dtype):
     """In a random order, with NaN in all rows that no sequence has."""
     shape = dict(heads=4, kv_heads=2, value_size=24, dtype=dtype)
     _, ends, paged = make_paged(*LENGTHS[lengths], page, backend.device, **shape)
@@ -250,7 +243,7 @@ def test_an_index_changes_no_bit_of_pages(backend, entries, lengths, page, optio
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("limits", ("all", "lengths", "starts"))
 @pytest.mark.parametrize("m, n", ((1, 130), (4, 77), (33, 40)))
-def test_an_index_changes_no_bit_of_padded_calls(backend, entries, make_inputs, m, n, limits, options, alpha, dtype):
+def test_an_index_changes_no_bit_of_padded_calls(backend, make_inputs, m, n, limits, options, alpha, dtype):
     inputs = make_inputs(2, 4, m, n, kv_heads=2, dtype=dtype)
     call = dict(alpha=alpha_of(alpha, backend.device)) | options_of(options, backend.device)
     numbers = dict(device=backend.device, dtype=torch.int32)
@@ -267,7 +260,7 @@ def test_an_index_changes_no_bit_of_padded_calls(backend, entries, make_inputs, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_index_changes_no_bit_of_unusual_keys(backend, entries, kind, dtype):
+def test_an_index_changes_no_bit_of_unusual_keys(backend, kind, dtype):
     query, key, value = (drawn((2, 70, heads, 16), dtype, backend.device, heads) for heads in (4, 2, 2))
     kind(key)
     inputs = [x.transpose(1, 2) for x in (query[:, :3], key, value)]
@@ -277,7 +270,59 @@ def test_an_index_changes_no_bit_of_unusual_keys(backend, entries, kind, dtype):
     assert_same_bits(out.nan_to_num(-7), expected.nan_to_num(-7))
 
 
-def test_pages_are_copied_with_their_rows(backend, entries, dtype):
+def best_first(keys, query):
+    keys[:, :, 0] = query[:, ::2, 0]
+
+
+def best_last(keys, query):
+    keys[:, :, -1] = query[:, ::2, 0]
+
+
+def best_at_borders(keys, query):
+    keys[:, :, 63:] = keys[:, :, 63:].clone() * 0.1
+    keys[:, :, 63], keys[:, :, 64] = query[:, ::2, 0], query[:, 1::2, 0]
+
+
+def alike(keys, query):
+    keys[:] = query[:, ::2] * 0.5
+
+
+def far(keys, query):
+    keys[:, :, keys.shape[2] // 2] *= 1000
+
+
+def in_clusters(keys, query):
+    keys[:, :, ::7] += 3 * query[:, ::2]
+
+
+@pytest.mark.parametrize("alpha", (1.2, 1.5, 2.0))
+@pytest.mark.parametrize("change", (best_first, best_last, best_at_borders, alike, far, in_clusters))
+@pytest.mark.parametrize("n", (100, 5000))
+def test_the_best_keys_anywhere(backend, make_inputs, n, change, alpha, dtype):
+    """Of few queries, which need not read most keys."""
+    inputs = make_inputs(2, 4, 1, n, size=64, kv_heads=2, dtype=dtype)
+    change(inputs.key, inputs.query)
+    expected = entmax_attn(*inputs, alpha)
+    index = indexed(inputs.key.transpose(1, 2))
+    assert_same_bits(entmax_attn(*inputs, alpha, key_index=index), expected)
+    # Half of the keys are none that the index knows: all of these are read.
+    known = torch.arange(0, 2 * n, 2, device=backend.device)
+    assert_same_bits(entmax_attn(*inputs, alpha, key_index=indexed(inputs.key.transpose(1, 2), known)), expected)
+
+
+def test_bytes_of_any_kind_are_no_stray_access(backend, make_inputs, dtype):
+    """An index that knows nothing of its keys' changes may give wrong weights, and no more."""
+    inputs = make_inputs(2, 4, 1, 130, kv_heads=2, dtype=dtype)
+    index = make_key_index(inputs.key.transpose(1, 2))
+    random = torch.randint(0, 256, index[1:].shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    index[1:] = random.to(index.device)
+    out = entmax_attn(*inputs, key_index=index)
+    if backend.name == "cpu":  # which reads the keys
+        assert_same_bits(out, entmax_attn(*inputs))
+    assert_same_bits(entmax_attn(*inputs, key_index=index).isnan(), out.isnan())
+
+
+def test_pages_are_copied_with_their_rows(backend, dtype):
     """A common start that a second sequence is given as a copy."""
     _, _, paged = make_paged([1, 1], [48, 16], 16, backend.device, heads=2, dtype=dtype)
     index = indexed(paged.key_cache)
@@ -293,7 +338,7 @@ def test_pages_are_copied_with_their_rows(backend, entries, dtype):
     assert_same_bits(entmax_attn_paged(*call, key_index=index), entmax_attn_paged(*call))
 
 
-def test_a_step_keeps_and_reads_the_index(backend, entries):
+def test_a_step_keeps_and_reads_the_index(backend):
     caches = [torch.zeros(2, 40, HEADS, 16, device=backend.device) for _ in range(2)]
     expected, index = [x.clone() for x in caches], make_key_index(caches[0])
     for held, new in ((0, 5), (5, 1), (6, 1), (4, 3)):
@@ -305,7 +350,7 @@ def test_a_step_keeps_and_reads_the_index(backend, entries):
     assert_same_bits(index, indexed(caches[0], written))
 
 
-def test_calls_that_do_without(backend, entries, make_inputs):
+def test_calls_that_do_without(backend, make_inputs):
     """An index of nothing shows where it would be read: calls that record gradients, with dropout, with softmax."""
     inputs = make_inputs(2, 4, 3, 40, kv_heads=2)
     index = make_key_index(inputs.key.transpose(1, 2))
@@ -323,7 +368,7 @@ def test_calls_that_do_without(backend, entries, make_inputs):
 
 
 @pytest.mark.parametrize("blocks, page, heads", ((0, 6, 2), (5, 0, 2), (5, 6, 0), (0, 0, 0)))
-def test_nothing_there(backend, entries, blocks, page, heads):
+def test_nothing_there(backend, blocks, page, heads):
     keys = torch.zeros(blocks, page, heads, 24, device=backend.device)
     index = indexed(keys, torch.tensor([-1], device=backend.device))
     assert index.shape[0] == 1 + blocks
@@ -423,7 +468,7 @@ def test_slots_out_of_range(slot):
 
 @pytest.mark.backends("emulated", "cuda")
 @pytest.mark.parametrize("slot", (-2, 30, 2**40))
-def test_slots_out_of_range_are_skipped(backend, entries, slot):
+def test_slots_out_of_range_are_skipped(backend, slot):
     keys = drawn((BLOCKS, PAGE, HEADS, 24), torch.float32, backend.device)
     index = make_key_index(keys)
     entmax_key_index_update(keys, torch.tensor([1, slot, 2], device=backend.device), index)
@@ -459,7 +504,7 @@ def test_wrong_kinds():
         adasplash.entmax_attn_with_kvcache(keys, keys, keys, key_index=5)
 
 
-def test_versions(backend, entries):
+def test_versions(backend):
     """An index that was changed is another one to autograd, one that was read is not."""
     keys = torch.ones(BLOCKS, PAGE, HEADS, 24, device=backend.device)
     index = make_key_index(keys)
@@ -469,7 +514,7 @@ def test_versions(backend, entries):
         assert index._version == before + min(count, 2), op
 
 
-def test_indexes_of_inference_mode(backend, entries):
+def test_indexes_of_inference_mode(backend):
     keys = torch.ones(BLOCKS, PAGE, HEADS, 24, device=backend.device)
     with torch.inference_mode():
         index = indexed(keys)
@@ -489,7 +534,7 @@ def test_negated_views():
             calls(keys, torch._neg_view(make_key_index(keys)))[op]()
 
 
-def test_no_gradient(backend, entries):
+def test_no_gradient(backend):
     keys = drawn((BLOCKS, PAGE, HEADS, 24), torch.float32, backend.device).requires_grad_()
     index = make_key_index(keys)
     with pytest.raises(RuntimeError, match="entmax_key_index_update has no gradient, and key_cache requires one"):
@@ -503,5 +548,5 @@ def test_double_keys_on_the_gpu_are_refused(backend):
     if backend.name == "cpu":
         pytest.skip("the CPU has float64")
     keys = torch.ones(BLOCKS, PAGE, HEADS, 24, dtype=torch.float64, device=backend.device)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="on the CPU only"):
         indexed(keys)

@@ -168,16 +168,19 @@ MODULES = {
 CACHES = slice(3, 5)
 
 
+INDEXED = ("indexed step", "prompt")
+
+
 @pytest.fixture(params=MODULES)
-def form(request, backend):
-    if backend.name != "cpu" and request.param in ("indexed step", "prompt"):
-        pytest.skip("the GPU has no kernel that makes the entries of a key index yet")
+def form(request):
+    if request.param in INDEXED:
+        request.getfixturevalue("entries")
     return request.param
 
 
 def changed(form: str, arguments) -> tuple[torch.Tensor, ...]:
     """Those of a form's arguments that it changes."""
-    return arguments[3:6] if form in ("indexed step", "prompt") else arguments[CACHES]
+    return arguments[3:6] if form in INDEXED else arguments[CACHES]
 
 
 def copies(arguments):
@@ -281,22 +284,22 @@ def test_opcheck(backend):
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     ops = torch.ops.adasplash
     opcheck(ops.entmax_cache_append, (key, value, key_cache, value_cache, slots), test_utils=utils)
-    if backend.name == "cpu":
-        index = with_index(key_cache)
-        opcheck(
-            ops.entmax_cache_append,
-            (key, value, key_cache, value_cache, slots),
-            dict(key_index=index),
-            test_utils=utils,
-        )
-        opcheck(ops.entmax_key_index_update, (key_cache, slots, index), test_utils=utils)
-        padded = [x.transpose(1, 2) for x in (torch.cat((key_cache, key_cache), 2), key_cache, value_cache)]
-        opcheck(ops.entmax_attn.default, tuple(padded), dict(key_index=index), test_utils=utils)
-    opcheck(ops.entmax_make_key_index, (key_cache,), test_utils=utils)
     for given in (alpha, 1.5):
         arguments = (query, key_cache, value_cache, pages, kv_seqlens, given)
         op = ops.entmax_attn_paged.per_head if isinstance(given, torch.Tensor) else ops.entmax_attn_paged.default
         opcheck(op, arguments, dict(cu_seqlens_q=ends, max_seqlen_q=30), test_utils=utils)
+
+
+def test_opcheck_of_an_index(backend):
+    key, value, key_cache, value_cache, slots = chunk_arguments(backend.device)[1:6]
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    ops, index = torch.ops.adasplash, with_index(key_cache)
+    appended = (key, value, key_cache, value_cache, slots)
+    padded = tuple(x.transpose(1, 2) for x in (torch.cat((key_cache, key_cache), 2), key_cache, value_cache))
+    opcheck(ops.entmax_make_key_index, (key_cache,), test_utils=utils)
+    opcheck(ops.entmax_key_index_update, (key_cache, slots, index), test_utils=utils)
+    opcheck(ops.entmax_cache_append, appended, dict(key_index=index), test_utils=utils)
+    opcheck(ops.entmax_attn.default, padded, dict(key_index=index), test_utils=utils)
 
 
 @pytest.mark.parametrize("cache_type", (torch.bfloat16, torch.float32))
@@ -319,13 +322,11 @@ def test_autocast_leaves_the_cache_as_it_is(backend, cache_type):
 def test_autocast_leaves_the_index_as_it_is(backend, cache_type):
     """A step keeps that of a cache of any type. A call over keys that autocast casts does without: the index is of
     others, and says so."""
-    query, key, value, key_cache, value_cache, pages, held = step_arguments("cpu")
+    query, key, value, key_cache, value_cache, pages, held = step_arguments(backend.device)
     caches = [key_cache.to(cache_type), value_cache.to(cache_type)]
-    if backend.name != "cpu":
-        pytest.skip("the GPU has no kernel that makes the entries of a key index yet")
     index = with_index(caches[0])
     kept, same = copies((*caches, index)), copies((*caches, index))
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(backend.device, dtype=torch.bfloat16):
         entmax_attn_with_kvcache(query, *kept[:2], key, value, held, pages, key_index=kept[2])
         padded = [x.transpose(1, 2) for x in (query[:1].expand(BLOCKS, -1, -1, -1), *caches)]
         out, expected = adasplash.entmax_attn(*padded, key_index=index), adasplash.entmax_attn(*padded)

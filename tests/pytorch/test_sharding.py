@@ -122,6 +122,23 @@ print(out.placements, stats.support_size.placements, stats.empty_tiles.placement
     assert out.split("\n")[1].count("Shard(dim=0), Shard(dim=1)") == 3
 
 
+def test_an_index_is_refused():
+    out = common.run_python(
+        FAKE_MESH
+        + """
+import adasplash
+query = split(2, 4, 8, 8, placements=[Shard(0), Shard(1)])
+index = split(3, 1280, placements=[Replicate(), Replicate()]).to(torch.uint8)
+try:
+    with torch.no_grad():
+        adasplash.entmax_attn(query, query, query, key_index=index)
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    assert out.startswith("entmax_attn: key_index is not split over devices, got one with a DTensor")
+
+
 def test_the_rules_know_every_tensor():
     """Another tensor argument or result needs a thought on how it splits; this list is then to be extended with it."""
     assert adasplash.entmax_attn  # which registers the ops
