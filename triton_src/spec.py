@@ -35,7 +35,7 @@ PAGED_MATRIX = PagedMatrix(
     table="*i32", table_stride="i64", blocks="i32", page_size="i32", page_inverse="i32", page_shift="i32",
 )  # fmt: skip
 EVEN_PAGED_MATRIX = EvenPagedMatrix(
-    data=Aligned("*T"), block_stride=Aligned("i64"), head_stride=Aligned("i64"), row_stride=Aligned("i64"),
+    data=Aligned("*T"), block_stride=Aligned("i32"), head_stride=Aligned("i64"), row_stride=Aligned("i64"),
     table="*i32", table_stride="i64", blocks="i32", page_bits="i32",
 )  # fmt: skip
 KEY_INDEX = KeyIndex(

@@ -105,7 +105,7 @@ struct PagedMatrix {
 // which is looked up once for all of them and found without a division.
 struct EvenPagedMatrix {
   Exactly<const void*> data;
-  Exactly<int64_t> block_stride;
+  Exactly<int32_t> block_stride;
   Exactly<int64_t> head_stride;
   Exactly<int64_t> row_stride;
   Exactly<const int32_t*> table;
@@ -144,7 +144,7 @@ struct MutableKeyIndex {
 // Of the kernels that gather, see triton_src/lib/marks.py.
 constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
 // Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.
-constexpr int64_t kListed = 2048, kSplitTiles = 16;
+constexpr int64_t kListed = 1024, kSplitTiles = 16;
 // Of attention/few_indexed.py: planes of a turned query, and numbers that are kept of it.
 constexpr int64_t kPlanes = 2, kTerms = 3;
 

@@ -35,10 +35,9 @@ from ..lib.tile_lists import WORD, append, first_tile_row
 from ..lib.visibility import LENGTHS_PACKED, TILE, UNLIMITED, Span, visible_keys
 from ..spec import CALL, FEW, MATRIX, Spec
 
-LISTED = tl.constexpr(2048)  # keys that a row's list has room for
-SHORT_LIST = tl.constexpr(1024)  # … of a list that is quicker to go through
-TOGETHER = tl.constexpr(2048)  # keys of a row that are looked at together
-MANY_TOGETHER = tl.constexpr(4096)  # keys of a row that is long, which are read again and again
+LISTED = tl.constexpr(1024)  # keys that a row's list has room for
+TOGETHER = tl.constexpr(1024)  # keys of a row that are looked at together
+SOLVE_STAGES = tl.constexpr(4)
 TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
 KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
 SPLIT = tl.constexpr(16)  # tiles whose values one program sums
@@ -259,10 +258,8 @@ def solve_few(
             long = (count > LISTED).to(tl.int32)
             if long > 0:
                 gap = solve_tiles(z_row, entries, candidates, visible, row_max, gap, scale.alpha, ALPHA)
-            elif count <= SHORT_LIST:
-                gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA, SHORT_LIST)
             else:
-                gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA, LISTED)
+                gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA)
     tl.store(is_long + number, long)
     state = row_state + 2 * (first_state_row(call, at) + position)
     tl.store(state, tl.where(broken, float("nan"), row_max))
@@ -382,10 +379,10 @@ def list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap):
 
 
 @triton.jit
-def scores_of_tiles(z_row, entries, first, count, visible, KEYS: tl.constexpr):
-    """(z, keys) of the listed tiles from `first` on that fit so many keys; -inf behind the list and for keys that are
+def scores_of_tiles(z_row, entries, first, count, visible):
+    """(z, keys) of the listed tiles from `first` on that fit TOGETHER keys; -inf behind the list and for keys that are
     not seen."""
-    entry = first * TILE + tl.arange(0, KEYS)
+    entry = first * TILE + tl.arange(0, TOGETHER)
     tile = tl.load(entries + entry // TILE, mask=entry < count * TILE, other=0)
     keys = tile * TILE + entry % TILE
     seen = (entry < count * TILE) & (keys >= visible.first) & (keys < visible.end)
@@ -399,7 +396,7 @@ def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max,
     count = 0
     first = 0
     while (first < candidates) & (count <= LISTED):
-        z, keys = scores_of_tiles(z_row, entries, first, candidates, visible, TOGETHER)
+        z, keys = scores_of_tiles(z_row, entries, first, candidates, visible)
         wanted = z - row_max > gap
         place = count + tl.cumsum(wanted.to(tl.int32), 0) - 1
         room = wanted & (place < LISTED)
@@ -412,9 +409,9 @@ def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max,
 
 
 @triton.jit
-def solve_list(listed_z, count, row_max, gap, alpha, ALPHA: tl.constexpr, ROOM: tl.constexpr):
-    """gap of a list of at most ROOM scores, from a lower bound of it."""
-    entry = tl.arange(0, ROOM)
+def solve_list(listed_z, count, row_max, gap, alpha, ALPHA: tl.constexpr):
+    """gap of a list of at most LISTED scores, from a lower bound of it."""
+    entry = tl.arange(0, LISTED)
     z = tl.load(listed_z + entry, mask=entry < count, other=float("-inf"))
     attempts = 0
     moving = 1
@@ -434,10 +431,10 @@ def solve_tiles(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.c
     attempts = 0
     moving = 1
     while moving > 0:
-        part_p = tl.zeros([MANY_TOGETHER], tl.float32)
-        part_u = tl.zeros([MANY_TOGETHER], tl.float32)
-        for first in range(0, count, MANY_TOGETHER // TILE):
-            z, _ = scores_of_tiles(z_row, entries, first, count, visible, MANY_TOGETHER)
+        part_p = tl.zeros([TOGETHER], tl.float32)
+        part_u = tl.zeros([TOGETHER], tl.float32)
+        for first in tl.range(0, count, TOGETHER // TILE, num_stages=SOLVE_STAGES):
+            z, _ = scores_of_tiles(z_row, entries, first, count, visible)
             p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
             part_p += p
             part_u += u

@@ -49,6 +49,7 @@ PLANE_STEPS = tl.constexpr(127.0)  # to each side of zero
 BETWEEN = tl.constexpr(254.0)  # steps of the second plane in one of the first
 TERMS = tl.constexpr(3)  # numbers that are kept of a turned query, by which bounds are made: unit, offset, norm
 NEAR_ONE = tl.constexpr(1 + 2.0**-18)  # by which a norm is certainly not too small
+SCAN_STAGES = tl.constexpr(4)
 KEYS_SIEVED = tl.constexpr(1024)  # bounds of a row that are looked at together
 ROWS_SIEVED = tl.constexpr(4)  # rows that are
 SPLITS_TOGETHER = tl.constexpr(64)  # splits whose best keys are
@@ -157,7 +158,7 @@ def scan_index(
     to_scores = scores + score_row(call, few, at, kv_head, rows.place)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     best_key = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for step in tl.range(mine.end - mine.first):
+    for step in tl.range(mine.end - mine.first, num_stages=SCAN_STAGES):  # said here, all loads are pipelined
         first = (mine.first + step) * TILE
         keys = first + tl.arange(0, BLOCK_N)
         there = keys < at.keys.length

@@ -218,7 +218,7 @@ def offsets_in_pages(rows, first, ROWS: tl.constexpr, MASKED: tl.constexpr):
     """Where some rows of PagedRows are: neighbours from `first` on, or those that a vector names."""
     pages = rows.pages
     if len(pages) == EVEN_PAGES and len(first.shape) == 0:
-        return offsets_together(pages, first, ROWS, rows.end, pages.block_stride, rows.stride)
+        return offsets_together(pages, first, ROWS, rows.end, pages.block_stride, rows.stride.to(tl.int32))
     else:
         # Neighbours may lie in different pages, so each row's block is looked up. This is most of the work of a block
         # of keys, so it goes without a division, and by products of 32 bits.
@@ -237,12 +237,13 @@ def offsets_in_pages(rows, first, ROWS: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def offsets_together(pages, first, ROWS: tl.constexpr, end, block_stride, row_stride):
     """Where ROWS neighbours in EvenPages are, the first of which is a multiple of ROWS_TOGETHER; of those before `end`.
-    The strides may be those of something else that is kept for each row."""
+    The strides, of 32 bits, may be those of something else that is kept for each row."""
     row = first + tl.arange(0, ROWS)
     start = row // ROWS_TOGETHER * ROWS_TOGETHER  # so that the compiler knows which rows have one page
     page = start >> pages.bits
     block = block_of_page(pages, page, start < end)
-    return block * block_stride + (row - (page << pages.bits)).to(tl.int64) * row_stride
+    in_page = row - (page << pages.bits)
+    return block * block_stride.to(tl.int64) + in_page.to(tl.int64) * row_stride.to(tl.int64)
 
 
 @triton.jit

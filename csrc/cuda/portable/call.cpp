@@ -115,6 +115,14 @@ int32_t checked_count(const char* op, const char* what, const c10::SymInt& given
   return static_cast<int32_t>(count);
 }
 
+// How many elements a cache's pages, or their rows, are apart: the kernels multiply numbers of 32 bits.
+int32_t checked_stride(const char* op, const char* what, const at::Tensor& cache, int64_t dim) {
+  const int64_t stride = stride_of(cache, dim);
+  TORCH_CHECK(stride <= std::numeric_limits<int32_t>::max(), op, ": ", what,
+              " may be at most 2^31 - 1 elements apart on the GPU, got ", stride);
+  return static_cast<int32_t>(stride);
+}
+
 // One side's sequences; `lengths` are one of OptionTensors. These functions make the parts of a Call of the options.
 Sequences sequences_argument(const char* op, const char* what, const at::Tensor& lengths, const StoredSide& side) {
   const LengthsKind kind = side.packed          ? LengthsKind::kPacked
@@ -296,20 +304,13 @@ PagedMatrix PreparedCall::paged_matrix_of(const at::Tensor& cache) const {
   constexpr int kPositionBits = 30;  // of a row, see kMostRows; so the inverse below fits 31
   const Dims dims(cache);
   const int64_t page_size = cache.size(dims.row);
-  // The kernels multiply numbers of 32 bits.
-  const auto stride_within = [&](int64_t dim, const char* what) {
-    const int64_t stride = stride_of(cache, dim);
-    TORCH_CHECK(stride <= std::numeric_limits<int32_t>::max(), inputs_.op, ": ", what,
-                " may be at most 2^31 - 1 elements apart on the GPU, got ", stride);
-    return stride;
-  };
   const int shift = std::bit_width(static_cast<uint64_t>(page_size - 1));
   const int64_t inverse = ((int64_t{1} << (kPositionBits + shift)) + page_size - 1) / page_size;
   return {
       .data = cache.const_data_ptr(),
-      .block_stride = static_cast<int32_t>(stride_within(dims.batch, "pages")),
+      .block_stride = checked_stride(inputs_.op, "pages", cache, dims.batch),
       .head_stride = stride_of(cache, dims.head),
-      .row_stride = stride_within(dims.row, "rows of a page"),
+      .row_stride = int64_t{checked_stride(inputs_.op, "rows of a page", cache, dims.row)},
       .table = tensors_.block_table.const_data_ptr<int32_t>(),
       .table_stride = stride_of(tensors_.block_table, 0),
       .blocks = checked_count(inputs_.op, "the number of pages", cache.size(dims.batch)),
@@ -323,9 +324,9 @@ EvenPagedMatrix PreparedCall::even_paged_matrix_of(const at::Tensor& cache) cons
   const Dims dims(cache);
   return {
       .data = cache.const_data_ptr(),
-      .block_stride = stride_of(cache, dims.batch),
+      .block_stride = checked_stride(inputs_.op, "pages", cache, dims.batch),
       .head_stride = stride_of(cache, dims.head),
-      .row_stride = row_stride(cache),
+      .row_stride = int64_t{checked_stride(inputs_.op, "rows of a page", cache, dims.row)},
       .table = tensors_.block_table.const_data_ptr<int32_t>(),
       .table_stride = stride_of(tensors_.block_table, 0),
       .blocks = checked_count(inputs_.op, "the number of pages", cache.size(dims.batch)),

@@ -6,8 +6,8 @@ namespace {
 // Programs that keep a large GPU busy, several on each multiprocessor.
 constexpr int64_t kManyPrograms = 1024;
 constexpr int64_t kMostScored = 32;  // tiles for one program, of a sequence as long as there is room for
-// Of weigh_few about four for each multiprocessor: mostly they find no long row and end.
-constexpr int64_t kWeighing = 528;
+// Of weigh_few about two for each multiprocessor: mostly they find no long row and end.
+constexpr int64_t kWeighing = 264;
 
 constexpr int64_t in_blocks(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
