@@ -109,9 +109,10 @@ def table() -> str:
     one = measured()
     return (
         f"One layer's attention, {TOKENS:,} tokens, {HEADS} heads of queries and {KEY_HEADS} of keys, {CHANNELS} "
-        f"channels, {BYTES} bytes a number, causal, forward and backward, for each GPU. One GPU: {one['median']:.0f} ms "
-        f"measured at {one['length']:,} tokens with {one['heads']} heads, half of the tiles empty ({one['processor']}); "
-        f"{seconds_of_one():.3g} s here, by the square of the length. **Computed, not measured.**\n\n"
+        f"channels, {BYTES} bytes a number, causal, forward and backward, for each GPU. One GPU: "
+        f"{one['median']:.0f} ms measured at {one['length']:,} tokens with {one['heads']} heads, half the tiles empty "
+        f"({one['processor']}); {seconds_of_one():.3g} s here, by the square of the length. **Computed, not measured.**"
+        "\n\n"
         f"{tables.markdown(rows)}"
     )
 
