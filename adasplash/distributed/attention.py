@@ -336,11 +336,30 @@ def _gather(call: _Call, query, key, value):
     halves = all(chunk < call.world for mine in needed[: call.world] for chunk in mine)
     waves = [range(call.world), range(call.world, chunks)] if halves else [range(chunks)]
     waiting = [_fetch(call, key, value, wave, None if everything else of_process) for wave in waves]
+    try:
+        return _attend_to_waves(call, query, waiting, seen, needed if halves else None, of_process[call.rank])
+    except Exception:
+        for finish in waiting:  # torch remembers what nobody has waited for
+            finish()
+        raise
+
+
+def _attend_to_waves(
+    call: _Call,
+    query: Tensor,
+    waiting: list[Callable[[], dict[int, tuple[Tensor, Tensor]]]],
+    seen: list[tuple[int, int]],
+    needed: list[list[int]] | None,
+    of_process: list[int],
+):
+    """The attention of both chunks of queries, as soon as the chunks of keys that each has `needed` are there, or all
+    of this process."""
+    length = query.shape[call.dim] // 2
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     joined: dict[tuple[int, ...], list[Tensor]] = {}
     outputs = []
     for chunk, queries in zip(chunks_of(call.rank, call.world), query.chunk(2, dim=call.dim), strict=True):
-        chosen = tuple(needed[chunk] if halves else of_process[call.rank])
+        chosen = tuple(of_process if needed is None else needed[chunk])
         while any(number not in parts for number in chosen):
             parts.update(waiting.pop(0)())
         if chosen not in joined:
@@ -348,7 +367,7 @@ def _gather(call: _Call, query, key, value):
         start, end = seen[chunk]
         first = chosen.index(start // length) * length + start % length
         keys, values = (x.narrow(call.dim, first, end - start) for x in joined[chosen])
-        part = call.of_part(queries, chunk * length, start, end, chunks * length)
+        part = call.of_part(queries, chunk * length, start, end, 2 * call.world * length)
         outputs.append(call.attend(queries, keys, values, part))
     return torch.cat(outputs, dim=call.dim)
 

@@ -4,6 +4,7 @@ WORLD FOLDER` runs every case and writes what went wrong in each, "" if nothing 
 import datetime
 import itertools
 import os
+import random
 import sys
 from pathlib import Path
 from unittest import mock
@@ -235,6 +236,41 @@ def packed_batches(method):
 SEED = 0x123456789ABCDEF
 
 
+@case
+def any_combination():
+    """Options drawn alike on every process; more of them where there are more than two."""
+    drawn = random.Random(1)
+    for number in range(12 if WORLD == 2 else 60):
+        chunk, batch = drawn.choice((1, 3, 4)), drawn.choice((1, 2))
+        packed = drawn.random() < 0.4
+        heads = dict(heads=2 * WORLD, kv_heads=drawn.choice((WORLD, 2 * WORLD)))
+        tensors = packed_inputs(chunk=chunk, **heads) if packed else inputs(batch=batch, chunk=chunk, **heads)
+        tokens = 2 * WORLD * chunk
+
+        def rows(count, most=tokens):
+            return torch.tensor([drawn.randint(0, most) for _ in range(count)], dtype=torch.int64)
+
+        options = dict(
+            method=drawn.choice(("gather", "exchange")), is_causal=drawn.random() < 0.5,
+            window=drawn.choice(((-1, -1), (drawn.randint(0, tokens), drawn.choice((-1, 0, 3))))),
+            alpha=drawn.choice((1.0, 1.4, 1.5, torch.linspace(1.1, 2.0, 2 * WORLD, dtype=DOUBLE))),
+        )  # fmt: skip
+        if drawn.random() < 0.3:
+            options["alibi_slopes"] = torch.linspace(0, 0.5, 2 * WORLD)
+        if drawn.random() < 0.3:
+            options.update(dropout_p=0.3, dropout_seed=torch.tensor(number))
+        if packed:
+            inner = rows(drawn.randint(0, 3)).sort().values
+            options["cu_seqlens"] = torch.cat([torch.tensor([0]), inner, torch.tensor([tokens])])
+        else:
+            both = rows(batch)
+            if drawn.random() < 0.3:
+                options.update(q_seqlens=both, kv_seqlens=both)
+            elif drawn.random() < 0.5:
+                options.update(q_seqlens=rows(batch), kv_seqlens=rows(batch), kv_starts=rows(batch))
+        check(*tensors, **options)
+
+
 @for_both_methods
 def dropout(method):
     """The weights that one process drops: whatever chunk, head, entry or sequence they are in."""
@@ -427,6 +463,7 @@ def refusals():
             given = {name: torch.full((4 // WORLD,), 1.5)}
             words = f"entmax_attn_context_parallel: {name}"
             refused(RuntimeError, words, parallel, query, key, value, is_causal=True, method=method, **given)
+    assert torch._C._distributed_c10d._get_work_registry_size() == 0  # nothing is on its way that nobody waits for
 
 
 @case

@@ -31,7 +31,7 @@ DIMENSIONS = ("data", "context", "tensor")
 class Layer(nn.Module):
     def __init__(self, **options):
         super().__init__()
-        self.attention = EntmaxAttention(WIDTH, 4, is_causal=True, dtype=torch.float64, **options)
+        self.attention = EntmaxAttention(WIDTH, 8, head_dim=4, is_causal=True, dtype=torch.float64, **options)
         self.norm = nn.LayerNorm(WIDTH, dtype=torch.float64)
 
     def forward(self, x, **lengths):
@@ -43,7 +43,7 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([Layer(learn_alpha=True), Layer(num_kv_heads=2, window=(6, -1))])
+        self.layers = nn.ModuleList([Layer(learn_alpha=True), Layer(num_kv_heads=4, window=(6, -1))])
 
     def forward(self, x, **lengths):
         for layer in self.layers:
