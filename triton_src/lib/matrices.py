@@ -243,7 +243,7 @@ def offsets_together(pages, first, ROWS: tl.constexpr, end, block_stride, row_st
     page = start >> pages.bits
     block = block_of_page(pages, page, start < end)
     in_page = row - (page << pages.bits)
-    return block * block_stride.to(tl.int64) + in_page.to(tl.int64) * row_stride.to(tl.int64)
+    return block * block_stride + in_page.to(tl.int64) * row_stride
 
 
 @triton.jit
