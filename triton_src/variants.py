@@ -28,6 +28,12 @@ from .attention.forward import ATTEND, ATTEND_PAGED
 from .attention.grad_key_value import GRAD_KEY_VALUE
 from .attention.grad_query import GRAD_QUERY
 from .attention.mark import MARK
+from .attention.short import (
+    ATTEND_SHORT_256,
+    ATTEND_SHORT_256_PAGED,
+    ATTEND_SHORT_512,
+    ATTEND_SHORT_512_PAGED,
+)
 from .cache import APPEND
 from .lib.entmax import ALPHA_1_5, ALPHA_2, ALPHA_ANY
 from .spec import ELEMENT_BYTES, Spec
@@ -46,8 +52,10 @@ ATTENTION = {
         *(ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE, COUNT_SUPPORT),
         *(SCORE_FEW, SOLVE_FEW, WEIGH_FEW, JOIN_FEW),
         *(ATTEND_PAGED, SCORE_FEW_PAGED, SOLVE_FEW_PAGED, WEIGH_FEW_PAGED),
+        *(ATTEND_SHORT_256, ATTEND_SHORT_512, ATTEND_SHORT_256_PAGED, ATTEND_SHORT_512_PAGED),
     )
 }
+SHORT = [name for name in ATTENTION if name.startswith("attend_short")]
 CACHE = {APPEND.name: APPEND}
 ACTIVATION = {spec.name: spec for spec in (ACTIVATE, ACTIVATE_GRAD)}
 KERNELS: dict[str, Spec] = ATTENTION | CACHE | ACTIVATION
@@ -161,11 +169,15 @@ def shape_table(data: dict, arch: int, dtype: str, alpha: str) -> dict:
     raise LookupError(f"{TILES}: no table for sm_{arch}, {dtype}, alpha {alpha}")
 
 
-def attention_shape(arch: int, kernel: str, dtype: str, block_d: int, alpha: str, gather: bool) -> Shape:
+def attention_shape(arch: int, kernel: str, dtype: str, block_d: int, alpha: str, gather: bool) -> Shape | None:
+    """None where there is no such code, which is of short sequences alone: their keys fit where registers and shared
+    memory have room for them."""
     place = dict(kernel=kernel, gather=gather, block_d=block_d)
     for line in shape_table(shapes(), arch, dtype, alpha)["shapes"]:
         if place.items() <= line.items():
             return Shape(**{name: value for name, value in line.items() if name not in place})
+    if kernel in SHORT:
+        return None
     raise LookupError(f"{TILES}: no shape for sm_{arch}, {dtype}, alpha {alpha}, {place}")
 
 
@@ -198,8 +210,8 @@ def attention_variants(arch: int):
             if alpha not in spec.alphas:
                 continue
             for gather in (False, True) if spec.gathers else (False,):
-                shape = attention_shape(arch, kernel, dtype, block_d, alpha, gather)
-                yield Variant(kernel, dtype, block_d, alpha, shape, gather, hot)
+                if shape := attention_shape(arch, kernel, dtype, block_d, alpha, gather):
+                    yield Variant(kernel, dtype, block_d, alpha, shape, gather, hot)
 
 
 def cache_variants():

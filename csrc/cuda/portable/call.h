@@ -37,8 +37,11 @@ struct KeyKernels;
 template <>
 struct KeyKernels<Matrix> {
   static constexpr Kernel kAttend = Kernel::kAttend, kScoreFew = Kernel::kScoreFew, kSolveFew = Kernel::kSolveFew,
-                          kWeighFew = Kernel::kWeighFew;
+                          kWeighFew = Kernel::kWeighFew, kAttendShort256 = Kernel::kAttendShort256,
+                          kAttendShort512 = Kernel::kAttendShort512;
   static constexpr auto& attend = cuda::attend;
+  static constexpr auto& attend_short_256 = cuda::attend_short_256;
+  static constexpr auto& attend_short_512 = cuda::attend_short_512;
   static constexpr auto& score_few = cuda::score_few;
   static constexpr auto& solve_few = cuda::solve_few;
   static constexpr auto& weigh_few = cuda::weigh_few;
@@ -46,8 +49,12 @@ struct KeyKernels<Matrix> {
 template <>
 struct KeyKernels<PagedMatrix> {
   static constexpr Kernel kAttend = Kernel::kAttendPaged, kScoreFew = Kernel::kScoreFewPaged,
-                          kSolveFew = Kernel::kSolveFewPaged, kWeighFew = Kernel::kWeighFewPaged;
+                          kSolveFew = Kernel::kSolveFewPaged, kWeighFew = Kernel::kWeighFewPaged,
+                          kAttendShort256 = Kernel::kAttendShort256Paged,
+                          kAttendShort512 = Kernel::kAttendShort512Paged;
   static constexpr auto& attend = cuda::attend_paged;
+  static constexpr auto& attend_short_256 = cuda::attend_short_256_paged;
+  static constexpr auto& attend_short_512 = cuda::attend_short_512_paged;
   static constexpr auto& score_few = cuda::score_few_paged;
   static constexpr auto& solve_few = cuda::solve_few_paged;
   static constexpr auto& weigh_few = cuda::weigh_few_paged;
