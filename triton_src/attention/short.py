@@ -39,7 +39,7 @@ from ..lib.entmax import (
 )
 from ..lib.marks import any_bits
 from ..lib.matrices import ROW_PARTS, Code, any_row, cast, dot, load_rows, max_or_nan
-from ..lib.scores import HeadScale, score_rules, scores_of
+from ..lib.scores import score_rules, scores_of
 from ..lib.visibility import TILE, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
 from .forward import ATTEMPTS, ATTEND_PAGED, a_step_away, gap_of_classes, store_results, tolerance
@@ -107,9 +107,10 @@ def attend_short(
             weighted, weighed.sum_p, row_max, weighed.gap, sees, sound, row_state, out_rows, first_row, CODE
         )
         bits = tiles + tile_row_of(call, at, first_row) * call.tile_words
-        store_tile_bits(
-            bits, call.tile_words, weighed.tile_bits, tiles_seen, any_row(broken) | is_softmax(scale, ALPHA)
-        )
+        all_seen = any_row(broken)
+        if not fixed_alpha(ALPHA):
+            all_seen = all_seen | (scale.alpha == 1.0)
+        store_tile_bits(bits, call.tile_words, weighed.tile_bits, tiles_seen, all_seen)
 
 
 ATTEND_SHORT = Spec(
@@ -128,15 +129,6 @@ ATTEND_SHORT_256, ATTEND_SHORT_512 = (replace(ATTEND_SHORT, suffix=f"_{keys}") f
 ATTEND_SHORT_256_PAGED, ATTEND_SHORT_512_PAGED = (
     replace(ATTEND_SHORT.over_pages(alphas=ATTEND_PAGED.alphas), suffix=f"_{keys}_paged") for keys in (256, 512)
 )
-
-
-@triton.jit
-def is_softmax(scale: HeadScale, ALPHA: tl.constexpr):
-    """Whether a head's alpha is 1, which it is in the code for any alpha alone."""
-    if fixed_alpha(ALPHA):
-        return False
-    else:
-        return scale.alpha == 1.0
 
 
 # ---- keys and values -------------------------------------------------------------------------------------------------
@@ -217,12 +209,15 @@ def below_max(qk, row_max, scale):
 @triton.jit
 def weigh(below, largest, row_max, sound, scale, DTYPE: tl.constexpr, CODE):
     """What is Weighed of the rows that are sound; the others weigh nothing."""
-    if is_softmax(scale, CODE.ALPHA):
-        weighed = softmax(below, sound, DTYPE, CODE)
+    gap = tl.where(sound, gap_of_classes(largest, row_max, scale, CODE.ALPHA), float("inf"))
+    if fixed_alpha(CODE.ALPHA):
+        return solve(below, gap, sound, scale, DTYPE, CODE)
     else:
-        gap = gap_of_classes(largest, row_max, scale, CODE.ALPHA)
-        weighed = solve(below, tl.where(sound, gap, float("inf")), sound, scale, DTYPE, CODE)
-    return weighed
+        if scale.alpha == 1.0:
+            weighed = softmax(below, sound, DTYPE, CODE)
+        else:
+            weighed = solve(below, gap, sound, scale, DTYPE, CODE)
+        return weighed
 
 
 @triton.jit
