@@ -39,7 +39,7 @@ from ..lib.entmax import (
 )
 from ..lib.marks import any_bits
 from ..lib.matrices import ROW_PARTS, Code, any_row, cast, dot, load_rows, max_or_nan
-from ..lib.scores import score_rules, scores_of
+from ..lib.scores import mask_scores, score_rules, scores_of
 from ..lib.visibility import TILE, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
 from .forward import ATTEMPTS, ATTEND_PAGED, a_step_away, gap_of_classes, store_results, tolerance
@@ -91,8 +91,8 @@ def attend_short(
         sees = visible.first < visible.end
         tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
         q = load_rows(query_rows, first_row, BLOCK_M, BLOCK_D, True)
-        edge = (tiles_seen.inner * TILE < BLOCK_N) | (not fixed_alpha(ALPHA))
-        qk = tile_scores(q, keys, score_rules(row, at.band, visible, scale), edge, ALPHA)
+        rules = score_rules(row, at.band, visible, scale)
+        qk = tile_scores(q, keys, rules, tiles_seen.inner * TILE < BLOCK_N, ALPHA)
         largest = largest_of_tiles(qk)
         row_max = max_or_nan(largest, 1) * scale.z
         # As in `attend`: rows that see a NaN or an infinite score are broken, and all rows where alpha is NaN.
@@ -100,9 +100,10 @@ def attend_short(
         row_max = tl.where(sound, row_max, 0.0)
         below = below_max(qk, row_max, scale)
         weighed = weigh(below, largest, row_max, sound, scale, DTYPE, CODE)
-        weighted = tl.where(sees[:, None], dot(weighed.p, values), 0.0)
+        p = side_by_side(weighed.p)
+        weighted = tl.where(sees[:, None], dot(p, values), 0.0)
         if values_broken > 0:
-            weighted = tl.where(weighs_broken(weighed.p, value_rows, CODE)[:, None], float("nan"), weighted)
+            weighted = tl.where(weighs_broken(p, value_rows, CODE)[:, None], float("nan"), weighted)
         broken = store_results(
             weighted, weighed.sum_p, row_max, weighed.gap, sees, sound, row_state, out_rows, first_row, CODE
         )
@@ -175,12 +176,16 @@ def weighs_broken(p, value_rows, CODE):
 
 @triton.jit
 def tile_scores(q, keys, rules, edge, ALPHA: tl.constexpr):
-    """The scores of rows and all keys in units of q.k, a block for each tile."""
+    """The scores of rows and all keys in units of q.k, a block for each tile; `edge` if some row does not see some of
+    them. That this is decided at run time also keeps Triton from taking these products and that with the values for a
+    chain, of which it would give all warps the same rows, so that eight would hold the scores of 64 rows twice."""
     scores = ()
     for tile in tl.static_range(len(keys)):
         qk = dot(q, tl.trans(keys[tile]))
+        key = tl.arange(0, TILE) + tile * TILE
+        qk = scores_of(qk, rules, key, 0, ALPHA, False)
         if edge:
-            qk = scores_of(qk, rules, tl.arange(0, TILE) + tile * TILE, 0, ALPHA, True)
+            qk = mask_scores(qk, rules, key, 0)
         scores = appended(scores, qk)
     return scores
 
@@ -209,21 +214,23 @@ def below_max(qk, row_max, scale):
 @triton.jit
 def weigh(below, largest, row_max, sound, scale, DTYPE: tl.constexpr, CODE):
     """What is Weighed of the rows that are sound; the others weigh nothing."""
-    gap = tl.where(sound, gap_of_classes(largest, row_max, scale, CODE.ALPHA), float("inf"))
+    gap = gap_of_classes(largest, row_max, scale, CODE.ALPHA)
     if fixed_alpha(CODE.ALPHA):
-        return solve(below, gap, sound, scale, DTYPE, CODE)
-    else:
-        if scale.alpha == 1.0:
-            weighed = softmax(below, sound, DTYPE, CODE)
-        else:
-            weighed = solve(below, gap, sound, scale, DTYPE, CODE)
-        return weighed
+        return solve(below, tl.where(sound, gap, float("inf")), sound, scale, DTYPE, CODE)
+    else:  # at alpha = 1 weights of any sum are divided by it, and there is nothing to look for
+        softmax = sound & (tl.zeros_like(row_max) + scale.alpha == 1.0)
+        gap = tl.where(sound, tl.where(softmax, 0.0, gap), float("inf"))
+        weighed = solve(below, gap, sound & ~softmax, scale, DTYPE, CODE)
+        gap = tl.where(softmax, tl.maximum(tl.log(weighed.sum_p), 0.0), weighed.gap)
+        return Weighed(weighed.p, weighed.sum_p, weighed.tile_bits, gap)
 
 
 @triton.jit
 def solve(below, gap, sound, scale, DTYPE: tl.constexpr, CODE):
     """What is Weighed, from a lower bound of each row's gap."""
-    no_weights = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_N], DTYPE)
+    no_weights = ()
+    for _ in tl.static_range(len(below)):
+        no_weights = appended(no_weights, tl.zeros([CODE.BLOCK_M, TILE], DTYPE))
     weighed = Weighed(no_weights, tl.zeros([CODE.BLOCK_M], tl.float32), tl.full([], 0, tl.int32), gap)
     moving = sound  # rows that look for gap; the others stay as they are: no row's bits depend on its neighbours
     attempts = 0
@@ -248,17 +255,27 @@ def solve(below, gap, sound, scale, DTYPE: tl.constexpr, CODE):
 
 
 @triton.jit
-def excess_of(below, gap):
-    """[z - tau]+, from 0 to 1. NaN gives 0, as rows that see one are broken."""
-    return tl.minimum(tl.maximum(below - gap[:, None], 0.0), 1.0)
+def weights_of(below, gap, scale, ALPHA: tl.constexpr):
+    """(p, u) of some keys from z - row_max. NaN gives 0, as rows that see one are broken."""
+    above = below - gap[:, None]
+    excess = tl.minimum(tl.maximum(above, 0.0), 1.0)
+    if fixed_alpha(ALPHA):
+        return weights(excess, scale.alpha, ALPHA, False)
+    else:
+        if scale.alpha == 1.0:
+            p = tl.exp2(above * LOG2_E)
+            u = p
+        else:
+            p, u = weights(excess, scale.alpha, ALPHA, False)
+        return p, u
 
 
 @triton.jit
 def sum_weights(below, gap, scale, ALPHA: tl.constexpr):
     """(sum p, sum u) of each row."""
-    part_p, part_u = weights(excess_of(below[0], gap), scale.alpha, ALPHA, False)
+    part_p, part_u = weights_of(below[0], gap, scale, ALPHA)
     for tile in tl.static_range(1, len(below)):
-        p, u = weights(excess_of(below[tile], gap), scale.alpha, ALPHA, False)
+        p, u = weights_of(below[tile], gap, scale, ALPHA)
         part_p += p
         part_u += u
     return tl.sum(part_p, 1), tl.sum(part_u, 1)
@@ -274,7 +291,7 @@ def weigh_tiles(below, gap, scale, DTYPE: tl.constexpr, ALPHA: tl.constexpr):
     bits = tl.zeros([ROWS, PARTS, ROW_PARTS], tl.int32)
     found = ()
     for tile in tl.static_range(len(below)):
-        p, u = weights(excess_of(below[tile], gap), scale.alpha, ALPHA, False)
+        p, u = weights_of(below[tile], gap, scale, ALPHA)
         here = tl.sum(tl.reshape(p, [ROWS, PARTS, TILE // ROW_PARTS // PARTS, ROW_PARTS]), 2)
         part_p += here
         bits |= (here > 0.0).to(tl.int32) << tile
@@ -282,22 +299,7 @@ def weigh_tiles(below, gap, scale, DTYPE: tl.constexpr, ALPHA: tl.constexpr):
             part_u += u
         found = appended(found, cast(p, DTYPE))
     bits = any_bits(any_bits(any_bits(bits, 2), 1), 0)
-    return side_by_side(found), tl.sum(tl.sum(part_p, 2), 1), tl.sum(part_u, 1), bits
-
-
-@triton.jit
-def softmax(below, sound, DTYPE: tl.constexpr, CODE):
-    """What is Weighed at alpha = 1, with p = e^(z - row_max). All keys that are seen have weight: bits are not looked
-    at."""
-    part_p = tl.zeros([CODE.BLOCK_M, TILE], tl.float32)
-    found = ()
-    for tile in tl.static_range(len(below)):
-        p = tl.where(sound[:, None], tl.exp2(below[tile] * LOG2_E), 0.0)
-        part_p += p
-        found = appended(found, cast(p, DTYPE))
-    sum_p = tl.sum(part_p, 1)
-    gap = tl.where(sound, tl.maximum(tl.log(sum_p), 0.0), float("inf"))
-    return Weighed(side_by_side(found), sum_p, tl.full([], 0, tl.int32), gap)
+    return found, tl.sum(tl.sum(part_p, 2), 1), tl.sum(part_u, 1), bits
 
 
 @triton.jit
