@@ -48,7 +48,7 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
     found = {(one["name"], one["arch"]): one for one in manifest["variants"]}
     assert set(found) == {(variant.name, arch) for arch in DEFAULT_ARCHS for variant in variants(arch)}
     assert len(found) <= limits["default_variants"]
-    assert (compiled / "cubins.bin").stat().st_size < 80e6
+    assert (compiled / "cubins.bin").stat().st_size < 84e6
     for one in found.values():
         assert one["registers"] > 0 and one["size"] <= limits["cubin_bytes"], one["name"]
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]

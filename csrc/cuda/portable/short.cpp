@@ -67,7 +67,7 @@ void attend_short(const PreparedCall& call, const ShortKeys& short_keys, const a
 
 }  // namespace adasplash::cuda::portable
 
-// For tests and measurements: of at most how many keys (0, 256 or 512; -1: none) sequences go this way, where there is
+// For tests and measurements: of at most how many keys (256 or 512; -1: none) sequences go this way, where there is
 // code for them. Returns what it was.
 extern "C" __attribute__((visibility("default"))) int64_t adasplash_short_keys(int64_t most) {
   return adasplash::cuda::portable::limit.exchange(most);
