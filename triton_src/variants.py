@@ -207,8 +207,6 @@ def specialisations():
         for block_d in HEADS:
             for alpha in ALPHAS if dtype != "fp32" and block_d < LARGEST_HEAD else ("any",):
                 yield dtype, block_d, alpha
-    for block_d in HEADS:
-        yield "u8", block_d, "any"  # what reads codes alone
 
 
 def attention_variants(arch: int):

@@ -542,38 +542,40 @@ inline void turn_queries(const Variant& variant, const Place& place, int64_t pro
 }
 
 struct ScanIndexArguments {
+  Matrix query;
   Matrix key;
   KeyIndex index;
   Exactly<const int8_t*> planes;
   Exactly<const float*> terms;
   Exactly<float*> scores;
-  Exactly<float*> best_bounds;
-  Exactly<int32_t*> best_keys;
+  Exactly<float*> tile_max;
+  Exactly<float*> floors;
   Call call;
   Few few;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScanIndexArguments) == 368);
+static_assert(sizeof(ScanIndexArguments) == 400);
 inline void scan_index(const Variant& variant, const Place& place, int64_t programs,
                        const ScanIndexArguments& arguments) {
   launch(Kernel::kScanIndex, variant, place, programs, &arguments, sizeof arguments);
 }
 
 struct ScanIndexEvenArguments {
+  Matrix query;
   EvenPagedMatrix key;
   KeyIndex index;
   Exactly<const int8_t*> planes;
   Exactly<const float*> terms;
   Exactly<float*> scores;
-  Exactly<float*> best_bounds;
-  Exactly<int32_t*> best_keys;
+  Exactly<float*> tile_max;
+  Exactly<float*> floors;
   Call call;
   Few few;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScanIndexEvenArguments) == 392);
+static_assert(sizeof(ScanIndexEvenArguments) == 424);
 inline void scan_index_even(const Variant& variant, const Place& place, int64_t programs,
                             const ScanIndexEvenArguments& arguments) {
   launch(Kernel::kScanIndexEven, variant, place, programs, &arguments, sizeof arguments);
@@ -582,8 +584,7 @@ inline void scan_index_even(const Variant& variant, const Place& place, int64_t 
 struct ScoreFoundArguments {
   Matrix query;
   Matrix key;
-  Exactly<const float*> best_bounds;
-  Exactly<const int32_t*> best_keys;
+  Exactly<const float*> floors;
   Exactly<int32_t*> found;
   Exactly<float*> scores;
   Exactly<float*> tile_max;
@@ -592,7 +593,7 @@ struct ScoreFoundArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFoundArguments) == 336);
+static_assert(sizeof(ScoreFoundArguments) == 328);
 inline void score_found(const Variant& variant, const Place& place, int64_t programs,
                         const ScoreFoundArguments& arguments) {
   launch(Kernel::kScoreFound, variant, place, programs, &arguments, sizeof arguments);
@@ -601,8 +602,7 @@ inline void score_found(const Variant& variant, const Place& place, int64_t prog
 struct ScoreFoundEvenArguments {
   Matrix query;
   EvenPagedMatrix key;
-  Exactly<const float*> best_bounds;
-  Exactly<const int32_t*> best_keys;
+  Exactly<const float*> floors;
   Exactly<int32_t*> found;
   Exactly<float*> scores;
   Exactly<float*> tile_max;
@@ -611,7 +611,7 @@ struct ScoreFoundEvenArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFoundEvenArguments) == 360);
+static_assert(sizeof(ScoreFoundEvenArguments) == 352);
 inline void score_found_even(const Variant& variant, const Place& place, int64_t programs,
                              const ScoreFoundEvenArguments& arguments) {
   launch(Kernel::kScoreFoundEven, variant, place, programs, &arguments, sizeof arguments);

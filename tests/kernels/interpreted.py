@@ -379,12 +379,12 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
         numbers |= dict(
             planes=torch.full((all_rows * few_indexed.PLANES.value * width,), 99, dtype=torch.int8),
             terms=torch.full((all_rows * few_indexed.TERMS.value,), torch.nan),
-            best_bounds=torch.full((all_rows * shared.scorers,), torch.nan),
-            best_keys=torch.full((all_rows * shared.scorers,), 1 << 30, dtype=torch.int32),
+            floors=torch.full((all_rows * shared.scorers,), torch.nan),
             found=torch.full((batch * kv_heads * row_blocks * keys.rows,), 1 << 30, dtype=torch.int32),
         )
         scored = programs.pop("score_few")
-        programs |= dict(turn_queries=most * call.heads * batch, scan_index=scored, score_found=scored)
+        scanned = shared.scorers * math.ceil(rows / 8) * kv_heads * batch
+        programs |= dict(turn_queries=most * call.heads * batch, scan_index=scanned, score_found=scored)
     programs |= dict(
         solve_few=most * call.heads * batch,
         weigh_few=shared.weighers * row_blocks * kv_heads * batch,
@@ -403,7 +403,7 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
         given = {argument: given[argument] for argument in spec.arguments if argument in given}
         code = variants.ALPHAS[alpha_code if alpha_code in spec.alphas else "any"]
         size = padded_dim(call.head_dim) if indexed and name.startswith(("turn", "scan")) else block_d
-        constants = dict(BLOCK_M=16, BLOCK_N=TILE, BLOCK_D=size, ALPHA=code)
+        constants = dict(BLOCK_M=8 if name.startswith("scan") else 16, BLOCK_N=TILE, BLOCK_D=size, ALPHA=code)
         used = {name: value for name, value in constants.items() if name in spec.constants}
         if count:
             with patched_once():

@@ -4,8 +4,9 @@ The kernels after it ask for exact scores of the keys above row_max - 1 alone; w
 and are in no sum. So instead of all keys
 
     turn_queries    turns the queries as the codes are turned, and cuts them to whole numbers
-    scan_index      bounds every z from above, from the codes, and finds each row's best-looking key of each split
-    score_found     takes the exact z of the best-looking key of all, a lower bound of row_max; and computes the z of
+    scan_index      bounds every z from above, from the codes, and of each row and split of keys the z of the key that
+                    looks best from below, from the key itself
+    score_found     takes the largest of the latter, the row's floor, which row_max is not below; and computes the z of
                     those keys only that may be above it - 1, by the product that score_few forms, to the same bits
 
 With q' the turned query and (n - 7.5) * scale the turned key that a code stands for (csrc/ops/key_index.h),
@@ -21,9 +22,9 @@ import triton
 import triton.language as tl
 
 from ..lib.call import block_of_program, has_many_queries, head_in_sequence, head_scale, key_rows_of
-from ..lib.codes import LARGEST_NORM, MIDDLE, halves_of, is_for, norm_of, turned, whole_dot
+from ..lib.codes import LARGEST_NORM, MIDDLE, ROOM, halves_of, is_for, norm_of, turned, whole_dot
 from ..lib.matrices import MATRIX as MATRIX_FIELDS
-from ..lib.matrices import dot, load_rows, max_or_nan, offsets_together, pages_of
+from ..lib.matrices import dot, load_rows, offsets_together, pages_of
 from ..lib.scores import ScoreRules, scores_of
 from ..lib.tile_lists import append
 from ..lib.visibility import TILE
@@ -52,7 +53,7 @@ NEAR_ONE = tl.constexpr(1 + 2.0**-18)  # by which a norm is certainly not too sm
 SCAN_STAGES = tl.constexpr(4)
 KEYS_SIEVED = tl.constexpr(1024)  # bounds of a row that are looked at together
 ROWS_SIEVED = tl.constexpr(4)  # rows that are
-SPLITS_TOGETHER = tl.constexpr(64)  # splits whose best keys are
+SPLITS_TOGETHER = tl.constexpr(128)  # splits whose floors are
 
 
 # ---- queries ---------------------------------------------------------------------------------------------------------
@@ -119,18 +120,18 @@ TURN_QUERIES = Spec(
 
 @triton.jit
 def scan_index(
-    key, index, planes, terms, scores, best_bounds, best_keys, call, few,
+    query, key, index, planes, terms, scores, tile_max, floors, call, few,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """An upper bound of each z; and of each row the largest of a split's bounds, and the key that has it. Of `key` only
-    the pages are looked at, if it is in pages."""
+    """An upper bound of each z, -inf for each tile's largest, and each row's floor in a split."""
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
     at = head_in_sequence(call, batch, kv_head * call.group)
     if has_many_queries(call, at.queries):
         return
     scorer = program // row_blocks  # neighbours read the same codes
-    rows = few_rows(program % row_blocks * BLOCK_M, call, few, kv_head, at.queries, BLOCK_M)
+    first_row = program % row_blocks * BLOCK_M
+    rows = few_rows(first_row, call, few, kv_head, at.queries, BLOCK_M)
     visible = visible_of(rows, at.band)
     mine = share_of(tiles_of(keys_of_rows(visible)), scorer, few.scorers)
     scale = head_scale(call, batch, rows.head, ALPHA)
@@ -141,11 +142,11 @@ def scan_index(
     of_row = terms + number * TERMS
     unit = tl.load(of_row, mask=rows.real, other=0.0)[:, None]
     offset = tl.load(of_row + 1, mask=rows.real, other=0.0)[:, None]
-    norm = tl.load(of_row + 2, mask=rows.real, other=0.0)[:, None]
+    norm = tl.load(of_row + 2, mask=rows.real, other=0.0)
     # One product for both planes: those of all rows, and below them the others.
     stacked = tl.arange(0, PLANES * BLOCK_M)
     plane = stacked // BLOCK_M
-    both = few_rows_at(program % row_blocks * BLOCK_M + stacked % BLOCK_M, call, few, kv_head, at.queries)
+    both = few_rows_at(first_row + stacked % BLOCK_M, call, few, kv_head, at.queries)
     place = list_place(call, few, at, kv_head, both.place) * PLANES + plane
     column = tl.arange(0, HALF)
     place = planes + (place * BLOCK_D)[:, None] + column[None, :]
@@ -156,6 +157,7 @@ def scan_index(
     norms = index.norms + kv_head * (index.head_stride // 4)
 
     to_scores = scores + score_row(call, few, at, kv_head, rows.place)
+    to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     best_key = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for step in tl.range(mine.end - mine.first, num_stages=SCAN_STAGES):  # said here, all loads are pipelined
@@ -171,16 +173,40 @@ def scan_index(
         products = whole_dot(q_second, tl.trans(n_second), whole_dot(q_first, tl.trans(n_first)))
         products = products.to(tl.float32) * worth
         product = tl.sum(tl.reshape(products, [PLANES, BLOCK_M, BLOCK_N]), 0)
-        bound = key_scale * (unit * product + offset) + norm * error
+        bound = key_scale * (unit * product + offset) + norm[:, None] * error
         z = scores_of(bound, rules, keys, 0, ALPHA, True) * scale.z[:, None]
         tl.store(to_scores[:, None] + keys[None, :], z, mask=rows.real[:, None] & there[None, :])
+        tl.store(to_maxima + mine.first + step, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=rows.real)
         better = z > best
         best = tl.where(better, z, best)
         best_key = tl.where(better, keys[None, :], best_key)
-    largest = tl.max(best, 1)
-    to_best = number * few.scorers + scorer
-    tl.store(best_bounds + to_best, largest, mask=rows.real)
-    tl.store(best_keys + to_best, tl.max(tl.where(best == largest[:, None], best_key, 0), 1), mask=rows.real)
+
+    best_key = tl.max(tl.where(best == tl.max(best, 1)[:, None], best_key, 0), 1)
+    floor = certain_z(query, key, rows, rules, norm, best_key, call, at, BLOCK_M, BLOCK_D, ALPHA) * scale.z
+    tl.store(floors + number * few.scorers + scorer, floor, mask=rows.real)
+
+
+@triton.jit
+def certain_z(
+    query, key, rows, rules, norm, best_key, call, at, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr
+):
+    """What the score of each row's own key, in units of q.k, is certainly not below, whatever a product rounds."""
+    q = load_queries(query, rows, call, at, BLOCK_D).to(tl.float32)
+    k = load_rows(key_rows_of(key, at, call.head_dim, at.keys.length), best_key, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    least = tl.sum(q * k, 1) - norm * tl.sqrt(tl.sum(k * k, 1)) * (ROOM / 4)
+    number = tl.arange(0, BLOCK_M)
+    own = tl.where(number[:, None] == number[None, :], least[:, None], float("-inf"))
+    return tl.max(scores_of(own, rules, best_key, 0, ALPHA, True), 1)
+
+
+@triton.jit
+def load_queries(query, rows, call, at, BLOCK_D: tl.constexpr):
+    """The queries of FewRows, one below the other; zeros where there is none."""
+    column = tl.arange(0, BLOCK_D)
+    start = query.data + at.batch * query.batch_stride + at.queries.offset * query.row_stride
+    row_start = rows.head * query.head_stride + rows.position.to(tl.int64) * query.row_stride
+    inside = rows.real[:, None] & (column < call.head_dim)[None, :]
+    return tl.load(start + row_start[:, None] + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -197,20 +223,20 @@ def offsets_in_index(key, at, first, ROWS: tl.constexpr, page_stride, row_stride
 SCAN_INDEX = Spec(
     scan_index,
     arguments=dict(
-        key=MATRIX, index=KEY_INDEX, planes="*i8", terms="*fp32", scores="*fp32", best_bounds="*fp32",
-        best_keys="*i32", call=CALL, few=FEW,
+        query=MATRIX, key=MATRIX, index=KEY_INDEX, planes="*i8", terms="*fp32", scores="*fp32", tile_max="*fp32",
+        floors="*fp32", call=CALL, few=FEW,
     ),
-    writes=("scores", "best_bounds", "best_keys"),
+    writes=("scores", "tile_max", "floors"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
     programs="as of score_few",
     scratch=dict(
         scores="as of score_few",
-        best_bounds="a number for each row of a key head and each of few.scorers",
-        best_keys="a number for each of these",
+        tile_max="as of score_few",
+        floors="a number for each row of a key head and each of few.scorers",
     ),
     shapes="attention",
     alphas=("any",),
-    types=("u8",),
+    types=INDEXED,
 )  # fmt: skip
 SCAN_INDEX_EVEN = SCAN_INDEX.over_even_pages()
 
@@ -220,14 +246,13 @@ SCAN_INDEX_EVEN = SCAN_INDEX.over_even_pages()
 
 @triton.jit
 def score_found(
-    query, key, best_bounds, best_keys, found, scores, tile_max, call, few,
+    query, key, floors, found, scores, tile_max, call, few,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     """What score_few leaves, but for keys without weight: those of a split's keys whose bound reaches the row's floor
     for any row are listed and scored, 64 at a time. All others keep their bounds, which are as weightless."""
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
-    kv_heads = call.heads // call.group
-    program, kv_head, batch = block_of_program(few.scorers * row_blocks, kv_heads)
+    program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
     at = head_in_sequence(call, batch, kv_head * call.group)
     if has_many_queries(call, at.queries):
         return
@@ -239,23 +264,11 @@ def score_found(
     if mine.first >= mine.end:
         return
 
-    column = tl.arange(0, BLOCK_D)
-    start = query.data + at.batch * query.batch_stride + at.queries.offset * query.row_stride
-    row_start = rows.head * query.head_stride + rows.position.to(tl.int64) * query.row_stride
-    inside = rows.real[:, None] & (column < call.head_dim)[None, :]
-    q = tl.load(start + row_start[:, None] + column[None, :], mask=inside, other=0.0)
     scale = head_scale(call, batch, rows.head, ALPHA)
-    rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
-    key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
-    to_scores = scores + score_row(call, few, at, kv_head, rows.place)
     number = list_place(call, few, at, kv_head, rows.place)
-
-    best_key = best_of_splits(best_bounds, best_keys, number, rows.real, few.scorers, BLOCK_M)
-    best_qk = dot(q, tl.trans(load_rows(key_rows, best_key, BLOCK_M, BLOCK_D, True)))
-    floor = tl.max(scores_of(best_qk, rules, best_key, 0, ALPHA, True) * scale.z[:, None], 1)
-    # solve_few's bound may begin this much below row_max - 1. And this product is of another shape than those of keys
-    # that are found, and may round otherwise.
-    floor = floor - 1.0 - (1.0 + tl.abs(floor)) * (4 * ROUNDING)
+    floor = largest_floor(floors + number * few.scorers, rows.real, few.scorers, BLOCK_M)
+    # solve_few's bound may begin this much below row_max - 1.
+    floor = floor - 1.0 - (1.0 + tl.abs(floor)) * (2 * ROUNDING)
     floor = tl.where(scale.alpha == 1.0, float("-inf"), floor)  # where all keys have weight
     floor = tl.where(rows.real, floor, float("inf"))
 
@@ -278,28 +291,23 @@ def score_found(
         count = append(entries, count, keys, wanted)
     tl.debug_barrier()  # what other threads wrote is read from here on
 
+    q = load_queries(query, rows, call, at, BLOCK_D)
+    rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
+    key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
+    to_scores = scores + score_row(call, few, at, kv_head, rows.place)
+    to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
     for first in tl.range(0, count, BLOCK_N):
         entry = first + tl.arange(0, BLOCK_N)
         keys = tl.load(entries + entry, mask=entry < count, other=at.keys.length)
         qk = dot(q, tl.trans(load_rows(key_rows, keys, BLOCK_N, BLOCK_D, True)))
         z = scores_of(qk, rules, keys, 0, ALPHA, True) * scale.z[:, None]
-        tl.store(to_scores[:, None] + keys[None, :], z, mask=rows.real[:, None] & (entry < count)[None, :])
-    tl.debug_barrier()  # as above
-
-    TILES: tl.constexpr = KEYS_SIEVED // TILE
-    for first in range(mine.first, mine.end, TILES):
-        keys = first * TILE + tl.arange(0, KEYS_SIEVED)
-        tile = first + tl.arange(0, TILES)
-        for row in range(0, here, ROWS_SIEVED):
-            for other in tl.static_range(ROWS_SIEVED):
-                place = block * BLOCK_M + row + other
-                least = floor_of(floor, row + other, BLOCK_M)
-                last = tl.where((place < few.rows) & (least < float("inf")), end, 0)
-                z_row = scores + score_row(call, few, at, kv_head, place)
-                some = tl.load(z_row + keys, mask=keys < last, other=float("-inf"))
-                largest = max_or_nan(tl.reshape(some, [TILES, TILE]), 1)
-                maxima = tile_max + tile_place(call, few, at, kv_head, place)
-                tl.store(maxima + tile, largest, mask=tile * TILE < last)
+        known = rows.real[:, None] & (entry < count)[None, :]
+        tl.store(to_scores[:, None] + keys[None, :], z, mask=known)
+        # The largest of a tile, whichever comes first. No order of numbers has a place for NaN, which makes a row NaN
+        # as infinity does.
+        above = known & ~(z < floor[:, None])
+        z = tl.where(z == z, z, float("inf"))
+        tl.atomic_max(to_maxima[:, None] + (keys // TILE)[None, :], z, mask=above, sem="relaxed")
 
 
 @triton.jit
@@ -309,26 +317,20 @@ def floor_of(floor, row, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def best_of_splits(best_bounds, best_keys, number, real, splits, BLOCK_M: tl.constexpr):
-    """(BLOCK_M,) the key of each row that has the largest bound of all."""
-    best = tl.full([BLOCK_M, SPLITS_TOGETHER], float("-inf"), tl.float32)
-    best_key = tl.zeros([BLOCK_M, SPLITS_TOGETHER], tl.int32)
+def largest_floor(floors, real, splits, BLOCK_M: tl.constexpr):
+    """(BLOCK_M,) the largest of the rows' floors in all splits."""
+    largest = tl.full([BLOCK_M, SPLITS_TOGETHER], float("-inf"), tl.float32)
     for first in range(0, splits, SPLITS_TOGETHER):
         split = first + tl.arange(0, SPLITS_TOGETHER)
-        place = (number * splits)[:, None] + split[None, :]
         known = real[:, None] & (split < splits)[None, :]
-        bound = tl.load(best_bounds + place, mask=known, other=float("-inf"))
-        better = bound > best
-        best_key = tl.where(better, tl.load(best_keys + place, mask=known, other=0), best_key)
-        best = tl.where(better, bound, best)
-    return tl.max(tl.where(best == tl.max(best, 1)[:, None], best_key, 0), 1)
+        largest = tl.maximum(largest, tl.load(floors[:, None] + split[None, :], mask=known, other=float("-inf")))
+    return tl.max(largest, 1)
 
 
 SCORE_FOUND = Spec(
     score_found,
     arguments=dict(
-        query=MATRIX, key=MATRIX, best_bounds="*fp32", best_keys="*i32", found="*i32", scores="*fp32",
-        tile_max="*fp32", call=CALL, few=FEW,
+        query=MATRIX, key=MATRIX, floors="*fp32", found="*i32", scores="*fp32", tile_max="*fp32", call=CALL, few=FEW,
     ),
     writes=("found", "scores", "tile_max"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),

@@ -273,10 +273,6 @@ const Variant& PreparedCall::variant(Kernel kernel, bool gather) const {
                       general ? AlphaCode::kAny : alpha_code(arguments.alpha.number.value), place.device, gather);
 }
 
-const Variant& PreparedCall::variant_of_codes(Kernel kernel) const {
-  return find_variant(kernel, at::kByte, query.sizes().back(), AlphaCode::kAny, place.device);
-}
-
 const Variant& PreparedCall::variant_of_turns(Kernel kernel) const {
   return find_variant(kernel, query.scalar_type(), query.sizes().back(), AlphaCode::kAny, place.device);
 }

@@ -85,9 +85,7 @@ class PreparedCall {
 
   // The code for this call's type, head sizes and alpha.
   const Variant& variant(Kernel kernel, bool gather = false) const;
-  // The code that reads the codes of keys alone, whatever type these have.
-  const Variant& variant_of_codes(Kernel kernel) const;
-  // The code that turns queries as keys are turned, by the size of heads of keys alone.
+  // The code of kernels that work with turned rows, which are as long as keys and queries alone ask for.
   const Variant& variant_of_turns(Kernel kernel) const;
 
   // How many programs a kernel is launched with: one for each block of queries of a query head, or of keys of a key

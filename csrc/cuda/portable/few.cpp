@@ -68,15 +68,18 @@ void score_indexed(const PreparedCall& call, const Shares& shares, const Workspa
                    .call = call.arguments,
                    .few = shares.argument,
                });
-  Kernels::scan_index(call.variant_of_codes(Kernels::kScanIndex), call.place, shares.scoring(),
+  const Variant& scan = call.variant_of_turns(Kernels::kScanIndex);
+  const int64_t scan_blocks = in_blocks(shares.rows, scan.block_m) * call.kv_heads;
+  Kernels::scan_index(scan, call.place, shares.argument.scorers.value * scan_blocks,
                       {
+                          .query = matrix_of(call.query),
                           .key = key,
                           .index = index,
                           .planes = workspace.read(kTurned),
                           .terms = workspace.read(kTurnedTerms),
                           .scores = workspace.write(kScores),
-                          .best_bounds = workspace.write(kBestBounds),
-                          .best_keys = workspace.write(kBestKeys),
+                          .tile_max = workspace.write(kTileMax),
+                          .floors = workspace.write(kFloors),
                           .call = call.arguments,
                           .few = shares.argument,
                       });
@@ -84,8 +87,7 @@ void score_indexed(const PreparedCall& call, const Shares& shares, const Workspa
                        {
                            .query = matrix_of(call.query),
                            .key = key,
-                           .best_bounds = workspace.read(kBestBounds),
-                           .best_keys = workspace.read(kBestKeys),
+                           .floors = workspace.read(kFloors),
                            .found = workspace.write(kFound),
                            .scores = workspace.write(kScores),
                            .tile_max = workspace.write(kTileMax),

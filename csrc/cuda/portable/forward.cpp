@@ -22,17 +22,17 @@ constexpr Scratch kFewTrainingScratch = {kScores,     kTileMax, kFewTileLists, k
                                          kListedKeys, kIsLong,  kWeighted,     kWeightSums};
 constexpr Scratch kFewInferenceScratch = {kRowState,   kScores, kTileMax,  kFewTileLists, kListedScores,
                                           kListedKeys, kIsLong, kWeighted, kWeightSums};
-constexpr Scratch kFewIndexedScratch = {kRowState,    kScores,     kTileMax,  kFewTileLists, kListedScores,
-                                        kListedKeys,  kIsLong,     kWeighted, kWeightSums,   kTurned,
-                                        kTurnedTerms, kBestBounds, kBestKeys, kFound};
+constexpr Scratch kFewIndexedScratch = {kRowState,    kScores, kTileMax,  kFewTileLists, kListedScores,
+                                        kListedKeys,  kIsLong, kWeighted, kWeightSums,   kTurned,
+                                        kTurnedTerms, kFloors, kFound};
 // Where the lengths that the GPU has decide.
 constexpr Scratch kBothTrainingScratch = {kTileMargins,  kTileLists,  kScores, kTileMax,  kFewTileLists,
                                           kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
 constexpr Scratch kBothInferenceScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
                                            kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
-constexpr Scratch kBothIndexedScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,    kScores,   kTileMax,
-                                         kFewTileLists, kListedScores, kListedKeys, kIsLong,   kWeighted, kWeightSums,
-                                         kTurned,       kTurnedTerms,  kBestBounds, kBestKeys, kFound};
+constexpr Scratch kBothIndexedScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
+                                         kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums,
+                                         kTurned,       kTurnedTerms,  kFloors,     kFound};
 
 // Whether all sequences are short, and `attend` has nothing to do; it also writes the rows that sequences of few
 // queries do not have.
