@@ -35,9 +35,9 @@ from .variants import Shape
 
 INPUTS = ("structured:0.5", "structured:0.85", "gaussian:1.5")
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-# Not tuned here: the kernels for few queries and for short sequences have problems of their own, and shapes that were
-# chosen by hand; those over a paged cache have the shapes of the kernels that they are made of.
-BY_HAND = ("score_few", "solve_few", "weigh_few", "join_few", *variants.SHORT)
+# Not tuned here: the kernels for few queries have problems of their own, and shapes that were chosen by hand; those
+# over a paged cache have the shapes of the kernels that they are made of.
+BY_HAND = ("score_few", "solve_few", "weigh_few", "join_few")
 TUNED = [name for name, spec in variants.ATTENTION.items() if name not in BY_HAND and not spec.suffix]
 COMPARED = {  # of what each kernel writes; a kernel that is missing here is an error
     "attend": ("out", "row_state", "tiles"),
@@ -140,7 +140,7 @@ class Problem:
             "call.scores.scale": head_dim**-0.5, "call.scores.window_left": UNLIMITED.value,
             "call.scores.window_right": 0 if case.causal else UNLIMITED.value,
             "counts_batch_stride": 2 * heads, "call.state_batch_stride": heads * length, "call.heads": heads,
-            "call.group": 1, "call.few_queries": -1, "short_keys": -1,
+            "call.group": 1, "call.few_queries": -1,
             "call.tile_words": self.tensors["tiles"].shape[3], "call.head_dim": head_dim, "call.value_dim": head_dim,
         }  # fmt: skip
 

@@ -31,12 +31,6 @@ from .attention.forward import ATTEND, ATTEND_PAGED
 from .attention.grad_key_value import GRAD_KEY_VALUE
 from .attention.grad_query import GRAD_QUERY
 from .attention.mark import MARK
-from .attention.short import (
-    ATTEND_SHORT_256,
-    ATTEND_SHORT_256_PAGED,
-    ATTEND_SHORT_512,
-    ATTEND_SHORT_512_PAGED,
-)
 from .cache import APPEND, INDEX_KEYS
 from .lib.entmax import ALPHA_1_5, ALPHA_2, ALPHA_ANY
 from .spec import ATTENTION_TYPES, Spec
@@ -56,11 +50,9 @@ ATTENTION = {
         *(SCORE_FEW, SOLVE_FEW, WEIGH_FEW, JOIN_FEW),
         *(ATTEND_PAGED, SCORE_FEW_PAGED, SOLVE_FEW_PAGED, WEIGH_FEW_PAGED),
         *(SCORE_FEW_EVEN, WEIGH_FEW_EVEN),
-        *(ATTEND_SHORT_256, ATTEND_SHORT_512, ATTEND_SHORT_256_PAGED, ATTEND_SHORT_512_PAGED),
         *(TURN_QUERIES, SCAN_INDEX, SCAN_INDEX_EVEN, SCORE_FOUND, SCORE_FOUND_EVEN),
     )
 }
-SHORT = [name for name in ATTENTION if name.startswith("attend_short")]
 CACHE = {spec.name: spec for spec in (APPEND, INDEX_KEYS)}
 ACTIVATION = {spec.name: spec for spec in (ACTIVATE, ACTIVATE_GRAD)}
 KERNELS: dict[str, Spec] = ATTENTION | CACHE | ACTIVATION
@@ -175,15 +167,11 @@ def shape_table(data: dict, arch: int, dtype: str, alpha: str) -> dict:
     raise LookupError(f"{TILES}: no table for sm_{arch}, {dtype}, alpha {alpha}")
 
 
-def attention_shape(arch: int, kernel: str, dtype: str, block_d: int, alpha: str, gather: bool) -> Shape | None:
-    """None where there is no such code, which is of short sequences alone: their keys fit where registers and shared
-    memory have room for them."""
+def attention_shape(arch: int, kernel: str, dtype: str, block_d: int, alpha: str, gather: bool) -> Shape:
     place = dict(kernel=kernel, gather=gather, block_d=block_d)
     for line in shape_table(shapes(), arch, dtype, alpha)["shapes"]:
         if place.items() <= line.items():
             return Shape(**{name: value for name, value in line.items() if name not in place})
-    if kernel in SHORT:
-        return None
     raise LookupError(f"{TILES}: no shape for sm_{arch}, {dtype}, alpha {alpha}, {place}")
 
 
@@ -216,8 +204,8 @@ def attention_variants(arch: int):
             if alpha not in spec.alphas or dtype not in spec.types:
                 continue
             for gather in (False, True) if spec.gathers else (False,):
-                if shape := attention_shape(arch, kernel, dtype, block_d, alpha, gather):
-                    yield Variant(kernel, dtype, block_d, alpha, shape, gather, hot)
+                shape = attention_shape(arch, kernel, dtype, block_d, alpha, gather)
+                yield Variant(kernel, dtype, block_d, alpha, shape, gather, hot)
 
 
 def cache_variants():

@@ -132,20 +132,6 @@ void ensure_context(const char* kernel, int device) {
   check(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent", about);
 }
 
-// The best variant as find_variant has it, or null.
-const Variant* best_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, AlphaCode alpha, int device,
-                            bool gather) {
-  const Code code = code_for(kKernelNames[static_cast<size_t>(kernel)], device);
-  const Variant* best = nullptr;
-  const auto rank = [alpha](const Variant& v) { return std::tuple(v.block_d, v.alpha != alpha); };
-  for (const Variant& v : kVariants) {
-    const bool fits = v.kernel == kernel && v.dtype == dtype && v.arch == code.arch && v.block_d >= head_size &&
-                      v.gather == gather && (v.alpha == alpha || v.alpha == AlphaCode::kAny);
-    if (fits && (!best || rank(v) < rank(*best))) best = &v;
-  }
-  return best;
-}
-
 }  // namespace
 
 Place place_of(c10::Device device) {
@@ -158,13 +144,16 @@ void replace_place_of(PlaceOf replacement) { replaceable_place_of = replacement;
 
 const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, AlphaCode alpha, int device,
                             bool gather) {
-  const Variant* const best = best_variant(kernel, dtype, head_size, alpha, device, gather);
+  const Code code = code_for(kKernelNames[static_cast<size_t>(kernel)], device);
+  const Variant* best = nullptr;
+  const auto rank = [alpha](const Variant& v) { return std::tuple(v.block_d, v.alpha != alpha); };
+  for (const Variant& v : kVariants) {
+    const bool fits = v.kernel == kernel && v.dtype == dtype && v.arch == code.arch && v.block_d >= head_size &&
+                      v.gather == gather && (v.alpha == alpha || v.alpha == AlphaCode::kAny);
+    if (fits && (!best || rank(v) < rank(*best))) best = &v;
+  }
   TORCH_CHECK(best, "adasplash: no GPU kernel was built for ", dtype, " with head size ", head_size);
   return *best;
-}
-
-bool has_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, int device) {
-  return best_variant(kernel, dtype, head_size, AlphaCode::kAny, device, false) != nullptr;
 }
 
 void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t programs, const void* arguments,

@@ -34,43 +34,23 @@ enum class Kernel {
   kScanIndexEven,
   kScoreFound,
   kScoreFoundEven,
-  kAttendShort256,
-  kAttendShort512,
-  kAttendShort256Paged,
-  kAttendShort512Paged,
   kAppend,
   kIndexKeys,
   kActivate,
   kActivateGrad
 };
-constexpr const char* kKernelNames[] = {"attend",
-                                        "mark",
-                                        "grad_query",
-                                        "grad_key_value",
-                                        "count_support",
-                                        "score_few",
-                                        "solve_few",
-                                        "weigh_few",
-                                        "join_few",
-                                        "attend_paged",
-                                        "score_few_paged",
-                                        "solve_few_paged",
-                                        "weigh_few_paged",
-                                        "score_few_even",
-                                        "weigh_few_even",
-                                        "turn_queries",
-                                        "scan_index",
-                                        "scan_index_even",
-                                        "score_found",
-                                        "score_found_even",
-                                        "attend_short_256",
-                                        "attend_short_512",
-                                        "attend_short_256_paged",
-                                        "attend_short_512_paged",
-                                        "append",
-                                        "index_keys",
-                                        "activate",
-                                        "activate_grad"};
+constexpr const char* kKernelNames[] = {"attend",          "mark",
+                                        "grad_query",      "grad_key_value",
+                                        "count_support",   "score_few",
+                                        "solve_few",       "weigh_few",
+                                        "join_few",        "attend_paged",
+                                        "score_few_paged", "solve_few_paged",
+                                        "weigh_few_paged", "score_few_even",
+                                        "weigh_few_even",  "turn_queries",
+                                        "scan_index",      "scan_index_even",
+                                        "score_found",     "score_found_even",
+                                        "append",          "index_keys",
+                                        "activate",        "activate_grad"};
 static_assert(std::size(kKernelNames) == static_cast<size_t>(Kernel::kActivateGrad) + 1);
 
 // The alphas that kernels have code of their own for (ALPHAS of triton_src/variants.py; the generated table of variants
@@ -134,8 +114,6 @@ void replace_place_of(PlaceOf replacement);
 // and code that does not: `gather` says which. Throws if the device's architecture was not built for.
 const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, AlphaCode alpha, int device,
                             bool gather = false);
-// Whether there is one: of some kernels there is no code for all types, head sizes and architectures.
-bool has_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, int device);
 
 // The code that is best for alpha as a number.
 inline AlphaCode alpha_code(double alpha) {

@@ -157,12 +157,11 @@ struct AttendArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
-  Exactly<int32_t> short_keys;
   Call call;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 368);
+static_assert(sizeof(AttendArguments) == 360);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -344,12 +343,11 @@ struct AttendPagedArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
-  Exactly<int32_t> short_keys;
   Call call;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 432);
+static_assert(sizeof(AttendPagedArguments) == 424);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -447,82 +445,6 @@ static_assert(sizeof(WeighFewEvenArguments) == 344);
 inline void weigh_few_even(const Variant& variant, const Place& place, int64_t programs,
                            const WeighFewEvenArguments& arguments) {
   launch(Kernel::kWeighFewEven, variant, place, programs, &arguments, sizeof arguments);
-}
-
-struct AttendShort256Arguments {
-  Matrix query;
-  Matrix key;
-  Matrix value;
-  MutableMatrix out;
-  Exactly<float*> row_state;
-  Exactly<int32_t*> tiles;
-  Exactly<int32_t> fewest_keys;
-  Exactly<int32_t> sharers;
-  Call call;
-  int8_t* global_scratch = nullptr;
-  int8_t* profile_scratch = nullptr;
-};
-static_assert(sizeof(AttendShort256Arguments) == 352);
-inline void attend_short_256(const Variant& variant, const Place& place, int64_t programs,
-                             const AttendShort256Arguments& arguments) {
-  launch(Kernel::kAttendShort256, variant, place, programs, &arguments, sizeof arguments);
-}
-
-struct AttendShort512Arguments {
-  Matrix query;
-  Matrix key;
-  Matrix value;
-  MutableMatrix out;
-  Exactly<float*> row_state;
-  Exactly<int32_t*> tiles;
-  Exactly<int32_t> fewest_keys;
-  Exactly<int32_t> sharers;
-  Call call;
-  int8_t* global_scratch = nullptr;
-  int8_t* profile_scratch = nullptr;
-};
-static_assert(sizeof(AttendShort512Arguments) == 352);
-inline void attend_short_512(const Variant& variant, const Place& place, int64_t programs,
-                             const AttendShort512Arguments& arguments) {
-  launch(Kernel::kAttendShort512, variant, place, programs, &arguments, sizeof arguments);
-}
-
-struct AttendShort256PagedArguments {
-  Matrix query;
-  PagedMatrix key;
-  PagedMatrix value;
-  MutableMatrix out;
-  Exactly<float*> row_state;
-  Exactly<int32_t*> tiles;
-  Exactly<int32_t> fewest_keys;
-  Exactly<int32_t> sharers;
-  Call call;
-  int8_t* global_scratch = nullptr;
-  int8_t* profile_scratch = nullptr;
-};
-static_assert(sizeof(AttendShort256PagedArguments) == 416);
-inline void attend_short_256_paged(const Variant& variant, const Place& place, int64_t programs,
-                                   const AttendShort256PagedArguments& arguments) {
-  launch(Kernel::kAttendShort256Paged, variant, place, programs, &arguments, sizeof arguments);
-}
-
-struct AttendShort512PagedArguments {
-  Matrix query;
-  PagedMatrix key;
-  PagedMatrix value;
-  MutableMatrix out;
-  Exactly<float*> row_state;
-  Exactly<int32_t*> tiles;
-  Exactly<int32_t> fewest_keys;
-  Exactly<int32_t> sharers;
-  Call call;
-  int8_t* global_scratch = nullptr;
-  int8_t* profile_scratch = nullptr;
-};
-static_assert(sizeof(AttendShort512PagedArguments) == 416);
-inline void attend_short_512_paged(const Variant& variant, const Place& place, int64_t programs,
-                                   const AttendShort512PagedArguments& arguments) {
-  launch(Kernel::kAttendShort512Paged, variant, place, programs, &arguments, sizeof arguments);
 }
 
 struct TurnQueriesArguments {

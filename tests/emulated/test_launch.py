@@ -7,7 +7,6 @@ import torch
 
 import reference
 from common import MANY, Inputs, assert_same_bits, gather, gradients, make_inputs, run_python
-from paging import make_paged
 
 pytestmark = pytest.mark.backends("emulated")
 FORWARD, BACKWARD = ["attend"], ["grad_query", "grad_key_value"]
@@ -64,49 +63,6 @@ def test_which_way_few_queries_go(driver):
         driver.launches.clear()
         attend(inputs, **options)
         assert kernels(driver) == expected
-
-
-@torch.no_grad()
-def test_which_way_short_sequences_go(driver):
-    """By the tensors' sizes where there are no lengths, else the GPU sees to it; attend also writes the rows that
-    sequences of few queries do not have."""
-    driver.run_kernels = False
-    short = ["attend_short_256", "attend_short_512"]
-    small = dict(batch=2, heads=1, m=20, n=256, size=64, dtype=torch.bfloat16)
-    lengths = torch.tensor([3, 70])
-    for shape, options, expected in (
-        ({}, {}, short[:1]),
-        (dict(n=257), {}, short[1:]),
-        (dict(n=513), {}, FORWARD),
-        (dict(size=65), {}, short[:1]),
-        (dict(n=257, size=65), {}, FORWARD),
-        (dict(size=129), {}, FORWARD),
-        (dict(dtype=torch.float32), {}, FORWARD),
-        (dict(m=16), {}, FEW),
-        ({}, dict(kv_seqlens=lengths), short[:1]),
-        (dict(n=257), dict(kv_seqlens=lengths), short),
-        (dict(n=513), dict(kv_seqlens=lengths), FORWARD + short),
-        (dict(n=513), dict(kv_starts=lengths), FORWARD + short),
-        (dict(n=513), dict(q_seqlens=lengths), FORWARD + FEW),
-        ({}, dict(q_seqlens=lengths), FORWARD + short[:1] + FEW),
-        ({}, dict(dropout_p=0.5, dropout_seed=torch.tensor([1])), FORWARD),
-    ):
-        driver.launches.clear()
-        attend(make_inputs(**small | shape), **options)
-        assert kernels(driver) == expected, (shape, options)
-
-
-@torch.no_grad()
-def test_short_sequences_beside_long_ones(driver):
-    """Packed, in pages, and alone: each goes the way of its own length, which no bit depends on otherwise."""
-    lengths = [520, 300, 256, 5]
-    inputs, ends, paged = make_paged([20] * 4, lengths, 16, "cpu", heads=1, dtype=torch.bfloat16)
-    out = torch.ops.adasplash.entmax_attn_varlen(*inputs, *ends, 1.5, True)
-    rows = [x.split(lengths) for x in inputs[1:]]
-    for index, expected in enumerate(out.split(20)):
-        alone = (x.transpose(0, 1)[None] for x in (inputs.query.split(20)[index], *(x[index] for x in rows)))
-        assert_same_bits(attend(alone, is_causal=True)[0].transpose(0, 1), expected)
-    assert_same_bits(torch.ops.adasplash.entmax_attn_paged(*paged, max_seqlen_q=20), out)
 
 
 def paged_inputs(lengths=(40, 5), page=16, queries=1, heads=4, kv_heads=2, size=16, room=4, dtype=torch.float32):
@@ -228,8 +184,7 @@ def test_variants_over_a_paged_cache(driver):
         for queries in (17, 1):
             attend_paged(paged_inputs(queries=queries, size=64, dtype=torch.bfloat16), alpha=alpha)
         names = [launch.variant["name"] for launch in driver.launches]
-        assert names[0] == f"attend_short_256_paged_bf16_d64_a{attend}"
-        assert names[2] == f"solve_few_paged_bf16_d64_a{solve}"
+        assert names[0] == f"attend_paged_bf16_d64_a{attend}" and names[2] == f"solve_few_paged_bf16_d64_a{solve}"
 
 
 def test_programs_that_score_follow_from_the_room(driver):
@@ -423,11 +378,11 @@ def test_an_architecture_that_was_not_built(driver):
 @pytest.mark.parametrize(
     "size, dtype, alpha, name",
     (
-        (64, torch.bfloat16, 1.5, "attend_short_256_bf16_d64_a1_5"),
-        (8, torch.bfloat16, 2.0, "attend_short_256_bf16_d64_a2"),
-        (72, torch.float16, 1.25, "attend_short_256_fp16_d128_aany"),
-        (72, torch.float16, 1.5, "attend_short_256_fp16_d128_a1_5"),
-        (9, torch.float16, 1.5, "attend_short_256_fp16_d64_a1_5"),
+        (64, torch.bfloat16, 1.5, "attend_bf16_d64_a1_5"),
+        (8, torch.bfloat16, 2.0, "attend_bf16_d64_a2"),
+        (72, torch.float16, 1.25, "attend_fp16_d128_aany"),
+        (72, torch.float16, 1.5, "attend_fp16_d128_a1_5"),
+        (9, torch.float16, 1.5, "attend_fp16_d64_a1_5"),
         (136, torch.bfloat16, 1.5, "attend_bf16_d256_aany"),
         (255, torch.bfloat16, 2.0, "attend_bf16_d256_aany"),
         (64, torch.float32, 1.5, "attend_fp32_d64_aany"),

@@ -14,7 +14,7 @@ _OF_ENTRIES = ("q_seqlens", "kv_seqlens", "kv_starts", "q_positions")  # which t
 TYPES = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def check(inputs, *arguments, tiles=SMALL, few_queries=-1, short_keys=-1, **options):
+def check(inputs, *arguments, tiles=SMALL, few_queries=-1, **options):
     """Forward and backward, over tiles and over keys; `options` as the reference takes them. Returns the result."""
     grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
     mine = {name: value for name, value in options.items() if name not in _OF_ENTRIES}
@@ -30,8 +30,9 @@ def check(inputs, *arguments, tiles=SMALL, few_queries=-1, short_keys=-1, **opti
     exact = gradients(type(inputs)(*(x.double() for x in inputs)), grad, dense, dtype=torch.float64)
     composed = gradients(inputs, grad, dense, dtype=inputs.query.dtype)
     for below in (0, 101):
-        way = dict(tiles=tiles, gather_below=below, few_queries=few_queries, short_keys=short_keys)
-        actual = attention(*inputs, *arguments, grad=grad, **way, **mine)
+        actual = attention(
+            *inputs, *arguments, grad=grad, tiles=tiles, gather_below=below, few_queries=few_queries, **mine
+        )
         named = zip(("out", "dq", "dk", "dv"), (actual.out, *actual[3:6]), exact, composed, strict=True)
         for what, result, true, plain in named:
             # delta and the dO.v that it is taken off come from two kernels, which sum in different orders.

@@ -152,17 +152,16 @@ def attention(
     few_queries: int = -1,
     sharers: int = 2,
     index: Tensor | None = None,
-    short_keys: int = -1,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
     ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
     (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
     cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
-    Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys;
-    others of up to `short_keys` keys that of attention/short.py, where they share the rows. An `index` of the keys is
-    used with few queries. With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page, D); queries may
-    still be packed. `positions` (B,) are the places of first queries. `dropout` is (p, seed), and `first` the first
-    batch entry and head among those of the whole call, or `origins` (B, 4) what each sequence is counted from."""
+    Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
+    An `index` of the keys is used there. With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page,
+    D); queries may still be packed.
+    `positions` (B,) are the places of first queries. `dropout` is (p, seed), and `first` the first batch entry and head
+    among those of the whole call, or `origins` (B, 4) what each sequence is counted from."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
@@ -222,19 +221,17 @@ def attention(
     alpha_code = alpha_code or ({1.5: "1_5", 2.0: "2"}.get(alpha, "any") if special else "any")
     block_d = max(16, 1 << (max(head_dim, value_dim) - 1).bit_length())
 
-    def launch(name, block_m=TILE, block_n=tiles.walk, every=1, programs=None, constants=None, **arguments):
+    def launch(name, block_m=TILE, block_n=tiles.walk, every=1, constants=None, **arguments):
         length, block, count = (
             (longest_k, block_n, kv_heads) if name == "grad_key_value" else (longest_q, block_m, heads)
         )
-        programs = programs or math.ceil(math.ceil(length / block) / every) * count * batch
+        programs = math.ceil(math.ceil(length / block) / every) * count * batch
         shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
         name += suffix_of(name, arguments)
-        spec = variants.KERNELS[name]
-        code = alpha_code if alpha_code in spec.alphas else "any"
-        known = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
-        constants = {name: known[name] for name in spec.constants}
+        code = alpha_code if alpha_code in variants.KERNELS[name].alphas else "any"
+        constants = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
         with patched_once():
-            spec.kernel[(programs,)](**arguments, call=call, **constants)
+            variants.KERNELS[name].kernel[(programs,)](**arguments, call=call, **constants)
 
     # Filled with what must not stay: everything is to be written.
     garbage = 12345.0
@@ -253,10 +250,9 @@ def attention(
         bits.zero_()  # as forward (csrc/cuda/attention.cpp) does: attend does not write all of it
     key_value = [matrix(x) if table is None else paged_matrix(x, table) for x in (key, value)]
     inputs = dict(query=matrix(query), key=key_value[0], value=key_value[1])
-    results = dict(out=matrix(out), row_state=row_state, tiles=bits)
+    scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
     if longest_q > few_queries:
-        scratch = dict(tile_margins=tile_margins, tile_lists=tile_lists, short_keys=short_keys)
-        launch("attend", **inputs, **results, **scratch, constants=dict(SCAN_N=tiles.scan_n))
+        launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
     elif few_queries >= 0:
         bits.zero_()  # as the portable forward does
     if few_queries >= 0:
@@ -265,9 +261,6 @@ def attention(
         indexed = None if index is None else key_index_argument(index, key)
         known = dict(inputs, out=matrix(out), row_state=row_state, tiles=bits, index=indexed)
         few_launches(known, pages, call, batch, block_d, alpha_code, sharers)
-    if longest_q > few_queries and short_keys >= 0:
-        short = dict(fewest_keys=0, sharers=sharers, programs=sharers * heads * batch)
-        launch("attend_short_256", block_n=short_keys, **inputs, **results, **short)
     found = ()
     if summary:
         sizes, largest = (torch.full(row_state.shape[:-1], int(garbage), dtype=x) for x in (torch.int32, torch.float32))

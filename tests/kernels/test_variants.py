@@ -48,13 +48,13 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
     found = {(one["name"], one["arch"]): one for one in manifest["variants"]}
     assert set(found) == {(variant.name, arch) for arch in DEFAULT_ARCHS for variant in variants(arch)}
     assert len(found) <= limits["default_variants"]
-    assert (compiled / "cubins.bin").stat().st_size < 84e6
+    assert (compiled / "cubins.bin").stat().st_size < 80e6
     for one in found.values():
         assert one["registers"] > 0 and one["size"] <= limits["cubin_bytes"], one["name"]
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
         limit = limits["spilled_bytes"][one["entry"] if one["hot"] else "not hot"]
         assert one["spilled"] <= limit, one["name"]
-    assert sum(one["hot"] for one in found.values()) == 170
+    assert sum(one["hot"] for one in found.values()) == 152
 
 
 @pytest.mark.slow
@@ -92,9 +92,6 @@ def test_tables_are_consistent():
             sides = (shape.block_m, shape.block_n)
             if "_few" in variant.kernel:
                 assert sides == (16, 64) and shape.scan_n is None, variant.name
-                continue
-            if "_short" in variant.kernel:
-                assert f"{sides[1]}" in variant.kernel.split("_") and sides[0] == 64, variant.name
                 continue
             walked = 0 if variant.kernel == "grad_key_value" else 1
             for side, length in enumerate(sides):
@@ -144,7 +141,6 @@ def test_what_a_spec_must_say():
     "kernel, files",
     (
         ("attend", {"spec.py", "forward.py", "scores.py", "tile_lists.py"}),
-        ("attend_short_256", {"spec.py", "short.py", "forward.py", "entmax.py"}),
         ("append", {"spec.py", "cache.py", "matrices.py"}),
         ("grad_key_value", {"grad_key_value.py", "grad_query.py", "marks.py", "entmax.py"}),
         ("activate", {"activation.py", "entmax.py", "matrices.py"}),

@@ -156,11 +156,6 @@ def gather(length: int, below: int = 101) -> None:
     library().adasplash_gather(ctypes.c_int32(length), ctypes.c_int32(below))
 
 
-def limit_short_keys(most: int) -> None:
-    """Of at most how many keys (256, 512; -1: none) sequences go the GPU's way for short ones, where it has one."""
-    library().adasplash_short_keys(ctypes.c_int64(most))
-
-
 def cuda_implementations() -> list[str]:
     """The implementations of attention on the GPU that are built, in order of preference. The last serves all calls."""
     names = library().adasplash_cuda_implementations

@@ -24,7 +24,6 @@ import triton.language as tl
 from ..lib.call import (
     block_of_program,
     first_state_row,
-    has_many_queries,
     head_in_sequence,
     head_scale,
     key_rows_of,
@@ -91,21 +90,18 @@ ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 @triton.jit
 def attend(
-    query, key, value, out, row_state, tiles, tile_margins, tile_lists, short_keys, call,
+    query, key, value, out, row_state, tiles, tile_margins, tile_lists, call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     SCAN_N: tl.constexpr,
 ):  # fmt: skip
     """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
-    holds weight. Sequences of at most short_keys keys are left to `attend_short`, unless their queries are few."""
+    holds weight."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     blocks = tl.cdiv(call.queries.max_seqlen, BLOCK_M)
     block, head, batch = block_of_program(blocks, call.heads)
-    at = head_in_sequence(call, batch, head)
-    if (at.keys.length <= short_keys) & has_many_queries(call, at.queries):
-        return
-    at = without_few(call, at)
+    at = without_few(call, head_in_sequence(call, batch, head))
     query_rows = query_rows_of(query, at, call.head_dim, at.queries.length)
     key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
     value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
@@ -160,7 +156,7 @@ ATTEND = Spec(
     attend,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX,
-        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", short_keys="i32", call=CALL,
+        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", call=CALL,
     ),
     writes=("out", "row_state", "tiles", "tile_margins", "tile_lists"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N"),

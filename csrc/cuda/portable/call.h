@@ -42,11 +42,8 @@ struct KeyKernels<Matrix> {
   static constexpr bool kReadsIndex = true;
   static constexpr Kernel kAttend = Kernel::kAttend, kScoreFew = Kernel::kScoreFew, kSolveFew = Kernel::kSolveFew,
                           kWeighFew = Kernel::kWeighFew, kScanIndex = Kernel::kScanIndex,
-                          kScoreFound = Kernel::kScoreFound, kAttendShort256 = Kernel::kAttendShort256,
-                          kAttendShort512 = Kernel::kAttendShort512;
+                          kScoreFound = Kernel::kScoreFound;
   static constexpr auto& attend = cuda::attend;
-  static constexpr auto& attend_short_256 = cuda::attend_short_256;
-  static constexpr auto& attend_short_512 = cuda::attend_short_512;
   static constexpr auto& score_few = cuda::score_few;
   static constexpr auto& solve_few = cuda::solve_few;
   static constexpr auto& weigh_few = cuda::weigh_few;
@@ -57,12 +54,8 @@ template <>
 struct KeyKernels<PagedMatrix> {
   static constexpr bool kReadsIndex = false;
   static constexpr Kernel kAttend = Kernel::kAttendPaged, kScoreFew = Kernel::kScoreFewPaged,
-                          kSolveFew = Kernel::kSolveFewPaged, kWeighFew = Kernel::kWeighFewPaged,
-                          kAttendShort256 = Kernel::kAttendShort256Paged,
-                          kAttendShort512 = Kernel::kAttendShort512Paged;
+                          kSolveFew = Kernel::kSolveFewPaged, kWeighFew = Kernel::kWeighFewPaged;
   static constexpr auto& attend = cuda::attend_paged;
-  static constexpr auto& attend_short_256 = cuda::attend_short_256_paged;
-  static constexpr auto& attend_short_512 = cuda::attend_short_512_paged;
   static constexpr auto& score_few = cuda::score_few_paged;
   static constexpr auto& solve_few = cuda::solve_few_paged;
   static constexpr auto& weigh_few = cuda::weigh_few_paged;

@@ -1,9 +1,7 @@
-// The forward of the portable kernels: one launch of `attend`, those of few.h for sequences of few queries, and those
-// of short.h for sequences of few keys.
+// The forward of the portable kernels: one launch of `attend`, and those of few.h for sequences of few queries.
 #include "cuda/portable/call.h"
 #include "cuda/portable/few.h"
 #include "cuda/portable/portable.h"
-#include "cuda/portable/short.h"
 
 namespace adasplash::cuda::portable {
 namespace {
@@ -16,8 +14,6 @@ constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
 
 constexpr Scratch kTrainingScratch = {kTileMargins, kTileLists};
 constexpr Scratch kInferenceScratch = {kTileMargins, kRowState, kTileLists, kTiles};
-constexpr Scratch kShortTrainingScratch = {};
-constexpr Scratch kShortInferenceScratch = {kRowState, kTiles};
 constexpr Scratch kFewTrainingScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,
                                          kListedKeys, kIsLong,  kWeighted,     kWeightSums};
 constexpr Scratch kFewInferenceScratch = {kRowState,   kScores, kTileMax,  kFewTileLists, kListedScores,
@@ -34,16 +30,11 @@ constexpr Scratch kBothIndexedScratch = {kTileMargins,  kRowState,     kTileList
                                          kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums,
                                          kTurned,       kTurnedTerms,  kFloors,     kFound};
 
-// Whether all sequences are short, and `attend` has nothing to do; it also writes the rows that sequences of few
-// queries do not have.
-bool all_short(const FewQueries& few, const ShortKeys& short_keys) { return short_keys.all() && !few.some(); }
-
 }  // namespace
 
 const Scratch& Portable::forward_scratch(const AttentionInputs& inputs, bool training) const {
   const FewQueries few = FewQueries::of(inputs);
   if (few.some() && uses_index(inputs)) return few.all() ? kFewIndexedScratch : kBothIndexedScratch;
-  if (all_short(few, ShortKeys::of(inputs))) return training ? kShortTrainingScratch : kShortInferenceScratch;
   if (few.all()) return training ? kFewTrainingScratch : kFewInferenceScratch;
   if (few.some()) return training ? kBothTrainingScratch : kBothInferenceScratch;
   return training ? kTrainingScratch : kInferenceScratch;
@@ -56,32 +47,26 @@ void Portable::forward(const AttentionInputs& inputs, const ForwardOutputs& outp
   const Workspace workspace(forward_scratch(inputs, training), call.extents(), call.query);
   float* const row_state = training ? outputs.row_state.mutable_data_ptr<float>() : workspace.write(kRowState);
   const FewQueries few = FewQueries::of(inputs);
-  const ShortKeys short_keys = ShortKeys::of(inputs);
-  int32_t* const tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles);
 
   if (few.all()) {
     if (training) outputs.tiles.zero_();  // bits are set one by one
   } else {
-    if (!all_short(few, short_keys)) {
-      call.over_keys([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
-        using Kernels = KeyKernels<KeyMatrix>;
-        const Variant& variant = call.variant(Kernels::kAttend);
-        Kernels::attend(variant, call.place, call.query_programs(variant),
-                        {
-                            .query = matrix_of(call.query),
-                            .key = key,
-                            .value = value,
-                            .out = mutable_matrix_of(out.rows),
-                            .row_state = row_state,
-                            .tiles = tiles,
-                            .tile_margins = workspace.write(kTileMargins),
-                            .tile_lists = workspace.write(kTileLists),
-                            .short_keys = static_cast<int32_t>(short_keys.most),
-                            .call = call.arguments,
-                        });
-      });
-    }
-    if (short_keys.some()) attend_short(call, short_keys, out.rows, row_state, tiles);
+    call.over_keys([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
+      using Kernels = KeyKernels<KeyMatrix>;
+      const Variant& variant = call.variant(Kernels::kAttend);
+      Kernels::attend(variant, call.place, call.query_programs(variant),
+                      {
+                          .query = matrix_of(call.query),
+                          .key = key,
+                          .value = value,
+                          .out = mutable_matrix_of(out.rows),
+                          .row_state = row_state,
+                          .tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles),
+                          .tile_margins = workspace.write(kTileMargins),
+                          .tile_lists = workspace.write(kTileLists),
+                          .call = call.arguments,
+                      });
+    });
   }
   if (few.some()) {
     attend_few(call, few, workspace, out.rows, row_state,
