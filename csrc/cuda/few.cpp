@@ -1,6 +1,7 @@
 #include "cuda/few.h"
 
 #include <bit>
+#include <limits>
 
 #include "cuda/launchers.h"
 #include "cuda/sides.h"
@@ -8,6 +9,8 @@
 namespace adasplash::cuda {
 namespace {
 
+// Bytes from a page of an index to the next: the kernels multiply numbers of 32 bits.
+constexpr int64_t kMostApart = std::numeric_limits<int32_t>::max();
 constexpr int64_t kLeastEvenPage = 16;  // ROWS_TOGETHER of triton_src/lib/matrices.py
 // Rows, queries times heads that share a key head, up to which a block of them is no fuller than the keys' way is
 // worth.
@@ -35,7 +38,7 @@ bool has_even_pages(const AttentionInputs& inputs) {
 bool uses_index(const AttentionInputs& inputs) {
   const AttentionOptions& options = inputs.options;
   return options.key_index && !options.softmax() && inputs.query.scalar_type() != at::kFloat &&
-         (!options.paged() || has_even_pages(inputs));
+         (!options.paged() || (has_even_pages(inputs) && options.key_index->size(1) <= kMostApart));
 }
 
 void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads) {

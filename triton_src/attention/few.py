@@ -37,7 +37,6 @@ from ..spec import CALL, FEW, MATRIX, Spec
 
 LISTED = tl.constexpr(1024)  # keys that a row's list has room for
 TOGETHER = tl.constexpr(1024)  # keys of a row that are looked at together
-SOLVE_STAGES = tl.constexpr(4)
 TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
 KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
 SPLIT = tl.constexpr(16)  # tiles whose values one program sums
@@ -433,7 +432,7 @@ def solve_tiles(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.c
     while moving > 0:
         part_p = tl.zeros([TOGETHER], tl.float32)
         part_u = tl.zeros([TOGETHER], tl.float32)
-        for first in tl.range(0, count, TOGETHER // TILE, num_stages=SOLVE_STAGES):
+        for first in range(0, count, TOGETHER // TILE):
             z, _ = scores_of_tiles(z_row, entries, first, count, visible)
             p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
             part_p += p

@@ -214,7 +214,8 @@ def offsets_in_index(key, at, first, ROWS: tl.constexpr, page_stride, row_stride
     """Where what an index has of ROWS neighbours is, from the first page on, by so many elements from page to page and
     from key to key. A padded sequence is a page."""
     if len(key) > MATRIX_FIELDS:
-        return offsets_together(pages_of(key, at.batch), first, ROWS, at.keys.length, page_stride, row_stride)
+        stride = page_stride.to(tl.int32)  # see uses_index in csrc/cuda/few.cpp
+        return offsets_together(pages_of(key, at.batch), first, ROWS, at.keys.length, stride, row_stride)
     else:
         row = at.keys.offset + first + tl.arange(0, ROWS)
         return at.batch * page_stride + row * row_stride
