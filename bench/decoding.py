@@ -14,6 +14,7 @@ torch's attention with grouped heads.
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -273,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device here")
     facts = machine.facts(device)
+    os.environ["ADASPLASH_KEY_INDEX"] = "read"  # as INDEXED says; a GPU reads all keys unless it is asked to
     file = options.out or results.path_of(facts, "decoding")
     effort = Effort(options.seconds, fewest=5)
     sizes = options.cases or CASES[device]

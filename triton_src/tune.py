@@ -37,8 +37,7 @@ INPUTS = ("structured:0.5", "structured:0.85", "gaussian:1.5")
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # Not tuned here: the kernels for few queries have problems of their own, and shapes that were chosen by hand; those
 # over a paged cache have the shapes of the kernels that they are made of.
-BY_HAND = ("score_few", "solve_few", "weigh_few", "join_few")
-TUNED = [name for name, spec in variants.ATTENTION.items() if name not in BY_HAND and not spec.suffix]
+TUNED = [name for name, spec in variants.ATTENTION.items() if "few" not in spec.arguments and not spec.suffix]
 COMPARED = {  # of what each kernel writes; a kernel that is missing here is an error
     "attend": ("out", "row_state", "tiles"),
     "mark": ("key_marks", "row_marks"),

@@ -28,8 +28,8 @@ struct FewQueries {
 // such code.
 bool has_even_pages(const AttentionInputs& inputs);
 
-// Whether the keys of these sequences are found by their index: one is given, there is code for it, and keys may be
-// without weight. Else all are read, to the same bits.
+// Whether the keys of these sequences are found by their index, where one is given. Else all are read, to the same
+// bits, which so far is faster (docs/notes/2026-11-30-key-index.md): it is asked for by ADASPLASH_KEY_INDEX=read.
 bool uses_index(const AttentionInputs& inputs);
 
 // Adds what scratch for them is counted by, for some key heads of all sequences. `stored_kv_heads` have room for keys:

@@ -44,7 +44,7 @@ from .few import (
     visible_of,
 )
 
-INDEXED = ("bf16", "fp16")  # types whose keys are found by an index; others are read
+INDEXED = ("bf16",)  # types whose keys are found by an index; others are read
 PLANES = tl.constexpr(2)  # that a turned query is cut to
 PLANE_STEPS = tl.constexpr(127.0)  # to each side of zero
 BETWEEN = tl.constexpr(254.0)  # steps of the second plane in one of the first
