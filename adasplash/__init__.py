@@ -13,7 +13,13 @@ load_library()
 
 # The ops must be registered first.
 from adasplash.activation import entmax, entmax15, sparsemax  # noqa: E402
-from adasplash.cache import entmax_attn_paged, entmax_attn_with_kvcache, entmax_cache_append  # noqa: E402
+from adasplash.cache import (  # noqa: E402
+    entmax_attn_paged,
+    entmax_attn_with_kvcache,
+    entmax_cache_append,
+    entmax_key_index_update,
+    make_key_index,
+)
 from adasplash.checkpoint import ops_to_save  # noqa: E402
 from adasplash.compat import (  # noqa: E402
     adasplash,
@@ -76,7 +82,9 @@ __all__ = [
     "entmax_attn_varlen_summary",
     "entmax_attn_with_kvcache",
     "entmax_cache_append",
+    "entmax_key_index_update",
     "entmax_loss",
+    "make_key_index",
     "ops_to_save",
     "patch_sdpa",
     "replace_sdpa",

@@ -5,6 +5,9 @@ A cache is two tensors, keys (blocks, page, H_kv, D) and values (blocks, page, H
 sequence need not be neighbours: a block table (B, W) names them in order. A slot is a place for one key, as one number:
 page number · page + row.
 
+A key index is one uint8 tensor beside a cache: a code of 4 bits a channel of each key, by which attention of few
+queries need not read most keys. It changes no bit of a result.
+
 None of it has a gradient, waits for a GPU or plans on the host, so one captured CUDA graph serves every length.
 """
 
@@ -23,7 +26,15 @@ _PAGED = {
     "block_table": TENSOR,
     "kv_seqlens": TENSOR,
 }
-_APPEND = {"key": TENSOR, "value": TENSOR, "key_cache": TENSOR, "value_cache": TENSOR, "slots": TENSOR}
+_APPEND = {
+    "key": TENSOR,
+    "value": TENSOR,
+    "key_cache": TENSOR,
+    "value_cache": TENSOR,
+    "slots": TENSOR,
+    "key_index": OPTIONAL_TENSOR,
+}
+_UPDATE = {"key_cache": TENSOR, "slots": TENSOR, "key_index": TENSOR}
 
 
 def entmax_attn_paged(
@@ -39,6 +50,7 @@ def entmax_attn_paged(
     scale: Union[float, Tensor, None] = None,  # noqa: UP007
     window: Tuple[int, int] = (-1, -1),  # noqa: UP006
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
+    key_index: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """α-entmax attention of B sequences to their keys in a paged cache.
 
@@ -62,6 +74,9 @@ def entmax_attn_paged(
         is_causal: whether a query sees only the keys up to its own; for single tokens that is all of them.
         cu_seqlens_q: (B + 1,) int32 or int64: sequence b has the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] − 1.
         max_seqlen_q: how many queries a sequence has; with ``cu_seqlens_q`` a bound of that.
+        key_index: the cache's index, from :func:`make_key_index`, by which few queries need not read most keys, or
+            None. The result has the same bits, as long as the index knows every change of the keys that are attended
+            to; the CPU reads all keys all the same.
 
     Returns:
         (T, H, D_v), contiguous, in query's type. A query that sees no key gives zeros.
@@ -75,7 +90,7 @@ def entmax_attn_paged(
         if type(max_seqlen_q) is not int:
             check("entmax_attn_paged", "max_seqlen_q", LENGTH, max_seqlen_q)
         tensors = (query, key_cache, value_cache, block_table, kv_seqlens)
-        options = {"cu_seqlens_q": cu_seqlens_q, "alibi_slopes": alibi_slopes}
+        options = {"cu_seqlens_q": cu_seqlens_q, "alibi_slopes": alibi_slopes, "key_index": key_index}
         return call_attention(
             torch.ops.adasplash.entmax_attn_paged,
             "entmax_attn_paged",
@@ -103,6 +118,7 @@ def entmax_attn_paged(
             scale=factor,
             window=list(window),
             alibi_slopes=alibi_slopes,
+            key_index=key_index,
         )
     else:
         return torch.ops.adasplash.entmax_attn_paged(
@@ -118,10 +134,18 @@ def entmax_attn_paged(
             scale=factor,
             window=list(window),
             alibi_slopes=alibi_slopes,
+            key_index=key_index,
         )
 
 
-def entmax_cache_append(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def entmax_cache_append(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    key_index: Optional[Tensor] = None,  # noqa: UP045
+) -> None:
     """Writes the keys and values of T tokens to a paged cache, in place.
 
     Args:
@@ -131,26 +155,72 @@ def entmax_cache_append(key: Tensor, value: Tensor, key_cache: Tensor, value_cac
         value_cache: (blocks, page, H_kv, D_v).
         slots: (T,) int32 or int64: page number · page + row for each token, or −1 for one that is not kept. Of equal
             slots the last token's key and value stay.
+        key_index: the cache's index, from :func:`make_key_index`, in which the entries of these slots are made anew; or
+            None, for a cache without one.
 
     Raises:
         TypeError, RuntimeError: an argument does not fit; the message names it. A slot out of range is an error on the
             CPU, where nothing is written then; a GPU skips it.
     """
     if not torch.jit.is_scripting():
-        return _append(key, value, key_cache, value_cache, slots)
-    torch.ops.adasplash.entmax_cache_append(key, value, key_cache, value_cache, slots)
+        given = (key, value, key_cache, value_cache, slots, key_index)
+        return _change(torch.ops.adasplash.entmax_cache_append.default, "entmax_cache_append", _APPEND, given)
+    torch.ops.adasplash.entmax_cache_append(key, value, key_cache, value_cache, slots, key_index=key_index)
 
 
-def _append(*given) -> None:
-    """In eager code, so that errors name what is of the wrong kind."""
-    op = torch.ops.adasplash.entmax_cache_append.default
+def make_key_index(key_cache: Tensor) -> Tensor:
+    """An empty index for a cache of these sizes, this type and device.
+
+    It says nothing of any key, so that all are read, until :func:`entmax_cache_append` or
+    :func:`entmax_key_index_update` makes its entries. A cache may have one index; one for keys (B, H_kv, N, D), as
+    ``entmax_attn`` takes them, is of ``key.transpose(1, 2)``.
+
+    Args:
+        key_cache: (blocks, page, H_kv, D), float32, float16, bfloat16, or float64 on the CPU; D from 1 to 256. What it
+            holds is not read.
+
+    Returns:
+        (1 + blocks, H_kv · page · (R / 2 + 8) rounded up) uint8, R being the least power of two from 64 on that is not
+        less than D. Row 1 + b belongs to page b, and is copied where that page is copied; the rest is the library's
+        own.
+
+    Raises:
+        TypeError, RuntimeError: key_cache does not fit; the message says why.
+    """
+    if not torch.jit.is_scripting():
+        check("make_key_index", "key_cache", TENSOR, key_cache)
+    return torch.ops.adasplash.entmax_make_key_index(key_cache)
+
+
+def entmax_key_index_update(key_cache: Tensor, slots: Tensor, key_index: Tensor) -> None:
+    """Makes the entries of an index anew, in place, from what the cache holds: for keys that were written otherwise
+    than by :func:`entmax_cache_append` with this index.
+
+    Args:
+        key_cache: (blocks, page, H_kv, D), of any strides.
+        slots: (T,) int32 or int64: page number · page + row of each key, or −1 for none.
+        key_index: the cache's index, from :func:`make_key_index`.
+
+    Raises:
+        TypeError, RuntimeError: an argument does not fit; the message names it. A slot out of range is an error on the
+            CPU, where nothing is written then; a GPU skips it. A tensor that requires a gradient while gradients are
+            recorded is an error.
+    """
+    if not torch.jit.is_scripting():
+        given = (key_cache, slots, key_index)
+        return _change(torch.ops.adasplash.entmax_key_index_update.default, "entmax_key_index_update", _UPDATE, given)
+    torch.ops.adasplash.entmax_key_index_update(key_cache, slots, key_index)
+
+
+def _change(op, function, kinds, given) -> None:
+    """A call in eager code, so that errors name what is of the wrong kind."""
+    given = dict(zip(kinds, given, strict=True))
     if torch.compiler.is_compiling():
-        return op(*given)
+        return op(**given)
     try:
-        return op(*given)
+        return op(**given)
     except (RuntimeError, TypeError) as error:
-        values = {name: (kind, value) for (name, kind), value in zip(_APPEND.items(), given, strict=True)}
-        explain("entmax_cache_append", error, values, "entmax_cache_append")
+        explain(function, error, {name: (kind, given[name]) for name, kind in kinds.items()}, function)
 
 
 def entmax_attn_with_kvcache(
@@ -166,6 +236,7 @@ def entmax_attn_with_kvcache(
     scale: Union[float, Tensor, None] = None,  # noqa: UP007
     window: Tuple[int, int] = (-1, -1),  # noqa: UP006
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
+    key_index: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """A step of decoding, as flash-attn's ``flash_attn_with_kvcache``: appends new keys and values to
     the cache, if there are any, and attends to all of it. It is :func:`entmax_cache_append` and
@@ -183,6 +254,7 @@ def entmax_attn_with_kvcache(
             than the batch takes their numbers as ``block_table[:, None]``.
         alpha: as in ``entmax_attn``, as are scale, window and alibi_slopes.
         is_causal: as in ``entmax_attn_paged``.
+        key_index: the cache's index, from :func:`make_key_index`, which is kept and attended with, or None.
 
     Returns:
         (B, M, H, D_v). Query i of a sequence stands at its token cache_seqlens + M_new − M + i.
@@ -193,7 +265,7 @@ def entmax_attn_with_kvcache(
             an error on the CPU; a GPU does not write those that have none.
     """
     if not torch.jit.is_scripting():
-        _check_kinds(query, key_cache, value_cache, key, value, cache_seqlens, block_table)
+        _check_kinds(query, key_cache, value_cache, key, value, cache_seqlens, block_table, key_index)
     _check_sizes("query", query, 4, "(batch, queries, heads, head_dim)")
     _check_sizes("key_cache", key_cache, 4, "(blocks, page, kv_heads, head_dim)")
     batch, queries, page = query.shape[0], query.shape[1], key_cache.shape[1]
@@ -222,10 +294,10 @@ def entmax_attn_with_kvcache(
         _check_batch("value", value, batch)
         if not torch.jit.is_scripting():
             options = {"alpha": alpha, "is_causal": is_causal, "scale": scale, "window": window}
-            options["alibi_slopes"] = alibi_slopes
+            options |= {"alibi_slopes": alibi_slopes, "key_index": key_index}
             _check_before_append(query, key_cache, value_cache, table, held, key.shape[1], options)
         slots = slots_of(table, held, key.shape[1], page, key_cache.shape[0])
-        entmax_cache_append(key.flatten(0, 1), value.flatten(0, 1), key_cache, value_cache, slots.flatten())
+        entmax_cache_append(key.flatten(0, 1), value.flatten(0, 1), key_cache, value_cache, slots.flatten(), key_index)
         held = held + key.shape[1]
     out = entmax_attn_paged(
         query.flatten(0, 1),
@@ -240,15 +312,17 @@ def entmax_attn_with_kvcache(
         scale,
         window,
         alibi_slopes,
+        key_index,
     )
     return out.unflatten(0, [batch, queries])
 
 
-def _check_kinds(query, key_cache, value_cache, key, value, cache_seqlens, block_table) -> None:
+def _check_kinds(query, key_cache, value_cache, key, value, cache_seqlens, block_table, key_index) -> None:
     """In eager code; TorchScript's types leave nothing to check."""
     for name, given in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
         check("entmax_attn_with_kvcache", name, TENSOR, given)
-    for name, given in (("key", key), ("value", value), ("block_table", block_table)):
+    optional = (("key", key), ("value", value), ("block_table", block_table), ("key_index", key_index))
+    for name, given in optional:
         check("entmax_attn_with_kvcache", name, OPTIONAL_TENSOR, given)
     if isinstance(cache_seqlens, Tensor):
         if cache_seqlens.dtype not in (torch.int32, torch.int64):

@@ -28,7 +28,7 @@ def _register() -> None:
     # The counter sees the private ops, and the public ones in inference mode, never both.
     register_flop_formula([ops.entmax_attn, ops.entmax_attn_summary], get_raw=True)(_padded)
     register_flop_formula([ops.entmax_attn_varlen, ops.entmax_attn_varlen_summary], get_raw=True)(_packed)
-    register_flop_formula(ops._entmax_attn_forward, get_raw=True)(_forward)
+    register_flop_formula([ops._entmax_attn_forward, ops._entmax_attn_indexed], get_raw=True)(_forward)
     register_flop_formula(ops.entmax_attn_paged, get_raw=True)(_paged)
     register_flop_formula(ops._entmax_attn_backward, get_raw=True)(_backward)
 

@@ -116,18 +116,21 @@ def resolve(
 
 def attend(
     function, query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts=None,
-    dropout_p=0.0, dropout_seed=None, names=None, op=None,
+    dropout_p=0.0, dropout_seed=None, key_index=None, names=None, op=None, q_positions=None,
+    dropout_origin=None,
 ):  # fmt: skip
     """``entmax_attn``, or another op that takes its arguments, in eager code, on behalf of a public function."""
     options = {
-        "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts
+        "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts,
+        "key_index": key_index,
+        "q_positions": q_positions, "dropout_origin": dropout_origin,
     }  # fmt: skip
     op = torch.ops.adasplash.entmax_attn if op is None else op
     out = call_attention(
         op, function, _PADDED, (query, key, value), alpha, is_causal, scale, window, options, dropout_p, dropout_seed,
         names,
     )  # fmt: skip
-    one_sided = (q_seqlens is None) != (kv_seqlens is None) and kv_starts is None
+    one_sided = (q_seqlens is None) != (kv_seqlens is None) and kv_starts is None and q_positions is None
     if is_causal and one_sided and not torch.compiler.is_compiling():
         _warn_of_one_sided_lengths(function, query, key, "q_seqlens" if kv_seqlens is None else "kv_seqlens")
     return out
@@ -135,14 +138,14 @@ def attend(
 
 def attend_packed(
     function, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale,
-    window, alibi_slopes, dropout_p, dropout_seed, op,
+    window, alibi_slopes, dropout_p, dropout_seed, op, q_positions=None, dropout_origin=None,
 ):  # fmt: skip
     """``entmax_attn_varlen``, or another op that takes its arguments, likewise."""
     if type(max_seqlen_q) is bool or type(max_seqlen_k) is bool:  # the op takes True for 1
         check(function, "max_seqlen_q", LENGTH, max_seqlen_q)
         check(function, "max_seqlen_k", LENGTH, max_seqlen_k)
     tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k))
-    options = {"alibi_slopes": alibi_slopes}
+    options = {"alibi_slopes": alibi_slopes, "q_positions": q_positions, "dropout_origin": dropout_origin}
     return call_attention(
         op, function, _PACKED, tensors, alpha, is_causal, scale, window, options, dropout_p, dropout_seed
     )  # fmt: skip
@@ -184,6 +187,9 @@ def entmax_attn(
     kv_starts: Optional[Tensor] = None,  # noqa: UP045
     dropout_p: float = 0.0,
     dropout_seed: Optional[Tensor] = None,  # noqa: UP045
+    key_index: Optional[Tensor] = None,  # noqa: UP045
+    q_positions: Optional[Tensor] = None,  # noqa: UP045
+    dropout_origin: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """Attention whose weights are the α-entmax of the scaled scores: exactly zero for most keys.
 
@@ -246,6 +252,18 @@ def entmax_attn(
             same for the same seed, batch entry, query head, query and key, counted from the start of its sequence, on
             every device and in the packed form too. Drawn from torch's generator (``torch.manual_seed``) unless given;
             the ops in ``torch.ops`` draw none and need it where dropout_p is not 0.
+        key_index: an index of the keys, for a few queries over a static cache: what :func:`adasplash.make_key_index`
+            made for ``key.transpose(1, 2)``, whose slot b · N + j is key j of batch entry b, and
+            :func:`adasplash.entmax_key_index_update` has filled. The result has the same bits. Calls that record
+            gradients, with dropout, with α = 1 as a number, or whose keys autocast casts, do without.
+        q_positions: (B,) int32 or int64, on query's device: where the first query of each batch entry stands, counted
+            as its keys are, for queries that are a part of a sequence. It takes the place of N − M above: query i is at
+            q_positions[b] + i for is_causal, window and alibi_slopes. From −(2²⁹ − 1) to 2²⁹ − 1, before the keys or
+            behind them too; a query that then sees no key gives zeros. Out of range is an error on the CPU and is
+            clamped on the GPU. Dropout goes on counting queries from 0.
+        dropout_origin: (B, 4) int32 or int64, on query's device: what dropout counts each batch entry itself as, and
+            its first head, first query and first key, so that parts of a call drop the weights that the whole call
+            does. Entry b is counted as (b, 0, 0, 0) without it; numbers count modulo 2³².
 
     Returns:
         (B, H, M, D_v), contiguous, in query's type. A query that sees no key gives zeros. Differentiable once in
@@ -272,6 +290,9 @@ def entmax_attn(
                 kv_starts=kv_starts,
                 dropout_p=dropout_p,
                 dropout_seed=dropout_seed,
+                key_index=key_index,
+                q_positions=q_positions,
+                dropout_origin=dropout_origin,
             )
         return attend(
             "entmax_attn",
@@ -288,6 +309,9 @@ def entmax_attn(
             kv_starts,
             dropout_p,
             dropout_seed,
+            key_index,
+            q_positions=q_positions,
+            dropout_origin=dropout_origin,
         )
     query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
     # TorchScript knows no overload by name; it chooses one for each branch by the type that alpha has there.
@@ -306,6 +330,9 @@ def entmax_attn(
             kv_starts=kv_starts,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
+            key_index=key_index,
+            q_positions=q_positions,
+            dropout_origin=dropout_origin,
         )
     else:
         return torch.ops.adasplash.entmax_attn(
@@ -322,6 +349,9 @@ def entmax_attn(
             kv_starts=kv_starts,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
+            key_index=key_index,
+            q_positions=q_positions,
+            dropout_origin=dropout_origin,
         )
 
 
@@ -340,6 +370,8 @@ def entmax_attn_varlen(
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
     dropout_p: float = 0.0,
     dropout_seed: Optional[Tensor] = None,  # noqa: UP045
+    q_positions: Optional[Tensor] = None,  # noqa: UP045
+    dropout_origin: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tensor:
     """``entmax_attn`` for a batch of sequences of different lengths, packed behind each other without padding.
 
@@ -364,6 +396,7 @@ def entmax_attn_varlen(
         window: (left, right), inclusive, −1 for no limit.
         alibi_slopes: (H,) or (B, H), float32, on query's device.
         dropout_p, dropout_seed: as in ``entmax_attn``; a batch entry is a sequence here.
+        q_positions, dropout_origin: (B,) and (B, 4), as in ``entmax_attn``, of each sequence.
 
     Returns:
         (T_q, H, D_v), contiguous, in query's type. Differentiable once in query, key, value and, where they are
@@ -376,6 +409,7 @@ def entmax_attn_varlen(
         return attend_packed(
             "entmax_attn_varlen", query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha,
             is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed, torch.ops.adasplash.entmax_attn_varlen,
+            q_positions, dropout_origin,
         )  # fmt: skip
     query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
     if isinstance(alpha, Tensor):  # as above
@@ -394,6 +428,8 @@ def entmax_attn_varlen(
             alibi_slopes=alibi_slopes,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
+            q_positions=q_positions,
+            dropout_origin=dropout_origin,
         )
     else:
         return torch.ops.adasplash.entmax_attn_varlen(
@@ -411,4 +447,6 @@ def entmax_attn_varlen(
             alibi_slopes=alibi_slopes,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
+            q_positions=q_positions,
+            dropout_origin=dropout_origin,
         )

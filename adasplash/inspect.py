@@ -26,6 +26,7 @@ from adasplash.functional import attend, scaled
 from adasplash.summary import AttentionStats, stats_of
 
 _TILE = 64  # kTile of csrc/ops/attention.h
+_FARTHEST = 2**29 - 1  # kFarthestPosition there
 # support_capacity on the CPU; the CUDA kernels make no lists. It is less than autograd's 128, which is in
 # csrc/ops/attention_autograd.cpp: lists take memory for every row, and a row without one only costs the scores of its
 # tiles here.
@@ -49,6 +50,7 @@ def attention_stats(
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
     kv_starts: Tensor | None = None,
+    q_positions: Tensor | None = None,
 ) -> AttentionStats:
     """Threshold, support size and largest weight of every row of ``entmax_attn(query, key, value, ...)``.
 
@@ -56,8 +58,8 @@ def attention_stats(
     call that.
 
     Args:
-        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts: as in
-            ``entmax_attn``, under autocast too.
+        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
+            q_positions: as in ``entmax_attn``, under autocast too.
 
     Returns:
         :class:`AttentionStats`.
@@ -67,7 +69,7 @@ def attention_stats(
     """
     _, *facts = attend(
         "attention_stats", query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes,
-        kv_starts, op=torch.ops.adasplash.entmax_attn_summary,
+        kv_starts, op=torch.ops.adasplash.entmax_attn_summary, q_positions=q_positions,
     )  # fmt: skip
     return stats_of(alpha, *facts)
 
@@ -85,6 +87,7 @@ def attention_weights(
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
     kv_starts: Tensor | None = None,
+    q_positions: Tensor | None = None,
 ) -> Tensor:
     """The attention matrix of ``entmax_attn(query, key, value, ...)``, as one sparse tensor.
 
@@ -95,8 +98,9 @@ def attention_weights(
     sum. They differ from those that the kernel used by its rounding of the scores.
 
     Args:
-        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts: as in
-            ``entmax_attn``, under autocast too. For α = 1 the result holds every weight that its type can hold.
+        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
+            q_positions: as in ``entmax_attn``, under autocast too. For α = 1 the result holds every weight that its
+            type can hold.
 
     Returns:
         Sparse CSR tensor (B·H·M, N) with int64 indices and ascending columns. Row (b·H + h)·M + i belongs to query i of
@@ -109,7 +113,7 @@ def attention_weights(
     """
     call = _Call(
         "attention_weights", query, key, value, alpha, is_causal=is_causal, scale=scale, q_seqlens=q_seqlens,
-        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes, kv_starts=kv_starts,
+        kv_seqlens=kv_seqlens, window=window, alibi_slopes=alibi_slopes, kv_starts=kv_starts, q_positions=q_positions,
     )  # fmt: skip
     nan_row = call.gap.isnan().nonzero().squeeze(1)
     nan_entries = nan_row, call.begin[nan_row], torch.full_like(nan_row, torch.nan, dtype=torch.float64)
@@ -140,6 +144,7 @@ def saved_by_forward(
     window: tuple[int, int] = (-1, -1),
     alibi_slopes: Tensor | None = None,
     kv_starts: Tensor | None = None,
+    q_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """row_state, support and tiles of the op's forward, which docs/contract.md describes. The one place in Python that
     names all options of the private op; those of the packed form are absent here."""
@@ -161,6 +166,7 @@ def saved_by_forward(
         alibi_slopes=alibi_slopes,
         support_capacity=support_capacity,
         kv_starts=kv_starts,
+        q_positions=q_positions,
     )
     return row_state, support, tiles
 
@@ -186,10 +192,12 @@ class _Call:
         window: tuple[int, int],
         alibi_slopes: Tensor | None,
         kv_starts: Tensor | None,
+        q_positions: Tensor | None,
     ):
         tensors = {"query": query, "key": key, "value": value}
         options = {
-            "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts
+            "q_seqlens": q_seqlens, "kv_seqlens": kv_seqlens, "alibi_slopes": alibi_slopes, "kv_starts": kv_starts,
+            "q_positions": q_positions,
         }  # fmt: skip
         for name, kind, given in (
             ("alpha", NUMBER_OR_TENSOR, alpha), ("is_causal", BOOL, is_causal), ("scale", SCALE, scale),
@@ -233,7 +241,7 @@ class _Call:
 
         self.padded = tile_rows * _TILE
         self.rows = self.batch * self.heads * self.padded
-        self.look_around(is_causal, q_seqlens, kv_seqlens, window, kv_starts)
+        self.look_around(is_causal, q_seqlens, kv_seqlens, window, kv_starts, q_positions)
         gap = self.row_state.new_full((self.batch, self.heads, self.padded), torch.inf, dtype=torch.float64)
         gap[:, :, : self.queries] = self.row_state[..., 1]
         self.gap = gap.flatten()
@@ -245,6 +253,7 @@ class _Call:
         kv_seqlens: Tensor | None,
         window: tuple[int, int],
         kv_starts: Tensor | None,
+        q_positions: Tensor | None,
     ) -> None:
         """Which keys each row sees, as docs/contract.md says: `begin` to `end`, and `place`, the key on its diagonal.
         They are counted from `first_key`, the entry's own."""
@@ -259,9 +268,11 @@ class _Call:
         queries = rows(q_seqlens, self.queries, self.queries)
         keys = (rows(kv_seqlens, length, length) - self.first_key).clamp(min=0)
         row = torch.arange(self.padded, device=self.query.device)
-        place = row + keys - queries
+        place = row + (
+            keys - queries if q_positions is None else q_positions.long().clamp(-_FARTHEST, _FARTHEST)[:, None]
+        )
         # No further than there are rows: sums must not overflow.
-        most = self.padded + length
+        most = self.padded + length + _FARTHEST
         left, right = min(window[0], most), 0 if is_causal else min(window[1], most)
         begin = (place - left).clamp(min=0) if left >= 0 else torch.zeros_like(place)
         end = torch.minimum(place + right + 1, keys) if right >= 0 else keys.expand_as(place)

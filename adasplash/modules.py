@@ -108,6 +108,7 @@ class EntmaxAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.is_causal, self.window, self.alpha = is_causal, (window[0], window[1]), float(alpha)
         self.dropout = float(dropout)
+        self.context = None  # see attend_over
 
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(self.embed_dim, num_heads * head_dim, **options)
@@ -121,6 +122,7 @@ class EntmaxAttention(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("dropout", 0.0)  # pickled before there was one
+        self.__dict__.setdefault("context", None)
 
     def reset_parameters(self) -> None:
         """Starts anew, learned α included."""
@@ -206,7 +208,9 @@ class EntmaxAttention(nn.Module):
         seed: Optional[Tensor] = None  # noqa: UP045
         if dropout_p > 0.0 and not torch.jit.is_scripting():
             seed = self._seed_of_these_heads(q)
-        if self.alpha_logit is None:
+        if not torch.jit.is_scripting() and self.context is not None:
+            out = self._attend_over_context(q, k, v, q_seqlens, kv_seqlens, kv_starts, dropout_p, seed)
+        elif self.alpha_logit is None:
             out = entmax_attn(
                 q, k, v, self.alpha, self.is_causal, None, q_seqlens, kv_seqlens, self.window, None, kv_starts,
                 dropout_p, seed,
@@ -220,6 +224,22 @@ class EntmaxAttention(nn.Module):
                 seed,
             )  # fmt: skip
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    @torch.jit.unused
+    def attend_over(self, group, method: str) -> None:
+        """From now on tokens are shards over a process group, which ``adasplash.distributed`` attends over: what its
+        ``ContextParallel`` does."""
+        self.context = (group, method)
+
+    def _attend_over_context(self, q, k, v, q_seqlens, kv_seqlens, kv_starts, dropout_p, seed) -> Tensor:
+        from adasplash.distributed import entmax_attn_context_parallel
+
+        group, method = self.context
+        alpha = self.alpha if self.alpha_logit is None else self._of_these_heads(self.head_alpha(), q)
+        return entmax_attn_context_parallel(
+            q, k, v, alpha, self.is_causal, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens, kv_starts=kv_starts,
+            window=self.window, dropout_p=dropout_p, dropout_seed=seed, method=method, sum_gradients=False, group=group,
+        )  # fmt: skip
 
     def _of_these_heads(self, alpha: Tensor, q: Tensor) -> Tensor:
         """The part of `alpha` that belongs to the heads of q, where a tensor-parallel plan has split q_proj."""

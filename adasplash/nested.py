@@ -37,6 +37,8 @@ def entmax_attn_jagged(query: Tensor, key: Tensor, value: Tensor, **options: Any
     for name in ("q_seqlens", "kv_seqlens", "kv_starts"):
         if options.pop(name, None) is not None:
             raise RuntimeError(f"entmax_attn: {name} goes with padded tensors; nested tensors know their lengths")
+    if options.pop("key_index", None) is not None:
+        raise RuntimeError("entmax_attn: key_index goes with padded tensors, whose keys have slots; got nested ones")
     if not _same_offsets(key, value):
         raise RuntimeError("entmax_attn: key and value must be ragged in the same way, got different offsets")
 

@@ -8,6 +8,7 @@ dimension, over the heads only. Everything else is gathered first, as DTensor do
   (H,), split with the heads.
 - Batch: lengths and slopes of shape (B, H) split with it.
 - Alpha that every device has: each device sums the gradient over what it computed, so the gradient is ``Partial``.
+- A key index does not split, and is refused.
 - With dropout nothing splits: the mask is of places in the whole call, and a device would count its own from 0.
 
 The activation splits over every dimension but the one along which the weights sum to one.
@@ -18,7 +19,7 @@ Nothing here imports ``torch.distributed.tensor``: the rules are registered when
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 # form the ones on the second line start with the heads.
 _ROWS = {"query", "key", "value", "out", "grad_out", "dq", "dk", "dv"}
 _SAVED = {"row_state", "support", "tiles", "support_size", "largest_weight"}
-_LENGTHS = {"q_seqlens", "kv_seqlens", "kv_starts"}
+_LENGTHS = {"q_seqlens", "kv_seqlens", "kv_starts", "q_positions", "dropout_origin"}
 
 
 def register() -> None:
@@ -67,6 +68,7 @@ def _register() -> None:
             ops._with_gradient.default,
         ):
             torch.library.register_torch_dispatch(op, DTensor, _take_apart)
+        torch.library.register_torch_dispatch(ops._entmax_attn_indexed.default, DTensor, _refuse_index)
         private = ops._entmax_attn_forward.default, ops._entmax_attn_backward.default, ops._entmax_attn_summary.default
         for op in private:
             names = [argument.name for argument in op._schema.arguments]
@@ -82,6 +84,12 @@ def _register() -> None:
 def _take_apart(_mode: None, op: torch._ops.OpOverload, _types: Any, args: tuple = (), kwargs: dict | None = None):
     """Calls an op as the ones that it is made of."""
     return op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+
+
+def _refuse_index(*_call: Any) -> NoReturn:
+    raise RuntimeError(
+        "entmax_attn: key_index is not split over devices, got one with a DTensor; give local tensors, or no index"
+    )
 
 
 def _named(schema: "OpSchema") -> dict[str, Any]:

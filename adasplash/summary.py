@@ -69,6 +69,8 @@ def entmax_attn_summary(
     kv_starts: Optional[Tensor] = None,  # noqa: UP045
     dropout_p: float = 0.0,
     dropout_seed: Optional[Tensor] = None,  # noqa: UP045
+    q_positions: Optional[Tensor] = None,  # noqa: UP045
+    dropout_origin: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tuple[Tensor, AttentionStats]:  # noqa: UP006
     """``entmax_attn`` and what it attended to, for little more than its own time.
 
@@ -77,9 +79,9 @@ def entmax_attn_summary(
     forward of this library beside it.
 
     Args:
-        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts: as in
-            ``entmax_attn``.
-        dropout_p, dropout_seed: as there; of the output alone.
+        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
+            q_positions: as in ``entmax_attn``.
+        dropout_p, dropout_seed, dropout_origin: as there; of the output alone.
 
     Returns:
         The output of ``entmax_attn``, its bits and gradients, and :class:`AttentionStats`, which have none.
@@ -96,6 +98,7 @@ def entmax_attn_summary(
         out, size, largest, maximum, gap, empty = attend(
             "entmax_attn_summary", query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window,
             alibi_slopes, kv_starts, dropout_p, dropout_seed, op=torch.ops.adasplash.entmax_attn_summary,
+            q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
     query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
@@ -103,14 +106,14 @@ def entmax_attn_summary(
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_summary(
             query, key, value, alpha, is_causal, scale=factor, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
             window=list(window), alibi_slopes=alibi_slopes, kv_starts=kv_starts, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            dropout_seed=dropout_seed, q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
     else:
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_summary(
             query, key, value, alpha, is_causal, scale=factor, q_seqlens=q_seqlens, kv_seqlens=kv_seqlens,
             window=list(window), alibi_slopes=alibi_slopes, kv_starts=kv_starts, dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
+            dropout_seed=dropout_seed, q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
 
@@ -130,13 +133,15 @@ def entmax_attn_varlen_summary(
     alibi_slopes: Optional[Tensor] = None,  # noqa: UP045
     dropout_p: float = 0.0,
     dropout_seed: Optional[Tensor] = None,  # noqa: UP045
+    q_positions: Optional[Tensor] = None,  # noqa: UP045
+    dropout_origin: Optional[Tensor] = None,  # noqa: UP045
 ) -> Tuple[Tensor, AttentionStats]:  # noqa: UP006
     """``entmax_attn_varlen`` and what it attended to; see ``entmax_attn_summary``.
 
     Args:
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale, window,
-            alibi_slopes: as in ``entmax_attn_varlen``.
-        dropout_p, dropout_seed: as there; of the output alone.
+            alibi_slopes, q_positions: as in ``entmax_attn_varlen``.
+        dropout_p, dropout_seed, dropout_origin: as there; of the output alone.
 
     Returns:
         The output of ``entmax_attn_varlen``, its bits and gradients, and :class:`AttentionStats`, of which empty_tiles
@@ -149,7 +154,7 @@ def entmax_attn_varlen_summary(
         out, size, largest, maximum, gap, empty = attend_packed(
             "entmax_attn_varlen_summary", query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             alpha, is_causal, scale, window, alibi_slopes, dropout_p, dropout_seed,
-            op=torch.ops.adasplash.entmax_attn_varlen_summary,
+            op=torch.ops.adasplash.entmax_attn_varlen_summary, q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
     query, factor, dropout_seed = resolve(query, scale, dropout_p, dropout_seed)
@@ -157,11 +162,13 @@ def entmax_attn_varlen_summary(
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_varlen_summary(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale=factor,
             window=list(window), alibi_slopes=alibi_slopes, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)
     else:
         out, size, largest, maximum, gap, empty = torch.ops.adasplash.entmax_attn_varlen_summary(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale=factor,
             window=list(window), alibi_slopes=alibi_slopes, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            q_positions=q_positions, dropout_origin=dropout_origin,
         )  # fmt: skip
         return out, stats_of(alpha, size, largest, maximum, gap, empty)

@@ -14,6 +14,7 @@ torch's attention with grouped heads.
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,13 +26,21 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from adasplash import attention_stats, entmax_attn, entmax_attn_paged, entmax_cache_append
+from adasplash import (
+    attention_stats,
+    entmax_attn,
+    entmax_attn_paged,
+    entmax_cache_append,
+    entmax_key_index_update,
+    make_key_index,
+)
 from bench.lib import machine, results, tables
 from bench.lib.case import DTYPES
 from bench.lib.timing import Effort, Spread
 from bench.report import README, replace_block
 
 OURS = "adasplash"
+INDEXED = f"{OURS}, index"
 PAGE = 64
 FLAT = 0.02  # σ of flat queries
 Step = Callable[[], object]
@@ -59,6 +68,8 @@ class Cache:
         )
         for cache, x in ((self.key_pages, self.key), (self.value_pages, self.value)):
             cache[order] = x.view(pages, PAGE, heads[1], size)
+        # An index of the keys behind each other, where a sequence is a page, and of those in pages.
+        self.index, self.page_index = (indexed(cache) for cache in (self.key, self.key_pages))
         self.new = [draw(batch, heads[1], size) for _ in range(2)]
         last = torch.tensor([length - 1], device=device)
         self.slots = self.table[:, last // PAGE].long().flatten() * PAGE + last % PAGE
@@ -67,18 +78,31 @@ class Cache:
         return [x.transpose(1, 2) for x in (self.query, self.key, self.value)]
 
 
+def indexed(key_cache: Tensor) -> Tensor:
+    """An index of all keys."""
+    index = make_key_index(key_cache)
+    entmax_key_index_update(key_cache, torch.arange(key_cache[:, :, 0, 0].numel(), device=key_cache.device), index)
+    return index
+
+
 def peers(cache: Cache, alpha: float) -> dict[str, Step]:
     query, key, value = cache.dense()
     pages = (cache.key_pages, cache.value_pages)
 
-    def step() -> Tensor:
-        entmax_cache_append(*cache.new, *pages, cache.slots)
-        return entmax_attn_paged(cache.query[:, 0], *pages, cache.table, cache.lengths, alpha)
+    def paged(index: Tensor | None = None) -> Tensor:
+        return entmax_attn_paged(cache.query[:, 0], *pages, cache.table, cache.lengths, alpha, key_index=index)
+
+    def step(index: Tensor | None = None) -> Tensor:
+        entmax_cache_append(*cache.new, *pages, cache.slots, index)
+        return paged(index)
 
     found: dict[str, Step] = {
         OURS: lambda: entmax_attn(query, key, value, alpha),
-        f"{OURS}, pages": lambda: entmax_attn_paged(cache.query[:, 0], *pages, cache.table, cache.lengths, alpha),
+        f"{OURS}, pages": paged,
         f"{OURS}, append and pages": step,
+        INDEXED: lambda: entmax_attn(query, key, value, alpha, key_index=cache.index),
+        f"{INDEXED}, pages": lambda: paged(cache.page_index),
+        f"{INDEXED}, append and pages": lambda: step(cache.page_index),
         "sdpa": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
     }
     flash = flash_attn_3() if query.is_cuda else None
@@ -250,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no CUDA device here")
     facts = machine.facts(device)
+    os.environ["ADASPLASH_KEY_INDEX"] = "read"  # as INDEXED says; a GPU reads all keys unless it is asked to
     file = options.out or results.path_of(facts, "decoding")
     effort = Effort(options.seconds, fewest=5)
     sizes = options.cases or CASES[device]

@@ -25,6 +25,7 @@ target_sources(adasplash PRIVATE
   csrc/cuda/embedded.cpp
   csrc/cuda/implementation.cpp
   csrc/cuda/few.cpp
+  csrc/cuda/key_index.cpp
   csrc/cuda/part.cpp
   csrc/cuda/register.cpp
   csrc/cuda/summary.cpp

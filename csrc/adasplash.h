@@ -38,6 +38,13 @@ namespace adasplash {
 //   dropout_p, dropout_seed  the share of weights that become zero, 0 or more and below 1, while the others are divided
 //                          by 1 - dropout_p; and one int64 on query's device, from which alone it follows which ones.
 //                          Without a seed dropout_p must be 0.
+//   key_index              an index of key.transpose(1, 2) as a cache, from entmax_make_key_index below: a call of few
+//                          queries need not read all keys then. It changes no bit, and calls that record gradients,
+//                          with dropout or with alpha = 1 do without, as does entmax_attn_summary.
+//   q_positions            (B,) int32 or int64: where each batch entry's first query stands, counted as its keys are:
+//                          in place of N - M above. From -(2^29 - 1) to 2^29 - 1: before its keys or behind them, too.
+//   dropout_origin         (B, 4) int32 or int64: what dropout counts each batch entry itself as, and its first head,
+//                          query and key, so that parts of a call drop the weights of the whole; (b, 0, 0, 0) without.
 ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                      double alpha = 1.5, bool is_causal = false,
                                      std::optional<double> scale = std::nullopt,
@@ -46,7 +53,10 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      c10::IntArrayRef window = {-1, -1},
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                      const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
-                                     const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+                                     const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+                                     const std::optional<at::Tensor>& key_index = std::nullopt,
+                                     const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                     const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same with one alpha for each head, a tensor of shape (H,) or (), float32, float64 or of query's type. Values are
 // 1 or from 1.01 to 2; differentiable in alpha too.
@@ -58,7 +68,10 @@ ADASPLASH_API at::Tensor entmax_attn(const at::Tensor& query, const at::Tensor& 
                                      c10::IntArrayRef window = {-1, -1},
                                      const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                      const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
-                                     const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+                                     const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+                                     const std::optional<at::Tensor>& key_index = std::nullopt,
+                                     const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                     const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same for sequences of different lengths, packed behind each other without padding:
 //
@@ -73,7 +86,9 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
                                             c10::IntArrayRef window = {-1, -1},
                                             const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                             double dropout_p = 0,
-                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+                                            const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                            const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                             const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                                             c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
@@ -81,7 +96,9 @@ ADASPLASH_API at::Tensor entmax_attn_varlen(const at::Tensor& query, const at::T
                                             c10::IntArrayRef window = {-1, -1},
                                             const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                             double dropout_p = 0,
-                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+                                            const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+                                            const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                            const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // The same, and what it attended to: the output, of the bits of the ops above and differentiable as theirs; and of each
 // row, (B, H, M), packed (H, T_q), without a gradient:
@@ -101,7 +118,10 @@ ADASPLASH_API AttentionSummary entmax_attn_summary(
     const std::optional<at::Tensor>& kv_seqlens = std::nullopt, c10::IntArrayRef window = {-1, -1},
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
     const std::optional<at::Tensor>& kv_starts = std::nullopt, double dropout_p = 0,
-    const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+    const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+    const std::optional<at::Tensor>& key_index = std::nullopt,
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_summary(const at::Tensor& query, const at::Tensor& key,
                                                    const at::Tensor& value, const at::Tensor& alpha,
                                                    bool is_causal = false, std::optional<double> scale = std::nullopt,
@@ -111,19 +131,26 @@ ADASPLASH_API AttentionSummary entmax_attn_summary(const at::Tensor& query, cons
                                                    const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
                                                    const std::optional<at::Tensor>& kv_starts = std::nullopt,
                                                    double dropout_p = 0,
-                                                   const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+                                                   const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+                                                   const std::optional<at::Tensor>& key_index = std::nullopt,
+                                                   const std::optional<at::Tensor>& q_positions = std::nullopt,
+                                                   const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
     const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, double alpha = 1.5,
     bool is_causal = false, std::optional<double> scale = std::nullopt, c10::IntArrayRef window = {-1, -1},
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
-    const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+    const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 ADASPLASH_API AttentionSummary entmax_attn_varlen_summary(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& cu_seqlens_q,
     const at::Tensor& cu_seqlens_k, c10::SymInt max_seqlen_q, c10::SymInt max_seqlen_k, const at::Tensor& alpha,
     bool is_causal = false, std::optional<double> scale = std::nullopt, c10::IntArrayRef window = {-1, -1},
     const std::optional<at::Tensor>& alibi_slopes = std::nullopt, double dropout_p = 0,
-    const std::optional<at::Tensor>& dropout_seed = std::nullopt);
+    const std::optional<at::Tensor>& dropout_seed = std::nullopt,
+    const std::optional<at::Tensor>& q_positions = std::nullopt,
+    const std::optional<at::Tensor>& dropout_origin = std::nullopt);
 
 // Attention on a paged cache of keys and values, as in serving; without a gradient.
 //
@@ -142,20 +169,32 @@ ADASPLASH_API at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Te
                                            const std::optional<at::Tensor>& cu_seqlens_q = std::nullopt,
                                            c10::SymInt max_seqlen_q = 1, std::optional<double> scale = std::nullopt,
                                            c10::IntArrayRef window = {-1, -1},
-                                           const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+                                           const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+                                           const std::optional<at::Tensor>& key_index = std::nullopt);
 ADASPLASH_API at::Tensor entmax_attn_paged(const at::Tensor& query, const at::Tensor& key_cache,
                                            const at::Tensor& value_cache, const at::Tensor& block_table,
                                            const at::Tensor& kv_seqlens, const at::Tensor& alpha, bool is_causal = true,
                                            const std::optional<at::Tensor>& cu_seqlens_q = std::nullopt,
                                            c10::SymInt max_seqlen_q = 1, std::optional<double> scale = std::nullopt,
                                            c10::IntArrayRef window = {-1, -1},
-                                           const std::optional<at::Tensor>& alibi_slopes = std::nullopt);
+                                           const std::optional<at::Tensor>& alibi_slopes = std::nullopt,
+                                           const std::optional<at::Tensor>& key_index = std::nullopt);
 
 // Writes the keys (T, H_kv, D) and values (T, H_kv, D_v) of tokens to a paged cache, in place. slots (T,) int32 or
 // int64 are page number * page + row; a slot of -1 is skipped, another one out of range is an error on the CPU and
-// skipped on a GPU. Of equal slots the last one's key and value stay. On a GPU rows of a cache must be dense.
+// skipped on a GPU. Of equal slots the last one's key and value stay. On a GPU rows of a cache must be dense. An index
+// of the cache that is given is kept: the entries of these slots are made anew.
 ADASPLASH_API void entmax_cache_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
-                                       const at::Tensor& value_cache, const at::Tensor& slots);
+                                       const at::Tensor& value_cache, const at::Tensor& slots,
+                                       const std::optional<at::Tensor>& key_index = std::nullopt);
+
+// An index of a cache's keys (blocks, page, H_kv, D): a code of a few bits of each key, in one uint8 tensor, by which
+// attention of few queries need not read most keys. Results keep their bits. entmax_make_key_index gives an empty one
+// for a cache of these sizes, this type and device, and entmax_key_index_update makes the entries of slots, (T,) as
+// above, from what the cache holds. An index that was not told of a change of its keys gives wrong weights.
+ADASPLASH_API at::Tensor entmax_make_key_index(const at::Tensor& key_cache);
+ADASPLASH_API void entmax_key_index_update(const at::Tensor& key_cache, const at::Tensor& slots,
+                                           const at::Tensor& key_index);
 
 // The activation alone: entmax of the scores along one dimension of `input`, which may have any shape; as
 // torch.softmax, with exact zeros. Fully masked rows (all -infinity) give zeros; a NaN or +infinity makes its row NaN.

@@ -1,10 +1,12 @@
-"""New keys and values written to a paged cache: each token's rows are copied to the slot that is its own."""
+"""What writes to a paged cache: each token's rows are copied to the slot that is its own. And to an index of its keys:
+the codes of those in some slots."""
 
 import triton
 import triton.language as tl
 
+from .lib.codes import code_of
 from .lib.matrices import Matrix
-from .spec import Spec
+from .spec import KEY_INDEX, Spec
 
 
 @triton.jit
@@ -53,6 +55,38 @@ APPEND = Spec(
     writes=("key_cache", "value_cache"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D"),
     programs="a token and BLOCK_M heads",
+    shapes="cache",
+    alphas=("any",),
+)  # fmt: skip
+
+
+@triton.jit
+def index_keys(key_cache, slots, index, BLOCK_D: tl.constexpr):
+    """The code of one head's key in a slot, unless that is none of the cache's. Whoever has the same slot writes the
+    same."""
+    token = tl.program_id(0).to(tl.int64) // index.kv_heads
+    head = (tl.program_id(0) % index.kv_heads).to(tl.int64)
+    slot = tl.load(slots + token)
+    if (slot < 0) | (slot >= index.blocks.to(tl.int64) * index.page_size):
+        return
+    block = slot // index.page_size
+    row = slot - block * index.page_size
+    key = key_cache.data + block * key_cache.batch_stride + head * key_cache.head_stride + row * key_cache.row_stride
+    code, scale, error = code_of(key, index.head_dim, BLOCK_D)
+    chunk = block * index.page_stride + head * index.head_stride
+    HALF: tl.constexpr = BLOCK_D // 2
+    tl.store(index.codes + chunk + row * HALF + tl.arange(0, HALF), code)
+    norms = index.norms + chunk // 4 + row
+    tl.store(norms, scale)
+    tl.store(norms + index.page_size, error)
+
+
+INDEX_KEYS = Spec(
+    index_keys,
+    arguments=dict(key_cache=ROWS, slots="*i64", index=KEY_INDEX),
+    writes=("index",),
+    constants=("BLOCK_D",),
+    programs="a key head of a slot",
     shapes="cache",
     alphas=("any",),
 )  # fmt: skip

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .lib.call import Call, Few
+from .lib.codes import KeyIndex
 from .lib.dropout import Dropout
 from .lib.entmax import Alpha
-from .lib.matrices import Matrix, PagedMatrix
+from .lib.matrices import EvenPagedMatrix, Matrix, PagedMatrix
 from .lib.scores import Scores
 from .lib.visibility import Sequences
 
 # Bytes that rows of tensors start at multiples of (kAlignment in csrc/cuda/portable/call.cpp): one load of a thread.
 ALIGNMENT = 16
-# Sizes of element types, by Triton's names.
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Sizes of element types, by Triton's names: those of attention, and that of codes.
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "u8": 1}
+ATTENTION_TYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,38 @@ PAGED_MATRIX = PagedMatrix(
     data=Aligned("*T"), block_stride=Aligned("i32"), head_stride=Aligned("i64"), row_stride=Aligned("i64"),
     table="*i32", table_stride="i64", blocks="i32", page_size="i32", page_inverse="i32", page_shift="i32",
 )  # fmt: skip
+EVEN_PAGED_MATRIX = EvenPagedMatrix(
+    data=Aligned("*T"), block_stride=Aligned("i32"), head_stride=Aligned("i64"), row_stride=Aligned("i64"),
+    table="*i32", table_stride="i64", blocks="i32", page_bits="i32",
+)  # fmt: skip
+KEY_INDEX = KeyIndex(
+    codes=Aligned("*u8"), norms="*fp32", header="*i32", page_stride=Aligned("i64"), head_stride=Aligned("i64"),
+    blocks="i32", page_size="i32", kv_heads="i32", head_dim="i32", element="i32",
+)  # fmt: skip
 SEQUENCES = Sequences(lengths="*i32", lengths_kind="i32", rows="i32", max_seqlen="i32", tile_rows="i32")
 CALL = Call(
     queries=SEQUENCES,
     keys=SEQUENCES,
     alpha=Alpha(per_head="*fp32", source="i32", number="fp32"),
     scores=Scores(
-        slopes="*fp32", slopes_batch_stride="i64", has_slopes="i32", scale="fp32", window_left="i32", window_right="i32"
+        slopes="*fp32",
+        slopes_batch_stride="i64",
+        has_slopes="i32",
+        scale="fp32",
+        window_left="i32",
+        window_right="i32",
+        q_positions="*i32",
+        has_positions="i32",
     ),
-    dropout=Dropout(seed="*i64", threshold="i32", scale="fp32", first_batch="i32", first_head="i32"),
+    dropout=Dropout(
+        seed="*i64",
+        threshold="i32",
+        scale="fp32",
+        first_batch="i32",
+        first_head="i32",
+        origins="*i32",
+        has_origins="i32",
+    ),
     state_batch_stride="i64",
     heads="i32",
     group="i32",
@@ -84,6 +109,7 @@ class Spec:
     shapes: str  # the part of tiles.json that has its tile shapes
     gathers: bool = False  # whether there is also code, with GATHER, for what `mark` marked
     alphas: tuple[str, ...] = ("any", "1_5", "2")  # that code may be made for; "any" serves those that have none
+    types: tuple[str, ...] = ATTENTION_TYPES  # of elements that code is made for
     scratch: dict[str, str] = field(default_factory=dict)  # memory the caller lends it, and what of it
     suffix: str = ""  # of the name, where a function is compiled over arguments of other types too
 
@@ -99,10 +125,17 @@ class Spec:
 
     def over_pages(self, **changes) -> "Spec":
         """The spec of the same function over keys and values in a paged cache."""
+        return self._over(PAGED_MATRIX, suffix="_paged", **changes)
+
+    def over_even_pages(self, **changes) -> "Spec":
+        """… in one whose pages are even (EvenPagedMatrix)."""
+        return self._over(EVEN_PAGED_MATRIX, suffix="_even", **changes)
+
+    def _over(self, matrix, **changes) -> "Spec":
         arguments = {
-            name: PAGED_MATRIX if name in ("key", "value") else argument for name, argument in self.arguments.items()
+            name: matrix if name in ("key", "value") else argument for name, argument in self.arguments.items()
         }
-        return replace(self, arguments=arguments, suffix="_paged", **changes)
+        return replace(self, arguments=arguments, **changes)
 
     def leaves(self) -> list[Leaf]:
         """All scalars, in the order in which they are passed."""

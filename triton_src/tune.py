@@ -37,8 +37,7 @@ INPUTS = ("structured:0.5", "structured:0.85", "gaussian:1.5")
 MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # Not tuned here: the kernels for few queries have problems of their own, and shapes that were chosen by hand; those
 # over a paged cache have the shapes of the kernels that they are made of.
-BY_HAND = ("score_few", "solve_few", "weigh_few", "join_few")
-TUNED = [name for name, spec in variants.ATTENTION.items() if name not in BY_HAND and not spec.suffix]
+TUNED = [name for name, spec in variants.ATTENTION.items() if "few" not in spec.arguments and not spec.suffix]
 COMPARED = {  # of what each kernel writes; a kernel that is missing here is an error
     "attend": ("out", "row_state", "tiles"),
     "mark": ("key_marks", "row_marks"),
@@ -116,11 +115,12 @@ class Problem:
             "tile_counts": torch.zeros(batch, heads, 2, dtype=torch.int64, **like),
             "tiles": torch.zeros(batch, heads, tile_rows, count_tile_words(length), dtype=torch.int32, **like),
         }  # fmt: skip
-        # What is not asked for here: lengths, alphas and slopes in memory, dropout, the gradient of alpha, a probe.
+        # What is not asked for: lengths, places, alphas and slopes in memory, dropout, the gradient of alpha, a probe.
         absent = (
             "call.queries.lengths", "call.keys.lengths", "call.alpha.per_head", "call.scores.slopes",
-            "call.scores.slopes_batch_stride", "call.scores.has_slopes", "alpha_terms", "probe_from",
-            "row_seeds", *(f"call.dropout.{part}" for part in Dropout._fields),
+            "call.scores.slopes_batch_stride", "call.scores.has_slopes", "call.scores.q_positions",
+            "call.scores.has_positions", "alpha_terms", "probe_from", "row_seeds",
+             *(f"call.dropout.{part}" for part in Dropout._fields),
         )  # fmt: skip
         self.values = dict.fromkeys((*absent, *(name for name, _ in APPENDED)), 0)
         for name, x in self.tensors.items():

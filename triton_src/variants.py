@@ -18,19 +18,22 @@ from .attention.count import COUNT_SUPPORT
 from .attention.few import (
     JOIN_FEW,
     SCORE_FEW,
+    SCORE_FEW_EVEN,
     SCORE_FEW_PAGED,
     SOLVE_FEW,
     SOLVE_FEW_PAGED,
     WEIGH_FEW,
+    WEIGH_FEW_EVEN,
     WEIGH_FEW_PAGED,
 )
+from .attention.few_indexed import SCAN_INDEX, SCAN_INDEX_EVEN, SCORE_FOUND, SCORE_FOUND_EVEN, TURN_QUERIES
 from .attention.forward import ATTEND, ATTEND_PAGED
 from .attention.grad_key_value import GRAD_KEY_VALUE
 from .attention.grad_query import GRAD_QUERY
 from .attention.mark import MARK
-from .cache import APPEND
+from .cache import APPEND, INDEX_KEYS
 from .lib.entmax import ALPHA_1_5, ALPHA_2, ALPHA_ANY
-from .spec import ELEMENT_BYTES, Spec
+from .spec import ATTENTION_TYPES, Spec
 
 DEFAULT_ARCHS = (80, 90)
 
@@ -46,13 +49,16 @@ ATTENTION = {
         *(ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE, COUNT_SUPPORT),
         *(SCORE_FEW, SOLVE_FEW, WEIGH_FEW, JOIN_FEW),
         *(ATTEND_PAGED, SCORE_FEW_PAGED, SOLVE_FEW_PAGED, WEIGH_FEW_PAGED),
+        *(SCORE_FEW_EVEN, WEIGH_FEW_EVEN),
+        *(TURN_QUERIES, SCAN_INDEX, SCAN_INDEX_EVEN, SCORE_FOUND, SCORE_FOUND_EVEN),
     )
 }
-CACHE = {APPEND.name: APPEND}
+CACHE = {spec.name: spec for spec in (APPEND, INDEX_KEYS)}
 ACTIVATION = {spec.name: spec for spec in (ACTIVATE, ACTIVATE_GRAD)}
 KERNELS: dict[str, Spec] = ATTENTION | CACHE | ACTIVATION
 
 LARGEST_HEAD = 256
+HEADS = (64, 128, LARGEST_HEAD)  # padded head sizes
 LONGEST_ROW = 1 << 30  # places in a row are 32 bits wide, with room for a block
 TILES = Path(__file__).resolve().parent / "tiles.json"
 
@@ -89,7 +95,7 @@ class Variant:
         if self.kernel in ATTENTION:
             return f"{self.kernel}_{self.dtype}_d{self.block_d}_a{self.alpha}{'_marked' if self.gather else ''}"
         if self.kernel in CACHE:
-            return f"{self.kernel}_{self.dtype}"
+            return f"{self.kernel}_{self.dtype}_d{self.block_d}"
         rows = "long" if self.block_d == LONGEST_ROW else f"n{self.block_d}"
         return f"{self.kernel}_{self.dtype}_{rows}" + (f"_a{self.alpha}" if len(self.spec.alphas) > 1 else "")
 
@@ -129,8 +135,8 @@ class Variant:
 
 @functools.cache
 def shapes() -> dict:
-    """tiles.json: "attention" is tables, each for some architectures, types and alphas; "cache" is the one shape of the
-    code that copies rows; "activation" is by the longest row that a program takes, of any length where that is null."""
+    """tiles.json: "attention" is tables, each for some architectures, types and alphas; "cache" is by kernel
+    and head size; "activation" is by the longest row that a program takes, of any length where that is null."""
     return json.loads(TILES.read_text())
 
 
@@ -185,9 +191,9 @@ def put_shape(data: dict, arch: int, variant: Variant) -> None:
 def specialisations():
     """Yields (dtype, block_d, alpha) of attention. Fast code for alpha = 1.5 and 2 exists where it pays: half types up
     to head size 128. Above, and for fp32, matrix products weigh more than the powers."""
-    for dtype in ELEMENT_BYTES:
-        for block_d in (64, 128, 256):
-            for alpha in ALPHAS if dtype != "fp32" and block_d < 256 else ("any",):
+    for dtype in ATTENTION_TYPES:
+        for block_d in HEADS:
+            for alpha in ALPHAS if dtype != "fp32" and block_d < LARGEST_HEAD else ("any",):
                 yield dtype, block_d, alpha
 
 
@@ -195,7 +201,7 @@ def attention_variants(arch: int):
     for dtype, block_d, alpha in specialisations():
         hot = arch in DEFAULT_ARCHS and block_d <= 128 and alpha in ("1_5", "2")
         for kernel, spec in ATTENTION.items():
-            if alpha not in spec.alphas:
+            if alpha not in spec.alphas or dtype not in spec.types:
                 continue
             for gather in (False, True) if spec.gathers else (False,):
                 shape = attention_shape(arch, kernel, dtype, block_d, alpha, gather)
@@ -203,15 +209,17 @@ def attention_variants(arch: int):
 
 
 def cache_variants():
-    """Rows are copied as they are, so one code serves all head sizes."""
-    (line,) = shapes()["cache"]
-    for dtype in ELEMENT_BYTES:
-        yield Variant(APPEND.name, dtype, LARGEST_HEAD, "any", Shape(**line))
+    """Rows are copied as they are, so one code serves all head sizes; that which makes codes of keys is laid out for
+    theirs."""
+    for dtype in ATTENTION_TYPES:
+        for line in shapes()["cache"]:
+            shape = Shape(**{name: value for name, value in line.items() if name not in ("kernel", "block_d")})
+            yield Variant(line["kernel"], dtype, line["block_d"], "any", shape)
 
 
 def activation_variants():
     """The gradient reads and writes more than it computes, so one code serves all alphas there."""
-    for dtype in ELEMENT_BYTES:
+    for dtype in ATTENTION_TYPES:
         for line in shapes()["activation"]:
             shape = Shape(**{name: value for name, value in line.items() if name != "longest_row"})
             for kernel, spec in ACTIVATION.items():

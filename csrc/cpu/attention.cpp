@@ -23,6 +23,7 @@
 #include "cpu/tasks.h"
 #include "cpu/types.h"
 #include "ops/attention_checks.h"
+#include "ops/key_index.h"
 
 namespace adasplash {
 namespace cpu {
@@ -62,6 +63,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
                       const AttentionOptions& options, const c10::SymInt& support_capacity) {
   constexpr const char* name = "_entmax_attn_forward";
   check_attention(name, query, key, value, options);
+  if (options.key_index) check_key_index_header("entmax_attn", key.transpose(1, 2), *options.key_index);
   auto result = allocate_forward(query, key, value, options, support_capacity);
   auto& [out, row_state, support, tiles] = result;
   tiles.zero_();
@@ -187,5 +189,6 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
 
 TORCH_LIBRARY_IMPL(adasplash, CPU, m) {
   m.impl("_entmax_attn_forward", adasplash::forward_op<adasplash::forward>);
+  m.impl("_entmax_attn_indexed", adasplash::indexed_op<adasplash::forward>);
   m.impl("_entmax_attn_backward", adasplash::backward_op<adasplash::backward>);
 }

@@ -11,8 +11,10 @@
 
 #include "cpu/attention.h"
 #include "cpu/head.h"
+#include "cpu/key_index.h"
 #include "cpu/tasks.h"
 #include "cpu/types.h"
+#include "ops/key_index.h"
 
 namespace adasplash {
 namespace {
@@ -21,26 +23,10 @@ using namespace cpu;
 
 void attend_cache(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   const AttentionOptions& options, const at::Tensor& out) {
+  // An index is of no use here: the code for few queries is bound by its products, which an index does not save.
+  if (options.key_index) check_key_index_header("entmax_attn_paged", key.transpose(1, 2), *options.key_index);
   const at::Tensor nothing = at::empty({0}, query.options());
   attend(query, key, value, options, {nothing, nothing, nothing, /*out=*/{}}, out);
-}
-
-// Where a token goes.
-struct Place {
-  int64_t page, row;
-};
-
-// A place for each token, -1 as page for one that is skipped.
-std::vector<Place> places_of(const at::Tensor& slots, const at::Tensor& cache) {
-  const int64_t page = cache.size(1), count = cache.size(0) * page;
-  const auto numbers = values_of<int64_t>(slots);
-  std::vector<Place> places(numbers.size(), {-1, 0});
-  for (size_t t = 0; t < numbers.size(); ++t) {
-    TORCH_CHECK(numbers[t] >= -1 && numbers[t] < count, "entmax_cache_append: slots must be -1 or from 0 to ",
-                count - 1, ", got ", numbers[t], " at [", t, "]");
-    if (numbers[t] >= 0) places[t] = {numbers[t] / page, numbers[t] % page};
-  }
-  return places;
 }
 
 // Columns [begin, end) of one head of all tokens, in their order, so that of equal places the last one's stays.
@@ -78,14 +64,17 @@ void write(const at::Tensor& tokens, const at::Tensor& cache, const std::vector<
 }
 
 void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache, const at::Tensor& value_cache,
-            const at::Tensor& slots) {
-  check_append(key, value, key_cache, value_cache, slots);
-  const auto places = places_of(slots, key_cache);
+            const at::Tensor& slots, const OptionalTensor& key_index) {
+  constexpr const char* op = "entmax_cache_append";
+  check_append(key, value, key_cache, value_cache, slots, key_index);
+  if (key_index) check_key_index_header(op, key_cache, *key_index);
+  const auto places = places_of(op, slots, key_cache);
   const at::Tensor keys = apart_from(key, key_cache, value_cache), values = apart_from(value, key_cache, value_cache);
-  ADASPLASH_DISPATCH(key.scalar_type(), "entmax_cache_append", [&] {
+  ADASPLASH_DISPATCH(key.scalar_type(), op, [&] {
     write<scalar_t>(keys, key_cache, places);
     write<scalar_t>(values, value_cache, places);
   });
+  if (key_index) index_keys(key_cache, places, *key_index);
 }
 
 }  // namespace

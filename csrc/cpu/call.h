@@ -66,6 +66,7 @@ struct Call {
         alphas_(alphas_of(heads, options)),
         slopes_(slopes_of(sequences.size(), heads, options)),
         dropout_(dropout_of(options)),
+        dropout_origins_(dropout_origins_of(sequences.size(), options)),
         training_(saved.row_state.dim() > 1),
         row_state_(saved.row_state.contiguous()),
         support_(saved.support.contiguous()),
@@ -97,6 +98,7 @@ struct Call {
     }
     head.queries = s.queries;
     head.keys = s.keys;
+    head.first_place = s.first_place;
     head.head_dim = query.size(3);
     head.value_dim = value.size(3);
     const auto [left, right] = options_.window;
@@ -107,8 +109,11 @@ struct Call {
     head.scale = options_.scale.value_or(1 / std::sqrt(static_cast<double>(head.head_dim)));
     if (!slopes_.empty()) head.slope = slopes_[sequence * heads + h];
     head.dropout = dropout_;
-    head.dropout.head = static_cast<uint32_t>(h);
-    head.dropout.entry = static_cast<uint32_t>(sequence);
+    const int64_t* const origin = dropout_origins_.data() + sequence * 4;
+    head.dropout.entry = static_cast<uint32_t>(origin[0]);
+    head.dropout.head = static_cast<uint32_t>(origin[1] + h);
+    head.dropout.first_query = static_cast<uint32_t>(origin[2]);
+    head.dropout.first_key = static_cast<uint32_t>(origin[3]);
     if (training_) {
       head.capacity = support_.size(-1);
       head.tile_words = tiles_.size(-1);
@@ -128,6 +133,7 @@ struct Call {
   const std::vector<int64_t> pages_;
   const std::vector<double> alphas_, slopes_;
   const Dropout dropout_;
+  const std::vector<int64_t> dropout_origins_;
   const bool training_;
   const at::Tensor row_state_, support_, tiles_;
 };

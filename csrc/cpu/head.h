@@ -55,6 +55,7 @@ struct Head {
   Rows<const T> query;
   KeyRows<const T> key, value;
   int64_t queries, keys, head_dim, value_dim;
+  int64_t first_place;  // of query 0, see `place`
   // How far a query sees from its own place; is_causal is folded in.
   int64_t window_left = kUnlimited, window_right = kUnlimited;
   double alpha, scale, slope = 0;  // slope: ALiBi's, zero without it
@@ -66,8 +67,9 @@ struct Head {
   int32_t* tiles = nullptr;    // (ceil(queries / 64), tile_words)
   int64_t capacity = 0, tile_words = 0;
 
-  // The key that a query stands beside, on the diagonal: the last query beside the last key.
-  ADASPLASH_INLINE int64_t place(int64_t query_index) const { return query_index + keys - queries; }
+  // The key that a query stands beside, on the diagonal, if there is such a key: it may be before the first one, or
+  // behind the last.
+  ADASPLASH_INLINE int64_t place(int64_t query_index) const { return first_place + query_index; }
 
   // The one place that says which keys a query sees, and the other way round.
   ADASPLASH_INLINE Interval visible(int64_t query_index) const {

@@ -79,8 +79,18 @@ std::vector<Sequence> sequences_of(const at::Tensor& query, const at::Tensor& ke
           {.entry = b, .queries = q[b], .first_key = start[b], .keys = std::max<int64_t>(end[b] - start[b], 0)});
     }
   }
-  for (const Sequence& s : sequences) {  // keys are counted in int32
+  for (Sequence& s : sequences) {  // keys are counted in int32
     TORCH_CHECK(s.keys <= INT32_MAX, op, ": key must hold at most ", INT32_MAX, " keys, got ", s.keys);
+    s.first_place = s.keys - s.queries;  // the last query stands beside the last key
+  }
+  if (o.q_positions) {
+    const auto positions = values_of<int64_t>(*o.q_positions);
+    for (size_t b = 0; b < sequences.size(); ++b) {
+      TORCH_CHECK(positions[b] >= -kFarthestPosition && positions[b] <= kFarthestPosition, op,
+                  ": q_positions must be from ", -kFarthestPosition, " to ", kFarthestPosition, ", got ", positions[b],
+                  " at [", b, "]");
+      sequences[b].first_place = positions[b];
+    }
   }
   return sequences;
 }
@@ -95,7 +105,7 @@ std::vector<int64_t> pages_of(const std::vector<Sequence>& sequences, const at::
     if (s.queries == 0) continue;
     // Pages behind a window may have been given away: no query sees a key before the first one's first.
     const int64_t left = std::min(options.window[0], kUnlimited),
-                  first = left < 0 ? 0 : std::max<int64_t>(s.keys - s.queries - left, 0);
+                  first = left < 0 ? 0 : std::max<int64_t>(s.first_place - left, 0);
     for (int64_t w = page == 0 ? 0 : first / page; w * page < s.keys; ++w) {
       const int64_t number = pages[b * per_sequence + w];
       TORCH_CHECK(number >= 0 && number < in_cache, public_name(options), ": block_table must name pages from 0 to ",
@@ -103,6 +113,18 @@ std::vector<int64_t> pages_of(const std::vector<Sequence>& sequences, const at::
     }
   }
   return pages;
+}
+
+std::vector<Place> places_of(const char* op, const at::Tensor& slots, const at::Tensor& cache) {
+  const int64_t page = cache.size(1), count = cache.size(0) * page;
+  const auto numbers = values_of<int64_t>(slots);
+  std::vector<Place> places(numbers.size(), {-1, 0});
+  for (size_t t = 0; t < numbers.size(); ++t) {
+    TORCH_CHECK(numbers[t] >= -1 && numbers[t] < count, op, ": slots must be -1 or from 0 to ", count - 1, ", got ",
+                numbers[t], " at [", t, "]");
+    if (numbers[t] >= 0) places[t] = {numbers[t] / page, numbers[t] % page};
+  }
+  return places;
 }
 
 std::vector<double> alphas_of(int64_t heads, const AttentionOptions& options) {
@@ -123,6 +145,13 @@ Dropout dropout_of(const AttentionOptions& options) {
   return {.seed = static_cast<uint64_t>(options.dropout_seed->item<int64_t>()),
           .threshold = options.dropout_threshold(),
           .kept = 1 / (1 - options.dropout_p)};
+}
+
+std::vector<int64_t> dropout_origins_of(int64_t sequences, const AttentionOptions& options) {
+  if (options.dropout_origin) return values_of<int64_t>(*options.dropout_origin);
+  std::vector<int64_t> origins(sequences * 4, 0);
+  for (int64_t b = 0; b < sequences; ++b) origins[b * 4] = b;
+  return origins;
 }
 
 std::vector<double> slopes_of(int64_t sequences, int64_t heads, const AttentionOptions& options) {

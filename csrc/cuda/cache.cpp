@@ -1,4 +1,4 @@
-// entmax_attn_paged and entmax_cache_append on the GPU.
+// entmax_attn_paged, entmax_cache_append and entmax_key_index_update on the GPU.
 #include "ops/cache.h"
 
 #include <ATen/ops/empty_like.h>
@@ -7,9 +7,11 @@
 #include <limits>
 
 #include "cuda/implementation.h"
+#include "cuda/key_index.h"
 #include "cuda/launchers.h"
 #include "cuda/ops.h"
 #include "cuda/part.h"
+#include "ops/key_index.h"
 
 namespace adasplash::cuda {
 namespace {
@@ -19,15 +21,46 @@ at::Tensor with_dense_rows(const at::Tensor& t) { return t.size(2) <= 1 || t.str
 
 Matrix source_matrix(const at::Tensor& t) { return {t.const_data_ptr(), int64_t{0}, t.stride(1), t.stride(0)}; }
 
+Matrix source_rows(const at::Tensor& cache) {
+  return {cache.const_data_ptr(), cache.stride(0), cache.stride(2), cache.stride(1)};
+}
+
 MutableMatrix cache_matrix(const at::Tensor& cache) {
   return {cache.mutable_data_ptr(), cache.stride(0), cache.stride(2), cache.stride(1)};
 }
 
-int32_t checked_size(const at::Tensor& cache, int64_t dim, const char* what) {
+// A cache, or none of it, is of a type and form that kernels have code for.
+void check_on_gpu(const char* op, const char* name, const at::Tensor& cache) {
+  TORCH_CHECK(cache.scalar_type() != at::kDouble, op,
+              ": float64 runs on the CPU only; the GPU takes float32, float16 and bfloat16");
+  TORCH_CHECK(cache.size(3) <= 1 || cache.stride(3) == 1, op, ": the last dimension of ", name,
+              " must be dense on the GPU, got strides ", cache.strides());
+}
+
+int32_t checked_size(const char* op, const at::Tensor& cache, int64_t dim, const char* what) {
   const int64_t size = cache.size(dim);
-  TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(), "entmax_cache_append: ", what,
-              " must be at most 2^31 - 1 on the GPU, got ", size);
+  TORCH_CHECK(size <= std::numeric_limits<int32_t>::max(), op, ": ", what, " must be at most 2^31 - 1 on the GPU, got ",
+              size);
   return static_cast<int32_t>(size);
+}
+
+// Slots as kernels take them: a copy, which nobody changes while they run.
+at::Tensor as_places(const at::Tensor& slots) { return slots.to(at::kLong).contiguous(); }
+
+// Makes the entries of some slots in an index of the cache.
+void index_slots(const char* op, const at::Tensor& key_cache, const at::Tensor& places, const at::Tensor& key_index) {
+  if (places.numel() == 0 || key_cache.numel() == 0) return;
+  checked_size(op, key_cache, 0, "the number of pages");
+  checked_size(op, key_cache, 1, "the page size");
+  const Place place = place_of(key_cache.device());
+  const Variant& variant =
+      find_variant(Kernel::kIndexKeys, key_cache.scalar_type(), key_cache.size(3), AlphaCode::kAny, place.device);
+  index_keys(variant, place, places.size(0) * key_cache.size(2),
+             {
+                 .key_cache = source_rows(key_cache),
+                 .slots = places.const_data_ptr<int64_t>(),
+                 .index = mutable_key_index(op, key_index, key_cache),
+             });
 }
 
 // The slots, with -1 for each token whose slot a later token has too. Nothing of it waits for the GPU.
@@ -59,15 +92,11 @@ void attend_cache(const at::Tensor& query, const at::Tensor& key, const at::Tens
 }
 
 void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
-                     const at::Tensor& value_cache, const at::Tensor& slots) {
+                     const at::Tensor& value_cache, const at::Tensor& slots, const OptionalTensor& key_index) {
   constexpr const char* op = "entmax_cache_append";
-  check_append(key, value, key_cache, value_cache, slots);
-  TORCH_CHECK(key.scalar_type() != at::kDouble, op,
-              ": float64 runs on the CPU only; the GPU takes float32, float16 and bfloat16");
-  for (const auto& [name, cache] : {std::pair{"key_cache", key_cache}, std::pair{"value_cache", value_cache}}) {
-    TORCH_CHECK(cache.size(3) <= 1 || cache.stride(3) == 1, op, ": the last dimension of ", name,
-                " must be dense on the GPU, got strides ", cache.strides());
-  }
+  check_append(key, value, key_cache, value_cache, slots, key_index);
+  check_on_gpu(op, "key_cache", key_cache);
+  check_on_gpu(op, "value_cache", value_cache);
   if (key.numel() == 0 && value.numel() == 0) return;
   const c10::DeviceGuard guard(key.device());
   const Place place = place_of(key.device());
@@ -75,7 +104,7 @@ void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::T
   const Variant& variant = find_variant(Kernel::kAppend, key.scalar_type(), std::max(key.size(2), value.size(2)),
                                         AlphaCode::kAny, place.device);
   const bool compares = tokens <= variant.block_n;
-  const at::Tensor places = slots.to(at::kLong).contiguous(), own = compares ? places : last_of_each_slot(places);
+  const at::Tensor places = as_places(slots), own = compares ? places : last_of_each_slot(places);
   const at::Tensor keys = with_dense_rows(apart_from(key, key_cache, value_cache)),
                    values = with_dense_rows(apart_from(value, key_cache, value_cache));
   append(variant, place, tokens * ((heads + variant.block_m - 1) / variant.block_m),
@@ -89,9 +118,18 @@ void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::T
              .heads = static_cast<int32_t>(heads),
              .head_dim = static_cast<int32_t>(key.size(2)),
              .value_dim = static_cast<int32_t>(value.size(2)),
-             .page_size = checked_size(key_cache, 1, "the page size"),
-             .blocks = checked_size(key_cache, 0, "the number of pages"),
+             .page_size = checked_size(op, key_cache, 1, "the page size"),
+             .blocks = checked_size(op, key_cache, 0, "the number of pages"),
          });
+  if (key_index) index_slots(op, key_cache, places, *key_index);
+}
+
+void update_key_index(const at::Tensor& key_cache, const at::Tensor& slots, const at::Tensor& key_index) {
+  constexpr const char* op = "entmax_key_index_update";
+  check_key_index_update(key_cache, slots, key_index);
+  check_on_gpu(op, "key_cache", key_cache);
+  const c10::DeviceGuard guard(key_cache.device());
+  index_slots(op, key_cache, as_places(slots), key_index);
 }
 
 }  // namespace adasplash::cuda

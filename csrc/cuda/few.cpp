@@ -1,6 +1,9 @@
 #include "cuda/few.h"
 
 #include <bit>
+#include <cstdlib>
+#include <limits>
+#include <string_view>
 
 #include "cuda/launchers.h"
 #include "cuda/sides.h"
@@ -8,10 +11,14 @@
 namespace adasplash::cuda {
 namespace {
 
+// Bytes from a page of an index to the next: the kernels multiply numbers of 32 bits.
+constexpr int64_t kMostApart = std::numeric_limits<int32_t>::max();
+constexpr int64_t kLeastEvenPage = 16;  // ROWS_TOGETHER of triton_src/lib/matrices.py
 // Rows, queries times heads that share a key head, up to which a block of them is no fuller than the keys' way is
 // worth.
 constexpr int64_t kMostFewRows = 64, kMostFewQueries = 16;
 constexpr int64_t kLeastBlock = 64;  // block_d of the smallest variants
+constexpr int64_t kRowBlock = 16;    // block_m of those that take some rows of a key head
 
 }  // namespace
 
@@ -23,6 +30,20 @@ FewQueries FewQueries::of(const AttentionInputs& inputs) {
   const int64_t most = std::min(kMostFewQueries, kMostFewRows / (query.size(1) / key.size(1)));
   if (most > 0) few.most = most;
   return few;
+}
+
+bool has_even_pages(const AttentionInputs& inputs) {
+  return inputs.options.paged() && inputs.query.scalar_type() != at::kFloat && inputs.key.size(2) >= kLeastEvenPage &&
+         std::has_single_bit(static_cast<uint64_t>(inputs.key.size(2)));
+}
+
+bool uses_index(const AttentionInputs& inputs) {
+  const AttentionOptions& options = inputs.options;
+  if (!options.key_index || options.softmax() || inputs.query.scalar_type() != at::kBFloat16) return false;
+  if (options.paged() && (!has_even_pages(inputs) || options.key_index->size(1) > kMostApart)) return false;
+  // Read at every call, so that both ways can be timed in one process.
+  const char* const wanted = std::getenv("ADASPLASH_KEY_INDEX");
+  return wanted && std::string_view(wanted) == "read";
 }
 
 void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads) {
@@ -38,6 +59,7 @@ void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, 
   extents.few_tiles = stored_kv_heads * rows * keys.tile_rows;
   extents.few_splits = extents.few_rows * ((count_tiles(keys.max_seqlen) + kSplitTiles - 1) / kSplitTiles);
   extents.few_values = extents.few_splits * block_d;
+  if (uses_index(inputs)) extents.few_found = kv_heads * ((rows + kRowBlock - 1) / kRowBlock) * keys.rows;
 }
 
 }  // namespace adasplash::cuda

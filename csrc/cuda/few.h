@@ -24,6 +24,14 @@ struct FewQueries {
   bool lengths_vary = false;
 };
 
+// Whether keys and values are in pages for which kernels have code of their own: an EvenPagedMatrix, of a type that has
+// such code.
+bool has_even_pages(const AttentionInputs& inputs);
+
+// Whether the keys of these sequences are found by their index, where one is given. Else all are read, to the same
+// bits, which so far is faster (docs/notes/2026-11-30-key-index.md): it is asked for by ADASPLASH_KEY_INDEX=read.
+bool uses_index(const AttentionInputs& inputs);
+
 // Adds what scratch for them is counted by, for some key heads of all sequences. `stored_kv_heads` have room for keys:
 // the sequences of a packed batch share theirs.
 void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads);

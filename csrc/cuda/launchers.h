@@ -45,6 +45,8 @@ struct Scores {
   Exactly<float> scale;
   Exactly<int32_t> window_left;
   Exactly<int32_t> window_right;
+  Exactly<const int32_t*> q_positions;
+  Exactly<int32_t> has_positions;
 };
 
 // Which weights are dropped: those with 32 random bits below a threshold, none if that is 0.
@@ -54,6 +56,8 @@ struct Dropout {
   Exactly<float> scale;
   Exactly<int32_t> first_batch;
   Exactly<int32_t> first_head;
+  Exactly<const int32_t*> origins;
+  Exactly<int32_t> has_origins;
 };
 
 // The shape and options of a call, which all kernels of attention take.
@@ -97,10 +101,52 @@ struct PagedMatrix {
   Exactly<int32_t> page_shift;
 };
 
+// A PagedMatrix whose pages have 16, 32, 64 or another power of two of rows. Sixteen neighbours are in one page there,
+// which is looked up once for all of them and found without a division.
+struct EvenPagedMatrix {
+  Exactly<const void*> data;
+  Exactly<int32_t> block_stride;
+  Exactly<int64_t> head_stride;
+  Exactly<int64_t> row_stride;
+  Exactly<const int32_t*> table;
+  Exactly<int64_t> table_stride;
+  Exactly<int32_t> blocks;
+  Exactly<int32_t> page_bits;
+};
+
+// A key index, from the first page and key head of a call on.
+struct KeyIndex {
+  Exactly<const uint8_t*> codes;
+  Exactly<const float*> norms;
+  Exactly<const int32_t*> header;
+  Exactly<int64_t> page_stride;
+  Exactly<int64_t> head_stride;
+  Exactly<int32_t> blocks;
+  Exactly<int32_t> page_size;
+  Exactly<int32_t> kv_heads;
+  Exactly<int32_t> head_dim;
+  Exactly<int32_t> element;
+};
+
+struct MutableKeyIndex {
+  Exactly<uint8_t*> codes;
+  Exactly<float*> norms;
+  Exactly<int32_t*> header;
+  Exactly<int64_t> page_stride;
+  Exactly<int64_t> head_stride;
+  Exactly<int32_t> blocks;
+  Exactly<int32_t> page_size;
+  Exactly<int32_t> kv_heads;
+  Exactly<int32_t> head_dim;
+  Exactly<int32_t> element;
+};
+
 // Of the kernels that gather, see triton_src/lib/marks.py.
 constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
 // Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.
 constexpr int64_t kListed = 1024, kSplitTiles = 16;
+// Of attention/few_indexed.py: planes of a turned query, and numbers that are kept of it.
+constexpr int64_t kPlanes = 2, kTerms = 3;
 
 struct AttendArguments {
   Matrix query;
@@ -112,10 +158,10 @@ struct AttendArguments {
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
   Call call;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 328);
+static_assert(sizeof(AttendArguments) == 360);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -133,10 +179,10 @@ struct MarkArguments {
   Exactly<int32_t> gather_below;
   Exactly<int32_t> probe_from;
   Call call;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(MarkArguments) == 288);
+static_assert(sizeof(MarkArguments) == 320);
 inline void mark(const Variant& variant, const Place& place, int64_t programs,
                  const MarkArguments& arguments) {
   launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
@@ -160,10 +206,10 @@ struct GradQueryArguments {
   Exactly<const int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
   Call call;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 440);
+static_assert(sizeof(GradQueryArguments) == 472);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -185,10 +231,10 @@ struct GradKeyValueArguments {
   Exactly<const int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
   Call call;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradKeyValueArguments) == 424);
+static_assert(sizeof(GradKeyValueArguments) == 456);
 inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
@@ -205,10 +251,10 @@ struct CountSupportArguments {
   Exactly<int64_t*> tile_counts;
   Exactly<int64_t> counts_batch_stride;
   Call call;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(CountSupportArguments) == 288);
+static_assert(sizeof(CountSupportArguments) == 320);
 inline void count_support(const Variant& variant, const Place& place, int64_t programs,
                           const CountSupportArguments& arguments) {
   launch(Kernel::kCountSupport, variant, place, programs, &arguments, sizeof arguments);
@@ -221,10 +267,10 @@ struct ScoreFewArguments {
   Exactly<float*> tile_max;
   Call call;
   Few few;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewArguments) == 280);
+static_assert(sizeof(ScoreFewArguments) == 312);
 inline void score_few(const Variant& variant, const Place& place, int64_t programs,
                       const ScoreFewArguments& arguments) {
   launch(Kernel::kScoreFew, variant, place, programs, &arguments, sizeof arguments);
@@ -243,10 +289,10 @@ struct SolveFewArguments {
   Exactly<int32_t*> is_long;
   Call call;
   Few few;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewArguments) == 328);
+static_assert(sizeof(SolveFewArguments) == 360);
 inline void solve_few(const Variant& variant, const Place& place, int64_t programs,
                       const SolveFewArguments& arguments) {
   launch(Kernel::kSolveFew, variant, place, programs, &arguments, sizeof arguments);
@@ -263,10 +309,10 @@ struct WeighFewArguments {
   Exactly<float*> weight_sums;
   Call call;
   Few few;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewArguments) == 288);
+static_assert(sizeof(WeighFewArguments) == 320);
 inline void weigh_few(const Variant& variant, const Place& place, int64_t programs,
                       const WeighFewArguments& arguments) {
   launch(Kernel::kWeighFew, variant, place, programs, &arguments, sizeof arguments);
@@ -279,10 +325,10 @@ struct JoinFewArguments {
   MutableMatrix out;
   Call call;
   Few few;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(JoinFewArguments) == 256);
+static_assert(sizeof(JoinFewArguments) == 288);
 inline void join_few(const Variant& variant, const Place& place, int64_t programs,
                      const JoinFewArguments& arguments) {
   launch(Kernel::kJoinFew, variant, place, programs, &arguments, sizeof arguments);
@@ -298,10 +344,10 @@ struct AttendPagedArguments {
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
   Call call;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 392);
+static_assert(sizeof(AttendPagedArguments) == 424);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -314,10 +360,10 @@ struct ScoreFewPagedArguments {
   Exactly<float*> tile_max;
   Call call;
   Few few;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFewPagedArguments) == 312);
+static_assert(sizeof(ScoreFewPagedArguments) == 344);
 inline void score_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const ScoreFewPagedArguments& arguments) {
   launch(Kernel::kScoreFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -336,10 +382,10 @@ struct SolveFewPagedArguments {
   Exactly<int32_t*> is_long;
   Call call;
   Few few;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewPagedArguments) == 360);
+static_assert(sizeof(SolveFewPagedArguments) == 392);
 inline void solve_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const SolveFewPagedArguments& arguments) {
   launch(Kernel::kSolveFewPaged, variant, place, programs, &arguments, sizeof arguments);
@@ -356,13 +402,141 @@ struct WeighFewPagedArguments {
   Exactly<float*> weight_sums;
   Call call;
   Few few;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(WeighFewPagedArguments) == 320);
+static_assert(sizeof(WeighFewPagedArguments) == 352);
 inline void weigh_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const WeighFewPagedArguments& arguments) {
   launch(Kernel::kWeighFewPaged, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct ScoreFewEvenArguments {
+  Matrix query;
+  EvenPagedMatrix key;
+  Exactly<float*> scores;
+  Exactly<float*> tile_max;
+  Call call;
+  Few few;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
+};
+static_assert(sizeof(ScoreFewEvenArguments) == 336);
+inline void score_few_even(const Variant& variant, const Place& place, int64_t programs,
+                           const ScoreFewEvenArguments& arguments) {
+  launch(Kernel::kScoreFewEven, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct WeighFewEvenArguments {
+  EvenPagedMatrix value;
+  Exactly<const float*> row_state;
+  Exactly<int32_t*> tiles;
+  Exactly<const float*> scores;
+  Exactly<const float*> tile_max;
+  Exactly<const int32_t*> is_long;
+  Exactly<float*> weighted;
+  Exactly<float*> weight_sums;
+  Call call;
+  Few few;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
+};
+static_assert(sizeof(WeighFewEvenArguments) == 344);
+inline void weigh_few_even(const Variant& variant, const Place& place, int64_t programs,
+                           const WeighFewEvenArguments& arguments) {
+  launch(Kernel::kWeighFewEven, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct TurnQueriesArguments {
+  Matrix query;
+  KeyIndex index;
+  Exactly<int8_t*> planes;
+  Exactly<float*> terms;
+  Call call;
+  Few few;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
+};
+static_assert(sizeof(TurnQueriesArguments) == 344);
+inline void turn_queries(const Variant& variant, const Place& place, int64_t programs,
+                         const TurnQueriesArguments& arguments) {
+  launch(Kernel::kTurnQueries, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct ScanIndexArguments {
+  Matrix query;
+  Matrix key;
+  KeyIndex index;
+  Exactly<const int8_t*> planes;
+  Exactly<const float*> terms;
+  Exactly<float*> scores;
+  Exactly<float*> tile_max;
+  Exactly<float*> floors;
+  Call call;
+  Few few;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
+};
+static_assert(sizeof(ScanIndexArguments) == 400);
+inline void scan_index(const Variant& variant, const Place& place, int64_t programs,
+                       const ScanIndexArguments& arguments) {
+  launch(Kernel::kScanIndex, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct ScanIndexEvenArguments {
+  Matrix query;
+  EvenPagedMatrix key;
+  KeyIndex index;
+  Exactly<const int8_t*> planes;
+  Exactly<const float*> terms;
+  Exactly<float*> scores;
+  Exactly<float*> tile_max;
+  Exactly<float*> floors;
+  Call call;
+  Few few;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
+};
+static_assert(sizeof(ScanIndexEvenArguments) == 424);
+inline void scan_index_even(const Variant& variant, const Place& place, int64_t programs,
+                            const ScanIndexEvenArguments& arguments) {
+  launch(Kernel::kScanIndexEven, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct ScoreFoundArguments {
+  Matrix query;
+  Matrix key;
+  Exactly<const float*> floors;
+  Exactly<int32_t*> found;
+  Exactly<float*> scores;
+  Exactly<float*> tile_max;
+  Call call;
+  Few few;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
+};
+static_assert(sizeof(ScoreFoundArguments) == 328);
+inline void score_found(const Variant& variant, const Place& place, int64_t programs,
+                        const ScoreFoundArguments& arguments) {
+  launch(Kernel::kScoreFound, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct ScoreFoundEvenArguments {
+  Matrix query;
+  EvenPagedMatrix key;
+  Exactly<const float*> floors;
+  Exactly<int32_t*> found;
+  Exactly<float*> scores;
+  Exactly<float*> tile_max;
+  Call call;
+  Few few;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
+};
+static_assert(sizeof(ScoreFoundEvenArguments) == 352);
+inline void score_found_even(const Variant& variant, const Place& place, int64_t programs,
+                             const ScoreFoundEvenArguments& arguments) {
+  launch(Kernel::kScoreFoundEven, variant, place, programs, &arguments, sizeof arguments);
 }
 
 struct AppendArguments {
@@ -377,13 +551,26 @@ struct AppendArguments {
   Exactly<int32_t> value_dim;
   Exactly<int32_t> page_size;
   Exactly<int32_t> blocks;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(AppendArguments) == 176);
 inline void append(const Variant& variant, const Place& place, int64_t programs,
                    const AppendArguments& arguments) {
   launch(Kernel::kAppend, variant, place, programs, &arguments, sizeof arguments);
+}
+
+struct IndexKeysArguments {
+  Matrix key_cache;
+  Exactly<const int64_t*> slots;
+  MutableKeyIndex index;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
+};
+static_assert(sizeof(IndexKeysArguments) == 120);
+inline void index_keys(const Variant& variant, const Place& place, int64_t programs,
+                       const IndexKeysArguments& arguments) {
+  launch(Kernel::kIndexKeys, variant, place, programs, &arguments, sizeof arguments);
 }
 
 struct ActivateArguments {
@@ -394,8 +581,8 @@ struct ActivateArguments {
   Exactly<int64_t> rows;
   Exactly<int32_t> length;
   Exactly<float> alpha;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ActivateArguments) == 64);
 inline void activate(const Variant& variant, const Place& place, int64_t programs,
@@ -413,8 +600,8 @@ struct ActivateGradArguments {
   Exactly<int64_t> rows;
   Exactly<int32_t> length;
   Exactly<float> alpha;
-  void* global_scratch = nullptr;
-  void* profile_scratch = nullptr;
+  int8_t* global_scratch = nullptr;
+  int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ActivateGradArguments) == 80);
 inline void activate_grad(const Variant& variant, const Place& place, int64_t programs,

@@ -18,11 +18,12 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
 SummaryResult summarize(const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,
                         const AttentionOptions& options);
 
-// The kernel of entmax_attn_paged (ops/cache.h), and entmax_cache_append.
+// The kernel of entmax_attn_paged (ops/cache.h), entmax_cache_append and entmax_key_index_update.
 void attend_cache(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   const AttentionOptions& options, const at::Tensor& out);
 void append_to_cache(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
-                     const at::Tensor& value_cache, const at::Tensor& slots);
+                     const at::Tensor& value_cache, const at::Tensor& slots, const OptionalTensor& key_index);
+void update_key_index(const at::Tensor& key_cache, const at::Tensor& slots, const at::Tensor& key_index);
 
 at::Tensor activation(const at::Tensor& input, const ActivationAlpha& alpha);
 ActivationGradients activation_backward(const at::Tensor& grad_out, const at::Tensor& output,

@@ -79,6 +79,8 @@ AttentionOptions Part::options(const AttentionOptions& whole) const {
     narrow(o.q_seqlens, 0, first_entry_, entries_);
     narrow(o.kv_seqlens, 0, first_entry_, entries_);
     narrow(o.kv_starts, 0, first_entry_, entries_);
+    narrow(o.q_positions, 0, first_entry_, entries_);
+    narrow(o.dropout_origin, 0, first_entry_, entries_);
     narrow(o.block_table, 0, first_entry_, entries_);
     if (o.alibi_slopes && o.alibi_slopes->dim() == 2) narrow(o.alibi_slopes, 0, first_entry_, entries_);
   }

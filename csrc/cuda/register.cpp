@@ -11,10 +11,12 @@ namespace {
 
 void implement(torch::Library& library) {
   library.impl("_entmax_attn_forward", forward_op<forward>);
+  library.impl("_entmax_attn_indexed", indexed_op<forward>);
   library.impl("_entmax_attn_backward", backward_op<backward>);
   library.impl("_entmax_attn_summary", summary_op<summarize>);
   implement_paged<adasplash::attend_paged<attend_cache>>(library);
   library.impl("entmax_cache_append", append_to_cache);
+  library.impl("entmax_key_index_update", update_key_index);
   library.impl("_entmax_forward", activation_op<activation>);
   library.impl("_entmax_backward", activation_backward_op<activation_backward>);
 }

@@ -27,8 +27,8 @@ struct Extents {
 
   // Of the sequences of few queries that there may be (portable/few.h), with rows of key heads as attention/few.py
   // counts them: rows; numbers for each row and each of its keys; for each row and tile of keys; for each row and split
-  // of its keys; and block_d numbers for each of these.
-  int64_t few_rows = 0, few_scores = 0, few_tiles = 0, few_splits = 0, few_values = 0;
+  // of its keys; and block_d numbers for each of these; and numbers for each block of rows and each of its keys.
+  int64_t few_rows = 0, few_scores = 0, few_tiles = 0, few_splits = 0, few_values = 0, few_found = 0;
 
   // Of the queries, or of the keys, of all heads: how many tile rows they have, and the most rows of one sequence.
   struct Side {
@@ -91,7 +91,7 @@ class Scratch {
     int64_t words(const Extents& extents) const { return per ? (bytes_each * extents.*per + 3) / 4 : 0; }
   };
 
-  static constexpr size_t kMostPieces = 12;
+  static constexpr size_t kMostPieces = 17;
   std::array<Entry, kMostPieces> entries_;
 };
 

@@ -71,6 +71,24 @@ ForwardResult call_forward(const at::Tensor& query, const at::Tensor& key, const
                    get_options(options, kLaterOptions));
 }
 
+at::Tensor call_padded(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                       const AttentionOptions& options) {
+  static const auto by_number = find_op<PaddedSignature<double>>("adasplash::entmax_attn");
+  static const auto by_head = find_op<PaddedSignature<PerHead>>("adasplash::entmax_attn", "per_head");
+  const auto tensors = std::tie(query, key, value);
+  const auto rest = get_options(options, kPaddedOptions);
+  return options.head_alpha ? call_with(by_head, tensors, std::tie(*options.head_alpha), rest)
+                            : call_with(by_number, tensors, std::tie(options.alpha), rest);
+}
+
+at::Tensor call_indexed(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                        const AttentionOptions& options) {
+  using Signature = decltype(FlatKernels::indexed<ForwardKernel{}>);
+  static const auto op = find_op<Signature>("adasplash::_entmax_attn_indexed");
+  return call_with(op, std::tie(query, key, value), get_options(options, kFirstOptions), std::tie(*options.key_index),
+                   get_options(options, kLaterOptions));
+}
+
 BackwardResult call_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
                              const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options) {
   using Signature = decltype(FlatKernels::backward<BackwardKernel{}>);

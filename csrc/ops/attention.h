@@ -47,6 +47,8 @@ using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor
 constexpr int64_t kInference = -1;        // support_capacity of a call that needs no backward
 constexpr int32_t kEndOfSupport = -1;     // the row's support ends here
 constexpr int32_t kSupportOverflow = -2;  // in the first place: the row's support did not fit, rebuild it
+// How far q_positions may be from 0 either way: the CUDA kernels add them to a row and a window, in 32 bits.
+constexpr int64_t kFarthestPosition = (int64_t{1} << 29) - 1;
 // Edge of the tiles that the tile bits speak of: TILE in triton_src/lib/visibility.py, _TILE in adasplash/inspect.py.
 constexpr int64_t kTile = 64;
 
@@ -94,7 +96,15 @@ ForwardResult call_forward(const at::Tensor& query, const at::Tensor& key, const
 BackwardResult call_backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
                              const at::Tensor& value, const SavedForBackward& saved, const AttentionOptions& options);
 
-// What a backend implements.
+// entmax_attn through the dispatcher, by alpha's kind.
+at::Tensor call_padded(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                       const AttentionOptions& options);
+
+// The output of a forward for inference whose options have a key_index.
+at::Tensor call_indexed(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                        const AttentionOptions& options);
+
+// What a backend implements. Options have a key_index in inference alone, if at all.
 using ForwardKernel = ForwardResult (*)(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                         const AttentionOptions& options, const c10::SymInt& support_capacity);
 using BackwardKernel = BackwardResult (*)(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
@@ -115,6 +125,16 @@ struct Flat<const std::tuple<Option<First>...>, const std::tuple<Option<Later>..
     return kernel(query, key, value, options, support_capacity);
   }
 
+  template <ForwardKernel kernel>
+  static at::Tensor indexed(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            OptionArgument<First>... first, const at::Tensor& key_index,
+                            OptionArgument<Later>... later) {
+    AttentionOptions options;
+    set_options(options, kAllOptions, std::move(first)..., std::move(later)...);
+    options.key_index = key_index.contiguous();  // a compiler need not keep the strides
+    return std::get<0>(kernel(query, key, value, options, kInference));
+  }
+
   template <BackwardKernel kernel>
   static BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key,
                                  const at::Tensor& value, const at::Tensor& row_state, const at::Tensor& support,
@@ -128,10 +148,27 @@ struct Flat<const std::tuple<Option<First>...>, const std::tuple<Option<Later>..
 };
 using FlatKernels = Flat<decltype(kFirstOptions), decltype(kLaterOptions)>;
 
-// What is registered for _entmax_attn_forward and _entmax_attn_backward.
+// What is registered for _entmax_attn_forward, _entmax_attn_indexed and _entmax_attn_backward.
 template <ForwardKernel kernel>
 constexpr auto* forward_op = &FlatKernels::forward<kernel>;
+template <ForwardKernel kernel>
+constexpr auto* indexed_op = &FlatKernels::indexed<kernel>;
 template <BackwardKernel kernel>
 constexpr auto* backward_op = &FlatKernels::backward<kernel>;
+
+// A public op over a kernel, a function of query, key, value and the options: what is registered has the signature that
+// options.h makes for it.
+template <auto kernel, typename Signature>
+struct PaddedOp;
+template <auto kernel, typename Result, typename Alpha, typename... Options>
+struct PaddedOp<kernel, Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, Alpha, Options...)> {
+  static Result call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Alpha alpha,
+                     Options... options) {
+    AttentionOptions o;
+    set_alpha(o, alpha);
+    set_options(o, kPaddedOptions, std::move(options)...);
+    return kernel(query, key, value, o);
+  }
+};
 
 }  // namespace adasplash

@@ -135,6 +135,15 @@ bool is_training(const at::Tensor& query, const at::Tensor& key, const at::Tenso
   return training;
 }
 
+// What leaves nothing for a backward. Softmax and dropout are not what an index is for.
+at::Tensor forward_for_inference(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                 const AttentionOptions& options) {
+  if (options.key_index && !options.softmax() && options.dropout_p == 0) {
+    return call_indexed(query, key, value, options);
+  }
+  return std::get<0>(call_forward(query, key, value, options, kInference));
+}
+
 at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                               const AttentionOptions& options) {
   check_attention(public_name(options), query, key, value, options);
@@ -143,14 +152,14 @@ at::Tensor attention_autograd(const at::Tensor& query, const at::Tensor& key, co
     return EntmaxAttn::apply(query, key, value, options.head_alpha, options, nullptr);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return std::get<0>(call_forward(query, key, value, options, kInference));
+  return forward_for_inference(query, key, value, options);
 }
 
 at::Tensor attention_inference(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                const AttentionOptions& options) {
   check_attention(public_name(options), query, key, value, options);
   if (torch_serves(query, key, value, options)) return softmax_attn(query, key, value, options);
-  return std::get<0>(call_forward(query, key, value, options, kInference));
+  return forward_for_inference(query, key, value, options);
 }
 
 // What is told of a call beside its output, from what its forward saved.
@@ -202,21 +211,7 @@ AttentionSummary summary_inference(const at::Tensor& query, const at::Tensor& ke
   return with_summary(by_torch ? softmax_attn(query, key, value, options) : ours, query, key, saved, options);
 }
 
-// A public op over a kernel, a function of query, key, value and the options: what is registered has the signature that
-// options.h makes for it.
-template <auto kernel, typename Signature>
-struct PaddedOp;
-template <auto kernel, typename Result, typename Alpha, typename... Options>
-struct PaddedOp<kernel, Result(const at::Tensor&, const at::Tensor&, const at::Tensor&, Alpha, Options...)> {
-  static Result call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Alpha alpha,
-                     Options... options) {
-    AttentionOptions o;
-    set_alpha(o, alpha);
-    set_options(o, kPaddedOptions, options...);
-    return kernel(query, key, value, o);
-  }
-};
-
+// What PaddedOp is for the padded form.
 template <auto kernel, typename Signature>
 struct PackedOp;
 template <auto kernel, typename Result, typename Alpha, typename... Options>
@@ -265,6 +260,7 @@ TORCH_LIBRARY_IMPL(adasplash, Autograd, m) {
   using namespace adasplash;
   implement<attention_autograd, summary_autograd>(m);
   m.impl("_entmax_attn_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_entmax_attn_indexed", torch::autograd::autogradNotImplementedFallback());
   m.impl("_entmax_attn_summary", torch::autograd::autogradNotImplementedFallback());
   m.impl("_entmax_attn_backward", backward_op<backward_autograd>);
 }

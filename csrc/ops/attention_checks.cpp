@@ -6,6 +6,8 @@
 #include <cmath>
 #include <iomanip>
 
+#include "ops/key_index.h"
+
 namespace adasplash {
 namespace {
 
@@ -41,11 +43,21 @@ void check_cu_seqlens(const char* op, const at::Tensor& query, const AttentionOp
   }
 }
 
+void check_integers(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.scalar_type() == at::kInt || tensor.scalar_type() == at::kLong, op, ": ", name,
+              " must be int32 or int64, got ", tensor.scalar_type());
+}
+
+// What says how many sequences there are.
+const char* entries_of(const AttentionOptions& options) {
+  return options.paged() ? "block_table's" : options.packed() ? "cu_seqlens_q's" : "query's";
+}
+
 void check_seqlens(const char* op, const char* name, const OptionalTensor& lengths, const AttentionShape& shape,
-                   const at::Tensor& query) {
+                   const at::Tensor& query, const AttentionOptions& options) {
   if (!lengths) return;
   check_lengths(op, name, "(batch,)", *lengths, query);
-  check_size(op, name, "batch size", lengths->sym_size(0), "query's", shape.batch);
+  check_size(op, name, "batch size", lengths->sym_size(0), entries_of(options), shape.batch);
 }
 
 void check_attention_alpha(const char* op, const AttentionShape& shape, const at::Tensor& query,
@@ -69,19 +81,23 @@ void check_alibi_slopes(const char* op, const AttentionShape& shape, const at::T
   TORCH_CHECK(slopes.scalar_type() == at::kFloat, op, ": alibi_slopes must be float32, got ", slopes.scalar_type());
   check_size(op, "alibi_slopes", "number of heads", slopes.sym_size(-1), "query's", shape.heads);
   if (per_batch) {
-    check_size(op, "alibi_slopes", "batch size", slopes.sym_size(0),
-               options.paged()    ? "block_table's"
-               : options.packed() ? "cu_seqlens_q's"
-                                  : "query's",
-               shape.batch);
+    check_size(op, "alibi_slopes", "batch size", slopes.sym_size(0), entries_of(options), shape.batch);
   }
 }
 
-void check_dropout(const char* op, const at::Tensor& query, const AttentionOptions& options) {
+void check_dropout(const char* op, const AttentionShape& shape, const at::Tensor& query,
+                   const AttentionOptions& options) {
   TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op,
               ": dropout_p must be 0 or more and less than 1, got ", options.dropout_p);
   TORCH_CHECK(options.dropout_p == 0 || options.dropout_seed, op,
               ": dropout_p above 0 needs dropout_seed, one int64 on query's device, got none");
+  if (options.dropout_origin) {
+    const at::Tensor& origin = *options.dropout_origin;
+    check_dense(op, "dropout_origin", origin, 2, "(batch, 4)", query);
+    check_integers(op, "dropout_origin", origin);
+    check_size(op, "dropout_origin", "batch size", origin.sym_size(0), entries_of(options), shape.batch);
+    check_size(op, "dropout_origin", "width", origin.sym_size(1), "four numbers'", 4);
+  }
   if (!options.dropout_seed) return;
   const at::Tensor& seed = *options.dropout_seed;
   check_dense(op, "dropout_seed", seed, seed.dim() == 0 ? 0 : 1, "of one number, or none", query);
@@ -116,8 +132,7 @@ void check_size(const char* op, const char* name, const char* what, const c10::S
 void check_lengths(const char* op, const char* name, const char* shape, const at::Tensor& lengths,
                    const at::Tensor& query) {
   check_dense(op, name, lengths, 1, shape, query);
-  TORCH_CHECK(lengths.scalar_type() == at::kInt || lengths.scalar_type() == at::kLong, op, ": ", name,
-              " must be int32 or int64, got ", lengths.scalar_type());
+  check_integers(op, name, lengths);
 }
 
 void check_heads(const char* op, const AttentionShape& shape) {
@@ -140,7 +155,7 @@ void check_options(const char* op, const AttentionShape& shape, const at::Tensor
               ": window (left, right) must be 0 or more each, or -1 for no limit, got (", options.window[0], ", ",
               options.window[1], ")");
   check_alibi_slopes(op, shape, query, options);
-  check_dropout(op, query, options);
+  check_dropout(op, shape, query, options);
 }
 
 void check_type(const char* op, const char* name, const at::Tensor& tensor) {
@@ -180,10 +195,12 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
   check_size(op, "value", "number of keys", value.sym_size(options.packed() ? 0 : 2), "key's", shape.keys);
   check_size(op, "key", "head_dim", key.sym_size(-1), "query's", shape.head_dim);
   check_heads(op, shape);
-  check_seqlens(op, "q_seqlens", options.q_seqlens, shape, query);
-  check_seqlens(op, "kv_seqlens", options.kv_seqlens, shape, query);
-  check_seqlens(op, "kv_starts", options.kv_starts, shape, query);
+  check_seqlens(op, "q_seqlens", options.q_seqlens, shape, query, options);
+  check_seqlens(op, "kv_seqlens", options.kv_seqlens, shape, query, options);
+  check_seqlens(op, "kv_starts", options.kv_starts, shape, query, options);
+  check_seqlens(op, "q_positions", options.q_positions, shape, query, options);
   check_options(op, shape, query, options);
+  if (options.key_index) check_key_index(op, key.transpose(1, 2), *options.key_index);
 }
 
 void check_saved(const char* op, const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,

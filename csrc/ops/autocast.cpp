@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "adasplash.h"
+#include "ops/attention.h"
 #include "ops/cache.h"
 #include "ops/options.h"
 
@@ -17,6 +18,11 @@ template <c10::DeviceType device>
 constexpr auto kAutocastKey =
     device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
 
+template <c10::DeviceType device>
+at::Tensor in_lower_precision(const at::Tensor& t) {
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
+}
+
 // A function of adasplash.h with its first three tensors cast; the others, `rest`, are handed on.
 template <c10::DeviceType device, auto function>
 struct Autocast;
@@ -24,13 +30,22 @@ template <c10::DeviceType device, typename Result, typename... Rest,
           Result (*function)(const at::Tensor&, const at::Tensor&, const at::Tensor&, Rest...)>
 struct Autocast<device, function> {
   static Result call(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, Rest... rest) {
-    const auto cast = [](const at::Tensor& t) {
-      return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
-    };
     c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKey<device>);
+    const auto cast = in_lower_precision<device>;
     return function(cast(query), cast(key), cast(value), std::forward<Rest>(rest)...);
   }
 };
+
+// An index is of the keys as they are: of rounded ones it says nothing, and the call does without.
+template <c10::DeviceType device>
+at::Tensor attend_padded(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         AttentionOptions options) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKey<device>);
+  const auto cast = in_lower_precision<device>;
+  const at::Tensor keys = cast(key);
+  if (keys.scalar_type() != key.scalar_type()) options.key_index.reset();
+  return call_padded(cast(query), keys, cast(value), options);
+}
 
 template <c10::DeviceType device>
 at::Tensor attend_paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
@@ -42,18 +57,18 @@ at::Tensor attend_paged(const at::Tensor& query, const at::Tensor& key_cache, co
 
 template <c10::DeviceType device>
 void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache, const at::Tensor& value_cache,
-            const at::Tensor& slots) {
+            const at::Tensor& slots, const OptionalTensor& key_index) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(kAutocastKey<device>);
   entmax_cache_append(at::autocast::cached_cast(key_cache.scalar_type(), key, device),
                       at::autocast::cached_cast(value_cache.scalar_type(), value, device), key_cache, value_cache,
-                      slots);
+                      slots, key_index);
 }
 
 // The casts name overloads.
 template <c10::DeviceType device>
 void implement_attention(torch::Library& m) {
-  m.impl("entmax_attn", Autocast<device, static_cast<PaddedSignature<double>*>(entmax_attn)>::call);
-  m.impl("entmax_attn.per_head", Autocast<device, static_cast<PaddedSignature<PerHead>*>(entmax_attn)>::call);
+  m.impl("entmax_attn", PaddedOp<attend_padded<device>, PaddedSignature<double>>::call);
+  m.impl("entmax_attn.per_head", PaddedOp<attend_padded<device>, PaddedSignature<PerHead>>::call);
   m.impl("entmax_attn_varlen", Autocast<device, static_cast<PackedSignature<double>*>(entmax_attn_varlen)>::call);
   m.impl("entmax_attn_varlen.per_head",
          Autocast<device, static_cast<PackedSignature<PerHead>*>(entmax_attn_varlen)>::call);

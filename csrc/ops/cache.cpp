@@ -7,6 +7,7 @@
 
 #include "ops/attention_checks.h"
 #include "ops/dispatcher.h"
+#include "ops/key_index.h"
 
 namespace adasplash {
 namespace {
@@ -67,6 +68,7 @@ PagedCall PagedCall::of(const at::Tensor& query, const at::Tensor& key_cache, co
   check_size(op, "key_cache", "head_dim", key_cache.sym_size(-1), "query's", shape.head_dim);
   check_heads(op, shape);
   check_options(op, shape, query, call.options);
+  if (options.key_index) check_key_index(op, key_cache, *options.key_index);
   return call;
 }
 
@@ -92,7 +94,7 @@ at::Tensor call_paged(const at::Tensor& query, const at::Tensor& key_cache, cons
 }
 
 void check_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
-                  const at::Tensor& value_cache, const at::Tensor& slots) {
+                  const at::Tensor& value_cache, const at::Tensor& slots, const OptionalTensor& key_index) {
   constexpr const char* op = "entmax_cache_append";
   TORCH_CHECK(key.defined(), op, ": key must be a tensor, got none");
   check_type(op, "key", key);
@@ -116,6 +118,7 @@ void check_append(const at::Tensor& key, const at::Tensor& value, const at::Tens
   }
   check_lengths(op, "slots", "(tokens,)", slots, key);
   check_size(op, "slots", "size", slots.sym_size(0), "key's number of tokens,", key.sym_size(0));
+  if (key_index) check_key_index(op, key_cache, *key_index);
 }
 
 at::Tensor apart_from(const at::Tensor& tokens, const at::Tensor& key_cache, const at::Tensor& value_cache) {

@@ -37,9 +37,9 @@ struct PagedCall {
 at::Tensor call_paged(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
                       const at::Tensor& block_table, const at::Tensor& kv_seqlens, const AttentionOptions& options);
 
-// Throws unless the arguments of entmax_cache_append fit the contract. What slots hold is not looked at.
+// Throws unless the arguments of entmax_cache_append fit the contract. What slots and index hold is not looked at.
 void check_append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& key_cache,
-                  const at::Tensor& value_cache, const at::Tensor& slots);
+                  const at::Tensor& value_cache, const at::Tensor& slots, const OptionalTensor& key_index);
 
 // Tokens as a backend writes them to the caches: a copy where they are a part of these, as some would be read after
 // they were written.

@@ -6,6 +6,7 @@
 #include "ops/attention.h"
 #include "ops/attention_checks.h"
 #include "ops/cache.h"
+#include "ops/key_index.h"
 #include "ops/summary.h"
 
 namespace adasplash {
@@ -52,10 +53,13 @@ ActivationGradients activation_backward(const at::Tensor& grad_out, const at::Te
 TORCH_LIBRARY_IMPL(adasplash, Meta, m) {
   using namespace adasplash;
   m.impl("_entmax_attn_forward", forward_op<forward>);
+  m.impl("_entmax_attn_indexed", indexed_op<forward>);
   m.impl("_entmax_attn_backward", backward_op<backward>);
   m.impl("_entmax_attn_summary", summary_op<summary>);
   implement_paged<paged>(m);
   m.impl("entmax_cache_append", check_append);
+  m.impl("entmax_make_key_index", allocate_key_index);
+  m.impl("entmax_key_index_update", check_key_index_update);
   m.impl("_entmax_forward", activation_op<activation>);
   m.impl("_entmax_backward", activation_backward_op<activation_backward>);
 }

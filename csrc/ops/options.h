@@ -37,6 +37,9 @@ struct AttentionOptions {
   double dropout_p = 0;                      // the share of weights that become zero
   OptionalTensor dropout_seed;               // one int64, from which it follows which ones
   OptionalTensor block_table;                // (B, W): the pages of a cache that hold each sequence's keys (cache.h)
+  OptionalTensor key_index;                  // codes of the keys, by which few queries need not read all (key_index.h)
+  OptionalTensor q_positions;                // (B,): the place of each sequence's first query among its keys
+  OptionalTensor dropout_origin;             // (B, 4): what dropout counts from: sequence, head, query, key
 
   // Whether queries are packed: their sequences stand behind each other in one dimension of tokens. So do keys then,
   // unless they are in a paged cache.
@@ -114,18 +117,22 @@ inline constexpr Option kAlibiSlopes("alibi_slopes", &AttentionOptions::alibi_sl
 inline constexpr Option kKvStarts("kv_starts", &AttentionOptions::kv_starts, "None");
 inline constexpr Option kDropoutP("dropout_p", &AttentionOptions::dropout_p, "0.");
 inline constexpr Option kDropoutSeed("dropout_seed", &AttentionOptions::dropout_seed, "None");
+inline constexpr Option kKeyIndex("key_index", &AttentionOptions::key_index, "None");
+inline constexpr Option kQPositions("q_positions", &AttentionOptions::q_positions, "None");
+inline constexpr Option kDropoutOrigin("dropout_origin", &AttentionOptions::dropout_origin, "None");
 
 // The public ops: what follows alpha, of which all but the first are taken by name only. The packed form has its
 // lengths, which have no defaults, before alpha.
 inline constexpr std::tuple kPaddedOptions(kIsCausal, kScale, kQSeqlens, kKvSeqlens, kWindow, kAlibiSlopes, kKvStarts,
-                                           kDropoutP, kDropoutSeed);
-inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlopes, kDropoutP, kDropoutSeed);
+                                           kDropoutP, kDropoutSeed, kKeyIndex, kQPositions, kDropoutOrigin);
+inline constexpr std::tuple kPackedOptions(kIsCausal, kScale, kWindow, kAlibiSlopes, kDropoutP, kDropoutSeed,
+                                           kQPositions, kDropoutOrigin);
 
 // The op on a paged cache, which has its own defaults.
 inline constexpr std::tuple kPagedOptions(Option("is_causal", &AttentionOptions::is_causal, "True"),
                                           Option("cu_seqlens_q", &AttentionOptions::cu_seqlens_q, "None"),
                                           Option("max_seqlen_q", &AttentionOptions::max_seqlen_q, "1"), kScale, kWindow,
-                                          kAlibiSlopes);
+                                          kAlibiSlopes, kKeyIndex);
 
 // The private pair, which serves the padded and the packed form, alpha as a number (head_alpha absent) and per head.
 // Files saved by users look options up by place and by name, so the first list never changes; it has no defaults here.
@@ -133,14 +140,17 @@ inline constexpr std::tuple kPagedOptions(Option("is_causal", &AttentionOptions:
 // arguments, with their defaults: files from before them leave them out.
 inline constexpr std::tuple kFirstOptions(kHeadAlpha, kAlpha, kIsCausal, kScale, kQSeqlens, kKvSeqlens, kCuSeqlensQ,
                                           kCuSeqlensK, kMaxSeqlenQ, kMaxSeqlenK, kWindow, kAlibiSlopes);
-inline constexpr std::tuple kLaterOptions(kKvStarts, kDropoutP, kDropoutSeed);
+inline constexpr std::tuple kLaterOptions(kKvStarts, kDropoutP, kDropoutSeed, kQPositions, kDropoutOrigin);
 inline constexpr std::tuple kAllOptions = std::tuple_cat(kFirstOptions, kLaterOptions);
 
-// Whether the private pair hands on every option of a list; one that it does not would be lost on the way.
+// Whether the private ops hand on every option of a list; one that they do not would be lost on the way. The pair has
+// no key_index: calls that leave something for a backward read every key. For the others it is an argument of its own,
+// of _entmax_attn_indexed.
 template <typename List>
 constexpr bool handed_on(const List& list) {
   const auto is_handed_on = [](std::string_view name) {
-    return std::apply([&](const auto&... option) { return ((name == option.name) || ...); }, kAllOptions);
+    return std::apply([&](const auto&... option) { return ((name == option.name) || ...); },
+                      std::tuple_cat(kAllOptions, std::tuple(kKeyIndex)));
   };
   return std::apply([&](const auto&... option) { return (is_handed_on(option.name) && ...); }, list);
 }

@@ -67,8 +67,10 @@ TORCH_LIBRARY(adasplash, m) {
   define("entmax_attn_paged.per_head" + cache + "Tensor alpha, " + paged + ") -> Tensor");
   define("entmax_attn_paged" + cache + "float alpha=1.5, " + paged + ") -> Tensor");
   define(
-      "entmax_cache_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> "
-      "()");
+      "entmax_cache_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots, *, "
+      "Tensor(c!)? key_index=None) -> ()");
+  define("entmax_make_key_index(Tensor key_cache) -> Tensor");
+  define("entmax_key_index_update(Tensor key_cache, Tensor slots, Tensor(a!) key_index) -> ()");
   define("entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor");
   define("entmax(Tensor input, float alpha=1.5, int dim=-1) -> Tensor");
 
@@ -77,6 +79,8 @@ TORCH_LIBRARY(adasplash, m) {
   const std::string first = joined(declarations(kFirstOptions, /*with_defaults=*/false)), later = later_options();
   define_private("_entmax_attn_forward(" + tensors + first + ", SymInt support_capacity" + later +
                  ") -> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)");
+  // The forward for inference, of keys that have an index.
+  define_private("_entmax_attn_indexed(" + tensors + first + ", Tensor key_index" + later + ") -> Tensor");
   define_private("_entmax_attn_backward(Tensor grad_out, " + tensors +
                  "Tensor row_state, Tensor support, Tensor tiles, " + first + ", Tensor? out=None" + later +
                  ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)");

@@ -15,7 +15,7 @@ bool hides_keys(const AttentionShape& shape, const AttentionOptions& options) {
 
 bool torch_serves(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const AttentionOptions& o) {
   if (!o.softmax() || o.packed() || o.q_seqlens || o.kv_seqlens || o.kv_starts || o.alibi_slopes || o.dropout_p > 0 ||
-      o.window[0] != -1 || o.window[1] != -1) {
+      o.q_positions || o.window[0] != -1 || o.window[1] != -1) {
     return false;
   }
   const auto shape = AttentionShape::of(query, key, value, o);

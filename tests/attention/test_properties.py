@@ -57,6 +57,19 @@ def cases_with_softmax_and_dropout(draw):
     return dict(draw(cases()), alpha=alpha, dropout_p=draw(st.sampled_from((0.0, 0.2, 0.7))))
 
 
+@st.composite
+def cases_of_parts(draw):
+    """The same of parts of sequences: a place of each one's first query and, for dropout, an origin; padded ones with
+    starts or without."""
+    case = draw(st.one_of(cases(), cases_with_starts()))
+    place = st.one_of(st.integers(-10, 10), st.integers(-150, 150), st.sampled_from((-(2**29) + 1, 2**29 - 1)))
+    places = [draw(place) for _ in range(case["batch"])]
+    origins = [[draw(st.integers(-(2**31), 2**31 - 1)) for _ in range(4)] for _ in range(case["batch"])]
+    # A slope times the farthest distance leaves nothing of scores in float32.
+    slopes = None if any(abs(each) > 150 for each in places) else case["slopes"]
+    return dict(case, places=places, origins=origins, slopes=slopes, dropout_p=draw(st.sampled_from((0.0, 0.3))))
+
+
 # Of the dense composition's error. Among hundreds of drawn cases some are ill-conditioned: near alpha = 2 a key at the
 # threshold has little weight and all of its part in the gradient. CUDA kernels also round dS about dO.out, which for
 # alpha = 2 may be as far from delta as dS is large: where keys are nearly equal and their dS cancel, dq is off by half
@@ -78,6 +91,15 @@ def test_every_combination(backend):
 def test_every_combination_with_starts(backend):
     @settings(UNTIMED, max_examples=backend.examples // 2)
     @given(cases_with_starts())
+    def holds(case):
+        check(backend, case)
+
+    holds()
+
+
+def test_every_combination_of_parts(backend):
+    @settings(UNTIMED, max_examples=backend.examples // 2)
+    @given(cases_of_parts())
     def holds(case):
         check(backend, case)
 
@@ -115,6 +137,9 @@ def check(backend, case):
     if case["slopes"] is not None:
         rows = (case["batch"],) if case["slopes"] == "batch" else ()
         options["alibi_slopes"] = (torch.rand(*rows, heads, generator=generator) * 0.3).to(backend.device)
+    for name, numbers in (("q_positions", "places"), ("dropout_origin", "origins")):
+        if case.get(numbers):
+            options[name] = torch.tensor(case[numbers], device=backend.device)
     if case["form"] == "packed":
         inputs, lengths = packed(case["q_lengths"], case["k_lengths"], **shape)
         check_packed(inputs, lengths, times=times, room=room, **options)

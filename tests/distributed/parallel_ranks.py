@@ -4,6 +4,7 @@ WORLD FOLDER` runs every case and writes what went wrong in each, "" if nothing 
 import datetime
 import itertools
 import os
+import random
 import sys
 from pathlib import Path
 from unittest import mock
@@ -31,14 +32,29 @@ def inputs(heads=4, kv_heads=4, batch=2, chunk=6, dim=8, value_dim=5, dtype=DOUB
     return [torch.randn(batch, *shape, dtype=dtype) for shape in shapes]
 
 
+def packed_inputs(heads=4, kv_heads=4, chunk=6, dim=8, value_dim=5):
+    """The same as tokens of a packed batch."""
+    return [x[0].transpose(0, 1).contiguous() for x in inputs(heads, kv_heads, 1, chunk, dim, value_dim)]
+
+
+def one_process(query, key, value, alpha=1.5, cu_seqlens=None, max_seqlen=None, **options):
+    """What the call over shards is to give."""
+    if cu_seqlens is None:
+        return adasplash.entmax_attn(query, key, value, alpha, **options)
+    longest = len(query) if max_seqlen is None else max_seqlen
+    ends = (cu_seqlens, cu_seqlens, longest, longest)
+    return adasplash.entmax_attn_varlen(query, key, value, *ends, alpha, **options)
+
+
 def check(*tensors, alpha=1.5, scale=None, method="gather", **options):
     """A call over shards against one process with everything: outputs and gradients, and without gradients."""
+    tokens = 2 if options.get("cu_seqlens") is None else 0
     for without in (torch.no_grad, torch.inference_mode):
         with without():
-            expected = adasplash.entmax_attn(*tensors, alpha, scale=scale, **options)
-            shards = [shard(x, 2) for x in tensors]
-            found = unshard(entmax_attn_context_parallel(*shards, alpha, scale=scale, method=method, **options), 2)
-            compare(found, expected)
+            expected = one_process(*tensors, alpha, scale=scale, **options)
+            shards = [shard(x, tokens) for x in tensors]
+            found = entmax_attn_context_parallel(*shards, alpha, scale=scale, method=method, **options)
+            compare(unshard(found, tokens), expected)
 
     def leaves():
         return [x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in (*tensors, alpha, scale)]
@@ -47,15 +63,15 @@ def check(*tensors, alpha=1.5, scale=None, method="gather", **options):
         return [x.grad for x in of if isinstance(x, torch.Tensor)]
 
     *single, one_alpha, one_scale = leaves()
-    expected = adasplash.entmax_attn(*single, one_alpha, scale=one_scale, **options)
+    expected = one_process(*single, one_alpha, scale=one_scale, **options)
     grad = torch.randn_like(expected)
     expected.backward(grad)
     *whole, an_alpha, a_scale = leaves()
-    shards = [shard(x, 2) for x in whole]
+    shards = [shard(x, tokens) for x in whole]
     out = entmax_attn_context_parallel(*shards, an_alpha, scale=a_scale, method=method, **options)
-    assert out.dtype == tensors[0].dtype and out.shape[2] * WORLD == tensors[0].shape[2]
-    out.backward(shard(grad, 2))
-    compare(unshard(out.detach(), 2), expected.detach())
+    assert out.dtype == tensors[0].dtype and out.shape[tokens] * WORLD == tensors[0].shape[tokens]
+    out.backward(shard(grad, tokens))
+    compare(unshard(out.detach(), tokens), expected.detach())
     found = gradients((*whole, an_alpha, a_scale))
     for x, y in zip(found, gradients((*single, one_alpha, one_scale)), strict=True):
         compare(x, y)
@@ -162,11 +178,158 @@ def slopes(method):
     for given in (slopes, torch.stack((slopes, slopes.flip(0)))):
         check(*inputs(), alibi_slopes=given, is_causal=True, method=method)
         check(*inputs(), alibi_slopes=given, window=(7, 0), method=method)
+        check(*inputs(), alibi_slopes=given, window=(7, 3), method=method)
+        check(*inputs(), alibi_slopes=given, method=method)
+
+
+def lengths_of(tokens):
+    """(q_seqlens, kv_seqlens, kv_starts) of two entries: of self-attention, of one side, with keys that start later."""
+    full, short, none = (torch.tensor([tokens, x]) for x in (tokens, tokens // 3, 0))
+    first = torch.tensor([tokens // 4, 1])
+    some = torch.tensor([tokens // 2 + 1, tokens - 1])
+    yield from ((full, full, None), (short, short, None), (some, some, None), (none, none, None))
+    yield from ((some, None, None), (None, some, None), (short, some, None), (some, some, first), (None, None, first))
+
+
+@for_both_methods
+def lengths(method):
+    """Of one process, whatever padding holds; for another reason each: the diagonal moves, or does not."""
+    tensors = inputs(heads=4, kv_heads=4, chunk=4, dim=4, value_dim=4)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0])
+    for q_seqlens, kv_seqlens, kv_starts in lengths_of(tensors[0].shape[2]):
+        given = dict(q_seqlens=q_seqlens, kv_seqlens=kv_seqlens, kv_starts=kv_starts, method=method)
+        for options in (dict(is_causal=True), dict(window=(5, 3)), dict(window=(4, -1), alibi_slopes=slopes), dict()):
+            check(*tensors, **given, **options)
 
 
 @case
-def slopes_not_causal_by_exchange():
-    check(*inputs(), alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.0]), method="exchange")
+def padding_reaches_nothing():
+    tensors = inputs(chunk=4)
+    ends = torch.tensor([3 * WORLD, 8 * WORLD])
+    given = dict(is_causal=True, q_seqlens=ends, kv_seqlens=ends)
+    clean = unshard(entmax_attn_context_parallel(*(shard(x, 2) for x in tensors), **given), 2)
+    for x in tensors:
+        x[0, :, 3 * WORLD :] = torch.nan
+    dirty = unshard(entmax_attn_context_parallel(*(shard(x, 2) for x in tensors), **given), 2)
+    assert torch.equal(clean, dirty)
+
+
+@for_both_methods
+def packed_batches(method):
+    """Sequences that cross chunks, end at their edges, lie in one, have no token, or fill several."""
+    tensors = packed_inputs(kv_heads=4, chunk=4, dim=4, value_dim=4)
+    tokens = len(tensors[0])
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0])
+    for ends in ([0, tokens], [0, 1, 3, tokens - 5, tokens], [0, 4, 4, 8, 9, tokens], [0, 0, tokens // 2 + 1, tokens]):
+        given = dict(cu_seqlens=torch.tensor(ends, dtype=torch.int32), method=method)
+        longest = int(given["cu_seqlens"].diff().max())
+        for options in (
+            dict(is_causal=True),
+            dict(),
+            dict(is_causal=True, window=(5, -1), max_seqlen=longest),
+            dict(window=(3, 2), max_seqlen=longest),
+            dict(alibi_slopes=slopes),
+        ):
+            check(*tensors, **given, **options)
+
+
+SEED = 0x123456789ABCDEF
+
+
+@case
+def any_combination():
+    """Options drawn alike on every process; more of them where there are more than two."""
+    drawn = random.Random(1)
+    for number in range(12 if WORLD == 2 else 60):
+        chunk, batch = drawn.choice((1, 3, 4)), drawn.choice((1, 2))
+        packed = drawn.random() < 0.4
+        heads = dict(heads=2 * WORLD, kv_heads=drawn.choice((WORLD, 2 * WORLD)))
+        tensors = packed_inputs(chunk=chunk, **heads) if packed else inputs(batch=batch, chunk=chunk, **heads)
+        tokens = 2 * WORLD * chunk
+
+        def rows(count, most=tokens):
+            return torch.tensor([drawn.randint(0, most) for _ in range(count)], dtype=torch.int64)
+
+        options = dict(
+            method=drawn.choice(("gather", "exchange")), is_causal=drawn.random() < 0.5,
+            window=drawn.choice(((-1, -1), (drawn.randint(0, tokens), drawn.choice((-1, 0, 3))))),
+            alpha=drawn.choice((1.0, 1.4, 1.5, torch.linspace(1.1, 2.0, 2 * WORLD, dtype=DOUBLE))),
+        )  # fmt: skip
+        if drawn.random() < 0.3:
+            options["alibi_slopes"] = torch.linspace(0, 0.5, 2 * WORLD)
+        if drawn.random() < 0.3:
+            options.update(dropout_p=0.3, dropout_seed=torch.tensor(number))
+        if packed:
+            inner = rows(drawn.randint(0, 3)).sort().values
+            options["cu_seqlens"] = torch.cat([torch.tensor([0]), inner, torch.tensor([tokens])])
+        else:
+            both = rows(batch)
+            if drawn.random() < 0.3:
+                options.update(q_seqlens=both, kv_seqlens=both)
+            elif drawn.random() < 0.5:
+                options.update(q_seqlens=rows(batch), kv_seqlens=rows(batch), kv_starts=rows(batch))
+        check(*tensors, **options)
+
+
+@for_both_methods
+def dropout(method):
+    """The weights that one process drops: whatever chunk, head, entry or sequence they are in."""
+    drops = dict(dropout_p=0.4, dropout_seed=torch.tensor(SEED), method=method)
+    tensors = inputs(heads=4, kv_heads=4, chunk=4)
+    tokens = tensors[0].shape[2]
+    ends, starts = torch.tensor([tokens, tokens // 3 + 4]), torch.tensor([tokens // 4, 1])
+    for alpha in (1.0, 1.5):
+        for options in (
+            dict(is_causal=True),
+            dict(),
+            dict(window=(5, 3)),
+            dict(is_causal=True, window=(3, -1)),
+            dict(is_causal=True, q_seqlens=ends, kv_seqlens=ends),
+            dict(q_seqlens=ends, kv_seqlens=ends, kv_starts=starts),
+        ):
+            check(*tensors, alpha=alpha, **drops, **options)
+    tensors = packed_inputs(chunk=4)
+    cu_seqlens = torch.tensor([0, 1, 7, tokens - 3, tokens])
+    for options in (dict(is_causal=True), dict(window=(5, 2))):
+        check(*tensors, cu_seqlens=cu_seqlens, **drops, **options)
+
+
+@for_both_methods
+def seeds_that_are_drawn(method):
+    """By the first process, whatever the generators of the others."""
+    tensors = inputs()
+    torch.manual_seed(RANK)
+    out = unshard(entmax_attn_context_parallel(*(shard(x, 2) for x in tensors), dropout_p=0.5, method=method), 2)
+    torch.manual_seed(0)
+    compare(out, adasplash.entmax_attn(*tensors, dropout_p=0.5))
+
+
+@case
+def second_half_of_the_keys_comes_while_the_first_is_computed():
+    """What is called in which order, forward and backward: the second collective is waited for behind the first chunk's
+    attention, and back the gradients of the second leave before the first chunk's are computed."""
+    order = []
+    names = {
+        "all_gather_into_tensor": "send", "reduce_scatter_tensor": "send", "all_to_all_single": "send",
+        "wait_tensor": "wait", "_entmax_attn_forward": "compute", "_entmax_attn_backward": "compute",
+    }  # fmt: skip
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            order.extend(word for name, word in names.items() if name in str(function))
+            return function(*arguments, **(options or {}))
+
+    grad = shard(inputs()[0], 2)[..., :5]
+    for window in ((-1, -1), (7, -1)):
+        leaves = [shard(x, 2).requires_grad_() for x in inputs()]
+        entmax_attn_context_parallel(*leaves, is_causal=True, window=window)  # compares arguments
+        with Watch():
+            out = entmax_attn_context_parallel(*leaves, is_causal=True, window=window)
+            assert order == ["send", "send", "wait", "compute", "wait", "compute"], order
+            order.clear()
+            out.backward(grad)
+            assert order == ["compute", "send", "compute", "send", "wait", "wait"], order
+            order.clear()
 
 
 @for_both_methods
@@ -247,14 +410,14 @@ def window_fetches_neighbours_only():
         sent.clear()
         with Count():
             entmax_attn_context_parallel(query, key, value, is_causal=True, window=window)
-        ((name, arguments),) = sent
-        return name, arguments[1]
+        (name,) = {name for name, _ in sent}
+        return name, [arguments[1] for _, arguments in sent]  # one for each half of the sequence
 
     chunks = {RANK, 2 * WORLD - 1 - RANK}
     chunks |= {chunk - 1 for chunk in chunks if chunk}
     name, received = sent_by((8, 0))
     assert "all_to_all_single" in name
-    assert sum(received) == len(chunks) * (key.numel() + value.numel()) // 2
+    assert sum(map(sum, received)) == len(chunks) * (key.numel() + value.numel()) // 2
     name, _ = sent_by((16 * WORLD, 0))
     assert "all_gather_into_tensor" in name
 
@@ -263,9 +426,26 @@ def window_fetches_neighbours_only():
 def refusals():
     query, key, value = (shard(x, 2) for x in inputs())
     parallel = entmax_attn_context_parallel
-    slopes = torch.ones(4)
-    refused(NotImplementedError, "dropout_p must be 0, got 0.1", parallel, query, key, value, dropout_p=0.1)
-    refused(NotImplementedError, 'use method="exchange"', parallel, query, key, value, alibi_slopes=slopes)
+    for name, given, words in (
+        ("q_seqlens", torch.tensor([0, 99]), f"must be from 0 to the length {12 * WORLD} of all processes together"),
+        ("kv_starts", torch.tensor([-1, 0]), "must be from 0 to the length"),
+        ("kv_seqlens", torch.tensor([1]), "must be of shape (batch,) with 2 numbers, got 1"),
+        (
+            "kv_seqlens",
+            torch.tensor([1.0, 2.0]),
+            "must be of shape (batch,), int32 or int64, and on query's device cpu",
+        ),
+        ("dropout_p", 1.5, "must be 0 or more and less than 1, got 1.5"),
+    ):
+        refused(RuntimeError, f"{name} {words}", parallel, query, key, value, **{name: given})
+    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]
+    for ends in ([0, 5], [1, 12 * WORLD], [0, 7, 5, 12 * WORLD], []):
+        words = "cu_seqlens must start at 0" if ends else "cu_seqlens must be of shape"
+        refused(RuntimeError, words, parallel, *tokens, cu_seqlens=torch.tensor(ends, dtype=torch.int64))
+    ends = torch.tensor([0, 12 * WORLD])
+    refused(RuntimeError, "query must have 3 dimensions (tokens", parallel, query, key, value, cu_seqlens=ends)
+    refused(RuntimeError, "go with padded tensors", parallel, *tokens, cu_seqlens=ends, kv_starts=ends)
+    refused(TypeError, "max_seqlen must be an integer, got 5.0", parallel, *tokens, cu_seqlens=ends, max_seqlen=5.0)
     refused(RuntimeError, 'must be "gather" or "exchange"', parallel, query, key, value, method="ring")
     refused(RuntimeError, "or -1 for no limit, got (-2, 0)", parallel, query, key, value, window=(-2, 0))
     refused(TypeError, "is_causal must be True or False, got None", parallel, query, key, value, 1.5, None)
@@ -283,6 +463,7 @@ def refusals():
             given = {name: torch.full((4 // WORLD,), 1.5)}
             words = f"entmax_attn_context_parallel: {name}"
             refused(RuntimeError, words, parallel, query, key, value, is_causal=True, method=method, **given)
+    assert torch._C._distributed_c10d._get_work_registry_size() == 0  # nothing is on its way that nobody waits for
 
 
 @case
@@ -353,6 +534,8 @@ def arguments_are_compared_once():
         assert [times(alpha) for alpha in (1.5, 1.5, 1.6)] == [1, 0, 0]
         assert [times(is_causal=True), times(is_causal=True)] == [1, 0]
         assert [times(group=PAIRS[RANK // 2]), times(group=PAIRS[RANK // 2])] == [1, 0]
+        lengths = torch.tensor([3])
+        assert [times(q_seqlens=x, kv_seqlens=x) for x in (lengths, lengths + 1)] == [1, 0]
         with mock.patch.dict(os.environ, ADASPLASH_COMPARE_RANKS="1"):
             assert times() == 1
         assert times() == 0

@@ -176,6 +176,37 @@ def test_a_paged_call_goes_in_parts(driver, form):
     assert len(driver.launches) == whole * (1 + (4 if form == "padded" else 2))
 
 
+FOUND = ["turn_queries", "scan_index{}", "score_found{}"]
+
+
+@pytest.mark.parametrize("page, even, dtype", ((16, True, torch.bfloat16), (12, False, torch.bfloat16),
+                                               (16, True, torch.float16), (16, False, torch.float32)))  # fmt: skip
+def test_keys_are_found_by_an_index_where_that_is_asked_for(driver, monkeypatch, page, even, dtype):
+    """And where there is code for the type and the pages; by either way, whole or in parts, to the same bits."""
+    given = paged_inputs(page=page, dtype=dtype)
+    index = adasplash.make_key_index(given["key_cache"])
+    adasplash.entmax_key_index_update(given["key_cache"], torch.arange(index.shape[0] * page - page), index)
+    assert kernels(driver) == ["index_keys"]
+    suffix = "_even" if even else "_paged"
+    rest = ["solve_few_paged", f"weigh_few{suffix}", "join_few"]
+    read = even and dtype == torch.bfloat16
+    found = [name.format(suffix) for name in FOUND] if read else [f"score_few{suffix}"]
+    for wanted, expected in ((None, [f"score_few{suffix}"]), ("no", [f"score_few{suffix}"]), ("read", found)):
+        monkeypatch.setenv("ADASPLASH_KEY_INDEX", wanted) if wanted else monkeypatch.delenv("ADASPLASH_KEY_INDEX")
+        driver.launches.clear()
+        out = attend_paged(given, key_index=index)
+        assert kernels(driver) == [*expected, *rest]
+        assert_same_bits(out, attend_paged(given))
+        before = driver.limit_scratch(1)
+        try:
+            assert_same_bits(attend_paged(given, key_index=index), out)
+        finally:
+            driver.limit_scratch(before)
+        driver.launches.clear()
+        attend_paged(given, key_index=index, alpha=1.0)
+        assert "scan_index_even" not in kernels(driver)
+
+
 def test_variants_over_a_paged_cache(driver):
     """Of attend there is code for alpha = 1.5, of solve_few for 2 as well."""
     driver.run_kernels = False

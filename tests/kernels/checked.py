@@ -10,16 +10,19 @@ from common import HALF, assert_accurate, gradients, normal_like
 SMALL = Tiles()
 BIG = Tiles(scan_n=128)
 PARTS = Tiles(walk=16, step_d=16)
+_OF_ENTRIES = ("q_seqlens", "kv_seqlens", "kv_starts", "q_positions")  # which the kernels take otherwise
 TYPES = pytest.mark.parametrize("dtype", (torch.float32, *HALF), ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def check(inputs, *arguments, tiles=SMALL, few_queries=-1, **options):
     """Forward and backward, over tiles and over keys; `options` as the reference takes them. Returns the result."""
     grad = normal_like(inputs.query.new_empty(*inputs.query.shape[:-1], inputs.value.shape[-1]))
-    mine = {name: value for name, value in options.items() if name not in ("q_seqlens", "kv_seqlens", "kv_starts")}
+    mine = {name: value for name, value in options.items() if name not in _OF_ENTRIES}
     queries, ends, starts = (options.get(name) for name in ("q_seqlens", "kv_seqlens", "kv_starts"))
     keys = ends if starts is None else torch.stack((starts, ends), -1)
     mine["lengths"] = tuple(None if x is None else x.int() for x in (queries, keys))
+    if "q_positions" in options:
+        mine["positions"] = options["q_positions"].int()
 
     def dense(query, key, value, dtype):
         return reference.attention(query, key, value, *arguments, **options, dtype=dtype).out

@@ -18,12 +18,15 @@ from emulated.interpreter import patched_once
 
 sys.path.append(str(ROOT))
 from triton_src import variants
-from triton_src.attention import few
+from triton_src.attention import few, few_indexed
 from triton_src.lib import entmax, marks, visibility
+from triton_src.cache import INDEX_KEYS
+from triton_src.lib import codes
 from triton_src.lib.call import Call, Few
+from triton_src.lib.codes import KeyIndex
 from triton_src.lib.dropout import Dropout
 from triton_src.lib.entmax import Alpha
-from triton_src.lib.matrices import Matrix, PagedMatrix
+from triton_src.lib.matrices import EvenPagedMatrix, Matrix, PagedMatrix
 from triton_src.lib.scores import Scores
 from triton_src.lib.tile_lists import WORD, count_tile_rows, count_tile_words
 from triton_src.lib.visibility import Sequences
@@ -72,16 +75,57 @@ def paged_matrix(cache: Tensor, table: Tensor) -> PagedMatrix:
     return PagedMatrix(cache, *cache.stride()[:3], table, table.stride(0), blocks, page_size, inverse, shift)
 
 
+def is_even(page: int) -> bool:
+    """Whether pages of so many rows are those of an EvenPagedMatrix."""
+    return page >= 16 and page & (page - 1) == 0
+
+
+def even_paged_matrix(cache: Tensor, table: Tensor) -> EvenPagedMatrix:
+    blocks, _, page_size, _ = cache.shape
+    return EvenPagedMatrix(cache, *cache.stride()[:3], table, table.stride(0), blocks, page_size.bit_length() - 1)
+
+
+def padded_dim(head_dim: int) -> int:
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
+def key_index_argument(index: Tensor, cache: Tensor) -> KeyIndex:
+    """A key index (csrc/ops/key_index.h) of a cache (blocks, heads, page, size) as the kernels take it."""
+    blocks, heads, page, head_dim = cache.shape
+    chunk = -(-page * (padded_dim(head_dim) // 2 + 8) // 16) * 16
+    element = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}[cache.dtype]
+    norms = index.view(torch.float32)[1][page * padded_dim(head_dim) // 8 :]
+    header = index[0].view(torch.int32)
+    return KeyIndex(index[1], norms, header, index.stride(0), chunk, blocks, page, heads, head_dim, element)
+
+
+def make_index(cache: Tensor, slots: Tensor | None = None) -> Tensor:
+    """The key index of a cache (blocks, heads, page, size), of all of it or of some slots; the rest was not written."""
+    blocks, heads, page, head_dim = cache.shape
+    chunk = -(-page * (padded_dim(head_dim) // 2 + 8) // 16) * 16
+    index = torch.full((1 + blocks, max(64, heads * chunk)), 0x7F, dtype=torch.uint8)
+    argument = key_index_argument(index, cache)
+    errors = index[1:, : heads * chunk].view(blocks, heads, chunk)[..., page * (padded_dim(head_dim) // 2 + 4) :]
+    errors[..., : 4 * page].view(torch.float32).fill_(torch.inf)
+    header = [codes.MAGIC.value, codes.VERSION.value, *argument[5:]]
+    argument.header[: len(header)] = torch.tensor(header, dtype=torch.int32)
+    slots = torch.arange(blocks * page) if slots is None else slots
+    with patched_once():
+        INDEX_KEYS.kernel[(len(slots) * heads,)](matrix(cache), slots, argument, BLOCK_D=padded_dim(head_dim))
+    return index
+
+
 def alpha_argument(alpha: float | Tensor) -> Alpha:
     if isinstance(alpha, Tensor):
         return Alpha(alpha.float(), entmax.ALPHA_PER_HEAD.value, 0.0)
     return Alpha(torch.zeros(1), entmax.ALPHA_NUMBER.value, alpha)
 
 
-def dropout_argument(p: float, seed: int, first: tuple[int, int]) -> Dropout:
+def dropout_argument(p: float, seed: int, first: tuple[int, int], origins: Tensor | None) -> Dropout:
     threshold = min(round(p * 2**32), 2**32 - 1)
     bits = threshold - (threshold >> 31 << 32)
-    return Dropout(torch.tensor([seed]), bits, 1 / (1 - p), *first)
+    given = torch.zeros(4, dtype=torch.int32) if origins is None else origins.int()
+    return Dropout(torch.tensor([seed]), bits, 1 / (1 - p), *first, given, int(origins is not None))
 
 
 def attention(
@@ -96,23 +140,28 @@ def attention(
     window: tuple[int, int] = (-1, -1),
     lengths: tuple[Tensor | None, Tensor | None] = (None, None),
     offsets: tuple[Tensor, Tensor | None, int, int | None] | None = None,
+    positions: Tensor | None = None,
     table: Tensor | None = None,
     dropout: tuple[float, int] = (0.0, 0),
     first: tuple[int, int] = (0, 0),
+    origins: Tensor | None = None,
     alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
     summary: bool = False,
     few_queries: int = -1,
     sharers: int = 2,
+    index: Tensor | None = None,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
     ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
     (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
     cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
     Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
-    With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page, D); queries may still be packed.
-    `dropout` is (p, seed), and `first` the first batch entry and head among those of the whole call."""
+    An `index` of the keys is used there. With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page,
+    D); queries may still be packed.
+    `positions` (B,) are the places of first queries. `dropout` is (p, seed), and `first` the first batch entry and head
+    among those of the whole call, or `origins` (B, 4) what each sequence is counted from."""
     tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
@@ -156,8 +205,10 @@ def attention(
             scale=head_dim**-0.5 if scale is None else scale,
             window_left=left,
             window_right=0 if is_causal else right,
+            q_positions=none.int() if positions is None else positions,
+            has_positions=int(positions is not None),
         ),
-        dropout=dropout_argument(*dropout, first),
+        dropout=dropout_argument(*dropout, first, origins),
         state_batch_stride=state_batch,
         heads=heads,
         group=heads // kv_heads,
@@ -205,7 +256,11 @@ def attention(
     elif few_queries >= 0:
         bits.zero_()  # as the portable forward does
     if few_queries >= 0:
-        few_launches(inputs, matrix(out), row_state, bits, call, batch, block_d, alpha_code, sharers)
+        even = table is not None and is_even(key.shape[2]) and key.dtype != torch.float32
+        pages = [even_paged_matrix(x, table) for x in (key, value)] if even else key_value
+        indexed = None if index is None else key_index_argument(index, key)
+        known = dict(inputs, out=matrix(out), row_state=row_state, tiles=bits, index=indexed)
+        few_launches(known, pages, call, batch, block_d, alpha_code, sharers)
     found = ()
     if summary:
         sizes, largest = (torch.full(row_state.shape[:-1], int(garbage), dtype=x) for x in (torch.int32, torch.float32))
@@ -288,10 +343,9 @@ def suffix_of(kernel: str, arguments: dict) -> str:
     return "_paged" if any(isinstance(x, PagedMatrix) for x in reads) else ""
 
 
-def few_launches(
-    inputs, out, row_state, bits, call: Call, batch: int, block_d: int, alpha_code: str, sharers: int
-) -> None:
-    """What csrc/cuda/portable/few.cpp launches."""
+def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code: str, sharers: int) -> None:
+    """What csrc/cuda/portable/few.cpp launches. `pages` are key and value for the kernels that have code for even
+    pages; others take them from what is `known`, as all arguments."""
     queries, keys = call.queries, call.keys
     packed = keys.lengths_kind == visibility.LENGTHS_PACKED.value
     kv_heads = call.heads // call.group
@@ -300,31 +354,50 @@ def few_launches(
     tiles = math.ceil(keys.max_seqlen / TILE)
     splits = math.ceil(tiles / few.SPLIT.value)
     shared = Few(most, rows, stored * keys.tile_rows, min(sharers, tiles), sharers, 1)
+    row_blocks, all_rows = math.ceil(rows / 16), batch * kv_heads * rows
     numbers = dict(
         scores=torch.full((stored * rows * keys.rows,), torch.nan),
         tile_max=torch.full((rows * shared.row_tiles,), torch.nan),
         tile_lists=torch.full((rows * shared.row_tiles,), 1 << 30, dtype=torch.int32),
-        listed_scores=torch.full((batch * kv_heads * rows * few.LISTED.value,), torch.nan),
-        listed_keys=torch.full((batch * kv_heads * rows * few.LISTED.value,), 1 << 30, dtype=torch.int32),
-        is_long=torch.full((batch * kv_heads * rows,), 1, dtype=torch.int32),
-        weighted=torch.full((batch * kv_heads * splits * rows * block_d,), torch.nan),
-        weight_sums=torch.full((batch * kv_heads * splits * rows,), torch.nan),
+        listed_scores=torch.full((all_rows * few.LISTED.value,), torch.nan),
+        listed_keys=torch.full((all_rows * few.LISTED.value,), 1 << 30, dtype=torch.int32),
+        is_long=torch.full((all_rows,), 1, dtype=torch.int32),
+        weighted=torch.full((all_rows * splits * block_d,), torch.nan),
+        weight_sums=torch.full((all_rows * splits,), torch.nan),
     )
-    known = inputs | numbers | dict(out=out, row_state=row_state, tiles=bits)
-    blocks = math.ceil(rows / 16) * kv_heads * batch
-    programs = dict(
-        score_few=shared.scorers * blocks,
+    programs = dict(score_few=shared.scorers * row_blocks * kv_heads * batch)
+    indexed = known["index"] is not None
+    if indexed:
+        width = padded_dim(call.head_dim)
+        numbers |= dict(
+            planes=torch.full((all_rows * few_indexed.PLANES.value * width,), 99, dtype=torch.int8),
+            terms=torch.full((all_rows * few_indexed.TERMS.value,), torch.nan),
+            floors=torch.full((all_rows * shared.scorers,), torch.nan),
+            found=torch.full((batch * kv_heads * row_blocks * keys.rows,), 1 << 30, dtype=torch.int32),
+        )
+        scored = programs.pop("score_few")
+        scanned = shared.scorers * math.ceil(rows / 8) * kv_heads * batch
+        programs |= dict(turn_queries=most * call.heads * batch, scan_index=scanned, score_found=scored)
+    programs |= dict(
         solve_few=most * call.heads * batch,
-        weigh_few=shared.weighers * blocks,
+        weigh_few=shared.weighers * row_blocks * kv_heads * batch,
         join_few=most * call.heads * batch,
     )
-    constants = dict(BLOCK_M=16, BLOCK_N=TILE, BLOCK_D=block_d)
+    even = isinstance(pages[0], EvenPagedMatrix)
+    known = known | numbers
     for name, count in programs.items():
-        name += suffix_of(name, inputs)
+        if even and f"{name}_even" in variants.KERNELS:
+            name += "_even"
+            given = known | dict(zip(("key", "value"), pages, strict=True))
+        else:
+            name += suffix_of(name, known)
+            given = known
         spec = variants.KERNELS[name]
-        given = {argument: known[argument] for argument in spec.arguments if argument in known}
+        given = {argument: given[argument] for argument in spec.arguments if argument in given}
         code = variants.ALPHAS[alpha_code if alpha_code in spec.alphas else "any"]
-        used = {name: value for name, value in {**constants, "ALPHA": code}.items() if name in spec.constants}
+        size = padded_dim(call.head_dim) if indexed and name.startswith(("turn", "scan")) else block_d
+        constants = dict(BLOCK_M=8 if name.startswith("scan") else 16, BLOCK_N=TILE, BLOCK_D=size, ALPHA=code)
+        used = {name: value for name, value in constants.items() if name in spec.constants}
         if count:
             with patched_once():
                 spec.kernel[(count,)](**given, call=call, few=shared, **used)

@@ -145,6 +145,21 @@ def test_keys_that_start_later(window, tiles):
         assert not any(x[hidden[:, None]].any() for x in (actual.dk, actual.dv))
 
 
+@pytest.mark.parametrize("window", ((-1, -1), (40, 3)), ids=("full", "window"))
+@pytest.mark.parametrize("few_queries, tiles", ((-1, SMALL), (-1, PARTS), (16, SMALL)), ids=("small", "parts", "few"))
+def test_places_of_queries(window, few_queries, tiles):
+    """Before the keys, among them, across their end, far from them: rows that see nothing give zeros, whatever they
+    hold, in front of those that see keys and behind them."""
+    places = torch.tensor([-30, 50, 120, 500, -(2**29) + 1, 2**29 - 1])
+    m = 70 if few_queries < 0 else 16
+    inputs = make_inputs(len(places), 2, m, 130, size=16, kv_heads=1)
+    sees = reference.visible(m, 130, True, window=window, q_positions=places).any(-1)
+    inputs.query[~sees.expand(-1, 2, -1)] = 1e30
+    actual = check(inputs, 1.5, True, tiles=tiles, window=window, few_queries=few_queries, q_positions=places)
+    assert not actual.out[~sees.expand(-1, 2, -1)].any() and not actual.dq[~sees.expand(-1, 2, -1)].any()
+    assert actual.out[2 if window == (40, 3) else 3].any()
+
+
 @pytest.mark.parametrize("is_causal", (False, True), ids=("full", "causal"))
 def test_packed_batches_equal_each_sequence_alone(is_causal):
     queries, keys = (100, 0, 1, 70), (130, 5, 1, 70)

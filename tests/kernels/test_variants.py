@@ -48,7 +48,7 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
     found = {(one["name"], one["arch"]): one for one in manifest["variants"]}
     assert set(found) == {(variant.name, arch) for arch in DEFAULT_ARCHS for variant in variants(arch)}
     assert len(found) <= limits["default_variants"]
-    assert (compiled / "cubins.bin").stat().st_size < 80e6
+    assert (compiled / "cubins.bin").stat().st_size < 84e6
     for one in found.values():
         assert one["registers"] > 0 and one["size"] <= limits["cubin_bytes"], one["name"]
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
@@ -74,7 +74,7 @@ def test_other_architectures_compile(tmp_path, outside, arch):
 import sys
 from triton_src import compile, variants
 largest = [v for v in variants.variants({arch}) if "bf16_d256_aany" in v.name]
-assert len(largest) == 15, [v.name for v in largest]
+assert len(largest) == 22, [v.name for v in largest]
 for variant in largest:
     one, _ = compile.compile_variant(variant, {arch}, sys.argv[1])
     assert one["shared"] <= variants.SHARED_KIB[{arch}] * 1024, one["name"]
@@ -85,13 +85,15 @@ for variant in largest:
 def test_tables_are_consistent():
     from triton_src.variants import ARCHS, ATTENTION, variants
 
+    few = [name for name, spec in ATTENTION.items() if "few" in spec.arguments]
     for arch in ARCHS:
         table = {variant.name: variant for variant in variants(arch) if variant.kernel in ATTENTION}
         for variant in table.values():
             shape = variant.shape
             sides = (shape.block_m, shape.block_n)
-            if "_few" in variant.kernel:
-                assert sides == (16, 64) and shape.scan_n is None, variant.name
+            if variant.kernel in few:
+                assert sides == (8 if "scan_index" in variant.kernel else 16, 64), variant.name
+                assert shape.scan_n is None, variant.name
                 continue
             walked = 0 if variant.kernel == "grad_key_value" else 1
             for side, length in enumerate(sides):

@@ -1,14 +1,16 @@
 """The benchmark measures what it says: inputs, checks, pairs, processes of their own, goals, tables, solvers."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import common
 import reference
-from bench import activation, attention, capture, decoding, overhead, report, solver
+from bench import activation, attention, capture, decoding, overhead, report, scaling, solver
 from bench.lib import readme, results, tables
 from bench.lib.case import BOTH, FORWARD, Case
 from bench.lib.inputs import Inputs, make_grad, make_inputs
@@ -330,3 +332,29 @@ def test_what_decoding_reads_is_the_same_in_pages():
         steps["adasplash, append and pages"]()
     places = cache.table.long()
     assert torch.equal(cache.key_pages[places[:, -1], -1], cache.new[0])
+
+
+@pytest.mark.slow
+def test_sharded_sequences_are_timed_beside_one_process(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    shape = ["--lengths", 256, 128, "--heads", 2, "--head-dim", 16, "--seconds", 0, "--inputs", "gaussian:1.5"]
+    rows = tmp_path / "rows.jsonl"
+    done = common.run(*torchrun, "-m", "bench.context_parallel", *shape, "--out", rows, cwd=common.ROOT)
+    assert "gaussian:1.5, N=256" in done.stderr + done.stdout
+    found = results.read([rows])
+    whats = {BOTH, "weak scaling", results.PEAK_MEMORY}
+    cases = {(row["length"], row["peer"], row["what"]) for row in found}
+    assert cases == {(length, peer, what) for length in (256, 128) for peer in ("gather", "exchange") for what in whats}
+    assert all(row["median"] >= 0 and row["processes"] == 2 and row["goal"] is None for row in found)
+
+
+def test_costs_of_many_gpus():
+    """Bytes by hand for 8 GPUs, and the page has what the program computes."""
+    keys = 2**20 * 8 * 256 * 2
+    assert scaling.gather(8).forward == keys * 7 / 8
+    assert scaling.exchange(8).forward == 2**20 * 40 * 256 * 2 * 7 / 64 and scaling.exchange(16) is None
+    assert scaling.ring(8).backward == 2 * scaling.gather(8).backward
+    for gpus in scaling.GPUS:
+        low, high = (scaling.efficiency(scaling.gather(gpus), gpus, hides) for hides in (False, True))
+        assert 0 < low <= high < 1
+    assert scaling.table() in scaling.PAGE.read_text()

@@ -138,7 +138,7 @@ def test_entmax_attn_is_typed_and_documented():
     signature = inspect.signature(adasplash.entmax_attn)
     assert list(signature.parameters) == [
         "query", "key", "value", "alpha", "is_causal", "scale", "q_seqlens", "kv_seqlens", "window", "alibi_slopes",
-        "kv_starts", "dropout_p", "dropout_seed",
+        "kv_starts", "dropout_p", "dropout_seed", "key_index", "q_positions", "dropout_origin",
     ]  # fmt: skip
     for name, parameter in signature.parameters.items():
         assert parameter.annotation is not inspect.Parameter.empty and not isinstance(parameter.annotation, str)

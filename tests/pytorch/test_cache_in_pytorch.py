@@ -4,11 +4,19 @@ The cache changes in place in all of them."""
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import adasplash
-from adasplash import entmax_attn_paged, entmax_attn_with_kvcache, entmax_cache_append
+from adasplash import (
+    entmax_attn_paged,
+    entmax_attn_with_kvcache,
+    entmax_cache_append,
+    entmax_key_index_update,
+    make_key_index,
+)
+from adasplash.cache import slots_of
 from common import assert_same_bits
 
 pytestmark = pytest.mark.backends("cpu", "emulated", "cuda")
@@ -31,6 +39,51 @@ class Step(torch.nn.Module):
     ) -> torch.Tensor:
         out = entmax_attn_with_kvcache(query, key_cache, value_cache, key, value, held, block_table, window=(30, -1))
         return out * 2
+
+
+class IndexedStep(torch.nn.Module):
+    """The same with an index of the keys."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        key_index: torch.Tensor,
+        block_table: torch.Tensor,
+        held: torch.Tensor,
+    ) -> torch.Tensor:
+        out = entmax_attn_with_kvcache(
+            query, key_cache, value_cache, key, value, held, block_table, window=(30, -1), key_index=key_index
+        )
+        return out * 2
+
+
+class Prompt(torch.nn.Module):
+    """Keys that are written otherwise, an index that is made of them here, and attention over a padded batch."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        key_index: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        key_cache.index_copy_(1, rows, key)
+        value_cache.index_copy_(1, rows, value)
+        blocks, page = key_cache.shape[0], key_cache.shape[1]
+        slots = torch.arange(blocks * page, device=rows.device).view(blocks, page)[:, rows].flatten()
+        entmax_key_index_update(key_cache, slots, key_index)
+        anew = make_key_index(key_cache)
+        entmax_key_index_update(key_cache, slots, anew)
+        query, key, value = query.transpose(1, 2), key_cache.transpose(1, 2), value_cache.transpose(1, 2)
+        out = adasplash.entmax_attn(query, key, value, key_index=key_index)
+        return out + adasplash.entmax_attn(query, key, value, torch.full([4], 1.25, device=rows.device), key_index=anew)
 
 
 class Chunks(torch.nn.Module):
@@ -88,38 +141,75 @@ def chunk_arguments(device: str, held=(3, 30, 0), new=(1, 2, 25), seed: int = 0)
     return (*all_tensors, torch.stack(slots).to(device), pages.to(device), kv_seqlens, ends, alpha)
 
 
-MODULES = {"step": (Step, step_arguments), "chunks": (Chunks, chunk_arguments)}
+def with_index(key_cache: torch.Tensor) -> torch.Tensor:
+    index = make_key_index(key_cache)
+    entmax_key_index_update(key_cache, torch.arange(BLOCKS * PAGE, device=key_cache.device), index)
+    return index
+
+
+def indexed_step_arguments(device: str, **how) -> tuple[torch.Tensor, ...]:
+    *tokens, key_cache, value_cache, block_table, held = step_arguments(device, **how)
+    return (*tokens, key_cache, value_cache, with_index(key_cache), block_table, held)
+
+
+def prompt_arguments(device: str, held=(0, 7, 20), seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """As many sequences as there are blocks, in whose rows new keys go."""
+    rows = torch.tensor(held, device=device) % PAGE
+    query, key, value, key_cache, value_cache = tensors(device, (BLOCKS, len(rows)), seed)
+    return query, key, value, key_cache, value_cache, with_index(key_cache), rows
+
+
+MODULES = {
+    "step": (Step, step_arguments),
+    "chunks": (Chunks, chunk_arguments),
+    "indexed step": (IndexedStep, indexed_step_arguments),
+    "prompt": (Prompt, prompt_arguments),
+}
 CACHES = slice(3, 5)
+
+
+INDEXED = ("indexed step", "prompt")
+
+
+@pytest.fixture(params=MODULES)
+def form(request):
+    if request.param in INDEXED:
+        request.getfixturevalue("entries")
+    return request.param
+
+
+def changed(form: str, arguments) -> tuple[torch.Tensor, ...]:
+    """Those of a form's arguments that it changes."""
+    return arguments[3:6] if form in INDEXED else arguments[CACHES]
 
 
 def copies(arguments):
     return tuple(x.clone() for x in arguments)
 
 
-def assert_same_step(function, arguments, module) -> None:
-    """`function` returns what `module` does in eager code, and changes the caches that it is given as that does."""
+def assert_same_step(function, arguments, form) -> None:
+    """`function` returns what the form's module does in eager code, and changes what it is given as that does."""
     eager, given = copies(arguments), copies(arguments)
     with torch.no_grad():
-        wanted, found = module(*eager), function(*given)
-    assert_same_bits((found, *given[CACHES]), (wanted, *eager[CACHES]))
-    assert not torch.equal(given[3], arguments[3])
+        wanted, found = MODULES[form][0]()(*eager), function(*given)
+    assert_same_bits((found, *changed(form, given)), (wanted, *changed(form, eager)))
+    for before, after in zip(changed(form, arguments), changed(form, given), strict=True):
+        assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("form", MODULES)
 def test_compiled(backend, form):
     """In one graph; other lengths, tables and caches are no reason to compile again."""
     module, arguments = MODULES[form]
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(module(), backend=counter, fullgraph=True)
-    assert_same_step(compiled, arguments(backend.device), module())
+    assert_same_step(compiled, arguments(backend.device), form)
     held = dict(held=(40, 1, 12), seed=1)
-    assert_same_step(compiled, arguments(backend.device, **held), module())
+    assert_same_step(compiled, arguments(backend.device, **held), form)
     assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("decomposed", (False, True), ids=("one node", "decomposed"))
-@pytest.mark.parametrize("form", MODULES)
 def test_exported(backend, form, decomposed, tmp_path):
     module, arguments = MODULES[form]
     given = arguments(backend.device)
@@ -129,13 +219,12 @@ def test_exported(backend, form, decomposed, tmp_path):
         program = program.run_decompositions()
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
-    assert_same_step(loaded, given, module())
-    assert_same_step(loaded, arguments(backend.device, held=(40, 1, 12), seed=1), module())
+    assert_same_step(loaded, given, form)
+    assert_same_step(loaded, arguments(backend.device, held=(40, 1, 12), seed=1), form)
 
 
 @pytest.mark.builds
 @pytest.mark.backends("cpu", "cuda")
-@pytest.mark.parametrize("form", MODULES)
 def test_ahead_of_time(backend, form, tmp_path):
     """AOTInductor, with the cache as an input."""
     module, arguments = MODULES[form]
@@ -143,11 +232,10 @@ def test_ahead_of_time(backend, form, tmp_path):
         program = torch.export.export(module(), arguments(backend.device))
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     loaded = torch._inductor.aoti_load_package(package)
-    assert_same_step(loaded, arguments(backend.device, held=(40, 1, 12), seed=1), module())
+    assert_same_step(loaded, arguments(backend.device, held=(40, 1, 12), seed=1), form)
 
 
 @pytest.mark.parametrize("way", ("scripted", "traced", "frozen"))
-@pytest.mark.parametrize("form", MODULES)
 def test_torchscript(backend, form, way, tmp_path):
     module, arguments = MODULES[form]
     given = arguments(backend.device)
@@ -160,28 +248,28 @@ def test_torchscript(backend, form, way, tmp_path):
             script = torch.jit.freeze(script)
     script.save(tmp_path / "model.pt")
     loaded = torch.jit.load(tmp_path / "model.pt")
-    assert_same_step(loaded, given, module())
-    assert_same_step(loaded, arguments(backend.device, held=(40, 1, 12), seed=1), module())
+    assert_same_step(loaded, given, form)
+    assert_same_step(loaded, arguments(backend.device, held=(40, 1, 12), seed=1), form)
 
 
 @pytest.mark.backends("cpu", "cuda")
-@pytest.mark.parametrize("form", MODULES)
 def test_a_cache_that_is_the_models_own(backend, form):
     """Buffers that change in a compiled and in an exported model."""
     module, arguments = MODULES[form]
 
     class Owner(torch.nn.Module):
-        def __init__(self, key_cache, value_cache):
+        def __init__(self, *own):
             super().__init__()
-            self.register_buffer("key_cache", key_cache)
-            self.register_buffer("value_cache", value_cache)
+            for number, tensor in enumerate(own):
+                self.register_buffer(f"own_{number}", tensor)
 
         def forward(self, query, key, value, *rest):
-            return module()(query, key, value, self.key_cache, self.value_cache, *rest)
+            return module()(query, key, value, *self.buffers(), *rest)
 
     given = arguments(backend.device)
-    tokens, rest = given[:3], given[5:]
-    models = [Owner(*copies(given[CACHES])) for _ in range(3)]
+    own = changed(form, given)
+    tokens, rest = given[:3], given[3 + len(own) :]
+    models = [Owner(*copies(own)) for _ in range(3)]
     with torch.no_grad():
         expected = models[0](*tokens, *rest)
         compiled = torch.compile(models[1], fullgraph=True)(*tokens, *rest)
@@ -202,6 +290,18 @@ def test_opcheck(backend):
         opcheck(op, arguments, dict(cu_seqlens_q=ends, max_seqlen_q=30), test_utils=utils)
 
 
+def test_opcheck_of_an_index(backend):
+    key, value, key_cache, value_cache, slots = chunk_arguments(backend.device)[1:6]
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    ops, index = torch.ops.adasplash, with_index(key_cache)
+    appended = (key, value, key_cache, value_cache, slots)
+    padded = tuple(x.transpose(1, 2) for x in (torch.cat((key_cache, key_cache), 2), key_cache, value_cache))
+    opcheck(ops.entmax_make_key_index, (key_cache,), test_utils=utils)
+    opcheck(ops.entmax_key_index_update, (key_cache, slots, index), test_utils=utils)
+    opcheck(ops.entmax_cache_append, appended, dict(key_index=index), test_utils=utils)
+    opcheck(ops.entmax_attn.default, padded, dict(key_index=index), test_utils=utils)
+
+
 @pytest.mark.parametrize("cache_type", (torch.bfloat16, torch.float32))
 def test_autocast_leaves_the_cache_as_it_is(backend, cache_type):
     """What meets it goes to its type, whatever autocast's own is."""
@@ -216,6 +316,45 @@ def test_autocast_leaves_the_cache_as_it_is(backend, cache_type):
         wanted = entmax_attn_with_kvcache(same[0], *expected, *same[1:], held, pages)
     assert out.dtype == cache_type
     assert_same_bits((out, *given), (wanted, *expected))
+
+
+@pytest.mark.parametrize("cache_type", (torch.bfloat16, torch.float32))
+def test_autocast_leaves_the_index_as_it_is(backend, cache_type):
+    """A step keeps that of a cache of any type. A call over keys that autocast casts does without: the index is of
+    others, and says so."""
+    query, key, value, key_cache, value_cache, pages, held = step_arguments(backend.device)
+    caches = [key_cache.to(cache_type), value_cache.to(cache_type)]
+    index = with_index(caches[0])
+    kept, same = copies((*caches, index)), copies((*caches, index))
+    with torch.no_grad(), torch.autocast(backend.device, dtype=torch.bfloat16):
+        entmax_attn_with_kvcache(query, *kept[:2], key, value, held, pages, key_index=kept[2])
+        padded = [x.transpose(1, 2) for x in (query[:1].expand(BLOCKS, -1, -1, -1), *caches)]
+        out, expected = adasplash.entmax_attn(*padded, key_index=index), adasplash.entmax_attn(*padded)
+    with torch.no_grad():
+        entmax_cache_append(key[:, 0].to(cache_type), value[:, 0].to(cache_type), *same[:2],
+                            slots_of(pages, held, 1, PAGE, BLOCKS)[:, 0], same[2])  # fmt: skip
+    assert_same_bits(kept, same)
+    assert out.dtype == torch.bfloat16
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.backends("cpu")
+def test_indexes_without_values():
+    """Sizes and errors are those of the CPU, on Meta and as fake tensors; also where a size is a symbol."""
+    _, key, value, *caches, _, _ = step_arguments("cpu")
+    slots = torch.arange(3)
+    for change in (lambda x: x.to("meta"), FakeTensorMode().from_tensor):
+        key_cache, value_cache, *new, places = (change(x) for x in (*caches, key[:, 0], value[:, 0], slots))
+        index = make_key_index(key_cache)
+        assert index.shape == make_key_index(caches[0]).shape and index.dtype == torch.uint8
+        entmax_key_index_update(key_cache, places, index)
+        entmax_cache_append(*new, key_cache, value_cache, places, index)
+        padded = [x.transpose(1, 2) for x in (key_cache.repeat(1, 1, 2, 1), key_cache, value_cache)]
+        assert adasplash.entmax_attn(*padded, key_index=index).shape == padded[0].shape
+        with pytest.raises(RuntimeError, match="key_index must have sizes"):
+            adasplash.entmax_attn(*padded, key_index=index[1:])
+        with pytest.raises(RuntimeError, match="key_index must have sizes"):
+            entmax_key_index_update(key_cache, places, index[1:])
 
 
 def test_inference_mode(backend):

@@ -66,6 +66,17 @@ def test_as_many_as_a_fused_kernel():
     assert count(adasplash.entmax_attn, query, key, value) == (forward, forward + backward)
 
 
+def test_an_index_changes_nothing():
+    """It saves what is read; the dense work is counted all the same."""
+    query, key, value = tensors_of(2, 4, 2, 1, 50, 16, 16)
+    index = adasplash.make_key_index(key.transpose(1, 2))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        adasplash.entmax_attn(query, key, value, key_index=index)
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        adasplash.entmax_attn(query, key, value)
+    assert counter.get_total_flops() == plain.get_total_flops() > 0
+
+
 def test_masks_change_nothing():
     shape = (2, 4, 2, 20, 50, 16, 24)
 

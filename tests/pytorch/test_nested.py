@@ -162,6 +162,11 @@ REFUSED = {
         {"kv_seqlens": torch.tensor(K_LENGTHS)},
         "kv_seqlens goes with padded tensors; nested tensors know their lengths",
     ),
+    "index": (
+        lambda: [nested(Q_LENGTHS, 2, 8).transpose(1, 2)] * 3,
+        {"key_index": torch.zeros(2, 64, dtype=torch.uint8)},
+        "key_index goes with padded tensors, whose keys have slots; got nested ones",
+    ),
 }
 
 

@@ -7,25 +7,29 @@ import adasplash  # noqa: F401  (registers the ops)
 OPTIONS = (
     "bool is_causal=False, *, float? scale=None, Tensor? q_seqlens=None, Tensor? kv_seqlens=None, "
     "int[2] window=[-1, -1], Tensor? alibi_slopes=None, Tensor? kv_starts=None, float dropout_p=0., "
-    "Tensor? dropout_seed=None)"
+    "Tensor? dropout_seed=None, Tensor? key_index=None, Tensor? q_positions=None, Tensor? dropout_origin=None)"
 )
 TENSORS = "Tensor query, Tensor key, Tensor value"
 VARLEN = f"{TENSORS}, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 VARLEN_OPTIONS = (
     "bool is_causal=False, *, float? scale=None, int[2] window=[-1, -1], Tensor? alibi_slopes=None, "
-    "float dropout_p=0., Tensor? dropout_seed=None)"
+    "float dropout_p=0., Tensor? dropout_seed=None, Tensor? q_positions=None, Tensor? dropout_origin=None)"
 )
 CACHE = "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor kv_seqlens"
 PAGED_OPTIONS = (
     "bool is_causal=True, *, Tensor? cu_seqlens_q=None, SymInt max_seqlen_q=1, float? scale=None, "
-    "int[2] window=[-1, -1], Tensor? alibi_slopes=None)"
+    "int[2] window=[-1, -1], Tensor? alibi_slopes=None, Tensor? key_index=None)"
 )
 RESOLVED = (
     "Tensor? head_alpha, float alpha, bool is_causal, float? scale, Tensor? q_seqlens, Tensor? kv_seqlens, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int[2] window, "
     "Tensor? alibi_slopes"
 )
-LATER = "Tensor? kv_starts=None, float dropout_p=0., Tensor? dropout_seed=None"  # behind everything else
+# Behind everything else.
+LATER = (
+    "Tensor? kv_starts=None, float dropout_p=0., Tensor? dropout_seed=None, Tensor? q_positions=None, "
+    "Tensor? dropout_origin=None"
+)
 SUMMARY = "(Tensor out, Tensor support_size, Tensor largest_weight, Tensor maximum, Tensor gap, Tensor empty_tiles)"
 
 # In the order in which an eager call tries them: a tensor alpha before a number, or a one-element tensor would lose
@@ -52,8 +56,12 @@ SCHEMAS = {
         f"entmax_attn_paged({CACHE}, float alpha=1.5, {PAGED_OPTIONS} -> Tensor",
     ],
     "entmax_cache_append": [
-        "entmax_cache_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) "
-        "-> ()",
+        "entmax_cache_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots, *, "
+        "Tensor(c!)? key_index=None) -> ()",
+    ],
+    "entmax_make_key_index": ["entmax_make_key_index(Tensor key_cache) -> Tensor"],
+    "entmax_key_index_update": [
+        "entmax_key_index_update(Tensor key_cache, Tensor slots, Tensor(a!) key_index) -> ()",
     ],
     "entmax": [
         "entmax.tensor_alpha(Tensor input, Tensor alpha, int dim=-1) -> Tensor",
@@ -63,6 +71,7 @@ SCHEMAS = {
         f"_entmax_attn_forward({TENSORS}, {RESOLVED}, SymInt support_capacity, {LATER}) "
         "-> (Tensor out, Tensor row_state, Tensor support, Tensor tiles)",
     ],
+    "_entmax_attn_indexed": [f"_entmax_attn_indexed({TENSORS}, {RESOLVED}, Tensor key_index, {LATER}) -> Tensor"],
     "_entmax_attn_backward": [
         f"_entmax_attn_backward(Tensor grad_out, {TENSORS}, Tensor row_state, Tensor support, Tensor tiles, "
         f"{RESOLVED}, Tensor? out=None, {LATER}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha)",
@@ -102,7 +111,10 @@ def test_kernels_are_registered_where_each_door_looks():
         "entmax_attn_paged": ("CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA"),
         "entmax_attn_paged.per_head": ("CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA"),
         "entmax_cache_append": ("CPU", "Meta", "Autograd", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"),
+        "entmax_make_key_index": ("CompositeExplicitAutograd", "Meta"),
+        "entmax_key_index_update": ("CPU", "Meta", "Autograd", "ADInplaceOrView"),
         "_entmax_attn_forward": ("CPU", "Meta"),
+        "_entmax_attn_indexed": ("CPU", "Meta"),
         "_entmax_attn_backward": ("CPU", "Meta"),
         "entmax": ("Autograd", "CompositeExplicitAutograd", "AutocastCUDA"),
         "entmax.tensor_alpha": ("Autograd", "CompositeExplicitAutograd", "AutocastCUDA"),

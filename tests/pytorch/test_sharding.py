@@ -122,17 +122,35 @@ print(out.placements, stats.support_size.placements, stats.empty_tiles.placement
     assert out.split("\n")[1].count("Shard(dim=0), Shard(dim=1)") == 3
 
 
+def test_an_index_is_refused():
+    out = common.run_python(
+        FAKE_MESH
+        + """
+import adasplash
+query = split(2, 4, 8, 8, placements=[Shard(0), Shard(1)])
+index = split(3, 1280, placements=[Replicate(), Replicate()]).to(torch.uint8)
+try:
+    with torch.no_grad():
+        adasplash.entmax_attn(query, query, query, key_index=index)
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    assert out.startswith("entmax_attn: key_index is not split over devices, got one with a DTensor")
+
+
 def test_the_rules_know_every_tensor():
     """Another tensor argument or result needs a thought on how it splits; this list is then to be extended with it."""
     assert adasplash.entmax_attn  # which registers the ops
     ops = torch.ops.adasplash
     known = {
         "_entmax_attn_forward": "query key value head_alpha q_seqlens kv_seqlens cu_seqlens_q cu_seqlens_k kv_starts "
-        "alibi_slopes dropout_seed out row_state support tiles",
+        "alibi_slopes dropout_seed q_positions dropout_origin out row_state support tiles",
         "_entmax_attn_backward": "grad_out query key value row_state support tiles head_alpha q_seqlens kv_seqlens "
-        "cu_seqlens_q cu_seqlens_k alibi_slopes kv_starts dropout_seed out dq dk dv dalpha",
+        "cu_seqlens_q cu_seqlens_k alibi_slopes kv_starts dropout_seed q_positions dropout_origin out dq dk dv dalpha",
         "_entmax_attn_summary": "query key row_state support tiles head_alpha q_seqlens kv_seqlens cu_seqlens_q "
-        "cu_seqlens_k alibi_slopes kv_starts dropout_seed support_size largest_weight tile_counts",
+        "cu_seqlens_k alibi_slopes kv_starts dropout_seed q_positions dropout_origin support_size largest_weight "
+        "tile_counts",
         "_entmax_forward": "input row_alpha",
         "_entmax_backward": "grad_out output row_alpha grad_input grad_alpha",
     }

@@ -31,6 +31,8 @@ class Padded(torch.nn.Module):
             kv_starts=kv_seqlens // 3,
             dropout_p=0.3,
             dropout_seed=kv_seqlens.long().sum(),
+            q_positions=kv_seqlens // 2 - 5,
+            dropout_origin=kv_seqlens[:, None] + torch.arange(4, device=query.device),
         )
 
 
@@ -62,6 +64,8 @@ class Packed(torch.nn.Module):
             alibi_slopes=slopes,
             dropout_p=0.3,
             dropout_seed=cu_seqlens_k.long().sum(),
+            q_positions=cu_seqlens_k.diff() // 2 - 5,
+            dropout_origin=cu_seqlens_k[1:, None] + torch.arange(4, device=query.device),
         )
 
 

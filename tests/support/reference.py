@@ -1,10 +1,10 @@
 """Entmax attention the plain way: dense, in fp64, readable. The oracle of every other test.
 
-`attention` holds the whole contract: types, grouped queries, causal and window masks aligned bottom right, lengths of
-right-padded batches, ALiBi slopes, dropout, alpha as a number, as one tensor, per head or per row; `attention_varlen`
-is the packed form, a sequence at a time. Its gradients come from autograd, through `entmax`, whose backward is the
-closed form. Run in another type (`dtype=`) it is the dense composition matmul, entmax, matmul of that type, which is
-the yardstick for the accuracy of half types.
+`attention` holds the whole contract: types, grouped queries, causal and window masks aligned bottom right or by the
+places of queries, lengths of right-padded batches, ALiBi slopes, dropout, alpha as a number, as one tensor, per head or
+per row; `attention_varlen` is the packed form, a sequence at a time. Its gradients come from autograd, through
+`entmax`, whose backward is the closed form. Run in another type (`dtype=`) it is the dense composition matmul, entmax,
+matmul of that type, which is the yardstick for the accuracy of half types.
 """
 
 from collections.abc import Sequence
@@ -127,14 +127,16 @@ def relative_position(
     kv_seqlens: Tensor | None = None,
     device="cpu",
     kv_starts: Tensor | None = None,
+    q_positions: Tensor | None = None,
 ) -> Tensor:
     """j - (i + N - M), (B or 1, 1, M, N): 0 on the diagonal that ends bottom right, by a batch entry's own lengths,
-    with keys counted from its start."""
+    with keys counted from its start; or on that which begins at the place of the first query."""
     q_length = torch.as_tensor(m if q_seqlens is None else q_seqlens, device=device).reshape(-1, 1, 1, 1)
     end = torch.as_tensor(n if kv_seqlens is None else kv_seqlens, device=device).reshape(-1, 1, 1, 1)
     start = torch.as_tensor(0 if kv_starts is None else kv_starts, device=device).reshape(-1, 1, 1, 1)
     i = torch.arange(m, device=device).reshape(m, 1)
-    return torch.arange(n, device=device) - start - (i + (end - start).clamp(min=0) - q_length)
+    first = (end - start).clamp(min=0) - q_length if q_positions is None else q_positions.long().reshape(-1, 1, 1, 1)
+    return torch.arange(n, device=device) - start - (i + first)
 
 
 def visible(
@@ -146,9 +148,10 @@ def visible(
     window: Sequence[int] = (-1, -1),
     device="cpu",
     kv_starts: Tensor | None = None,
+    q_positions: Tensor | None = None,
 ) -> Tensor:
     """Which query sees which key, (B or 1, 1, M, N): the one place that knows."""
-    position = relative_position(m, n, q_seqlens, kv_seqlens, device, kv_starts)
+    position = relative_position(m, n, q_seqlens, kv_seqlens, device, kv_starts, q_positions)
     sees = torch.ones_like(position, dtype=torch.bool)
     left, right = window
     if left >= 0:
@@ -202,17 +205,26 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def dropout_factors(
-    seed: Tensor, p: float, batch: int, heads: int, queries: int, keys: int, kv_starts: Tensor | None = None, entry=0
+    seed: Tensor,
+    p: float,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    kv_starts: Tensor | None = None,
+    origin: Tensor | None = None,
 ) -> Tensor:
-    """What weights are multiplied by, (B, H, M, N) in fp64: 0, or 1 / (1 - p). `entry` is the number of the first batch
-    entry."""
-    entries, head, query = (
-        torch.arange(count).reshape(-1, *[1] * rest) for count, rest in ((batch, 2), (heads, 1), (queries, 0))
-    )
+    """What weights are multiplied by, (B, H, M, N) in fp64: 0, or 1 / (1 - p)."""
+    if origin is None:
+        origin = torch.zeros(batch, 4, dtype=torch.int64)
+        origin[:, 0] = torch.arange(batch)
+    entries, first_head, first_query, first_key = (x.reshape(-1, 1, 1) for x in origin.cpu().long().unbind(1))
+    head, query = torch.arange(heads).reshape(-1, 1), torch.arange(queries)
     number = int(seed) & (1 << 64) - 1
-    place = torch.broadcast_tensors(query, head, entries + entry, torch.tensor(0))
-    first, second, _, _ = (word[..., None] for word in _philox((number & 0xFFFFFFFF, number >> 32), list(place)))
-    key = torch.arange(keys)
+    counters = (first_query + query, first_head + head, entries, torch.tensor(0))
+    place = [x & 0xFFFFFFFF for x in torch.broadcast_tensors(*counters)]
+    first, second, _, _ = (word[..., None] for word in _philox((number & 0xFFFFFFFF, number >> 32), place))
+    key = first_key[..., None] + torch.arange(keys)
     if kv_starts is not None:
         key = key - kv_starts.cpu().long().reshape(-1, 1, 1, 1)
     x = _mix(_mix((key & 0xFFFFFFFF) ^ first) + second & 0xFFFFFFFF)
@@ -240,11 +252,12 @@ def attention(
     kv_starts: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    dropout_origin: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
-    entry: int = 0,
 ) -> Attention:
     """The op's arguments -> out (B, H, M, D_v), weights (before dropout) and masked scores (B, H, M, N),
-    differentiable, in `dtype`. `entry` is the number of the first batch entry, for dropout."""
+    differentiable, in `dtype`."""
     (batch, heads, m, size), (_, kv_heads, n, _) = query.shape, key.shape
     scale = size**-0.5 if scale is None else scale
     query = _without_padding(query.to(dtype), q_seqlens)
@@ -253,15 +266,16 @@ def attention(
         key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scale
     if alibi_slopes is not None:
-        distance = relative_position(m, n, q_seqlens, kv_seqlens, query.device, kv_starts).abs()
+        distance = relative_position(m, n, q_seqlens, kv_seqlens, query.device, kv_starts, q_positions).abs()
         scores = scores - alibi_slopes.to(dtype).reshape(-1, heads, 1, 1) * distance
-    sees = visible(m, n, is_causal, q_seqlens, kv_seqlens, window, query.device, kv_starts)
+    sees = visible(m, n, is_causal, q_seqlens, kv_seqlens, window, query.device, kv_starts, q_positions)
     scores = scores.masked_fill(~sees, -torch.inf)
     if isinstance(alpha, Tensor) and alpha.dim() < 4:
         alpha = alpha.reshape(-1, 1, 1)
     weights = kept = entmax(scores, alpha)
     if dropout_p > 0:
-        kept = weights * dropout_factors(dropout_seed, dropout_p, batch, heads, m, n, kv_starts, entry).to(dtype)
+        factors = dropout_factors(dropout_seed, dropout_p, batch, heads, m, n, kv_starts, dropout_origin)
+        kept = weights * factors.to(dtype)
     return Attention(kept @ value, weights, scores)
 
 
@@ -276,20 +290,29 @@ def attention_varlen(
     alpha: float | Tensor = 1.5,
     *options,
     alibi_slopes: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    dropout_origin: Tensor | None = None,
     **keywords,
 ) -> Tensor:
     """The packed op's arguments -> out (T_q, H, D_v)."""
 
-    def of_sequence(q: slice, k: slice, slopes: Tensor | None, entry: int = 0) -> Tensor:
+    if dropout_origin is None:
+        dropout_origin = torch.zeros(len(cu_seqlens_q) - 1, 4, dtype=torch.int64)
+        dropout_origin[:, 0] = torch.arange(len(dropout_origin))
+
+    def of_sequence(q: slice, k: slice, slopes: Tensor | None, **of_it) -> Tensor:
         sequence = (x.transpose(0, 1)[None] for x in (query[q], key[k], value[k]))
         per_row = isinstance(alpha, Tensor) and alpha.dim() == 4
         own = alpha[:, :, q] if per_row else alpha
-        result = attention(*sequence, own, *options, alibi_slopes=slopes, entry=entry, **keywords)
+        result = attention(*sequence, own, *options, alibi_slopes=slopes, **of_it, **keywords)
         return result.out[0].transpose(0, 1)
 
     out = [of_sequence(slice(0), slice(0), None)]  # so that there is one, and a gradient, without any sequence
     for b in range(len(cu_seqlens_q) - 1):
         q, k = (slice(int(ends[b]), int(ends[b + 1])) for ends in (cu_seqlens_q, cu_seqlens_k))
         per_sequence = alibi_slopes is not None and alibi_slopes.dim() == 2
-        out.append(of_sequence(q, k, alibi_slopes[b] if per_sequence else alibi_slopes, b))
+        of_it = dict(dropout_origin=dropout_origin[b, None])
+        if q_positions is not None:
+            of_it["q_positions"] = q_positions[b, None]
+        out.append(of_sequence(q, k, alibi_slopes[b] if per_sequence else alibi_slopes, **of_it))
     return torch.cat(out)

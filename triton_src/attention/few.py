@@ -62,7 +62,12 @@ class FewRows(NamedTuple):
 
 @triton.jit
 def few_rows(first, call, few, kv_head, queries, ROWS: tl.constexpr):
-    place = first + tl.arange(0, ROWS)
+    return few_rows_at(first + tl.arange(0, ROWS), call, few, kv_head, queries)
+
+
+@triton.jit
+def few_rows_at(place, call, few, kv_head, queries):
+    """The FewRows in some places."""
     member = place // few.queries
     position = place - member * few.queries
     real = (member < call.group) & (position < queries.length)
@@ -204,6 +209,7 @@ SCORE_FEW = Spec(
     alphas=("any",),
 )  # fmt: skip
 SCORE_FEW_PAGED = SCORE_FEW.over_pages()
+SCORE_FEW_EVEN = SCORE_FEW.over_even_pages(types=("bf16", "fp16"))
 
 
 # ---- one row ---------------------------------------------------------------------------------------------------------
@@ -250,9 +256,9 @@ def solve_few(
             count = list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max, gap)
             long = (count > LISTED).to(tl.int32)
             if long > 0:
-                gap = solve(z_row, entries, candidates * TILE, visible, row_max, gap, scale.alpha, ALPHA, False)
+                gap = solve_tiles(z_row, entries, candidates, visible, row_max, gap, scale.alpha, ALPHA)
             else:
-                gap = solve(to_z, entries, count, visible, row_max, gap, scale.alpha, ALPHA, True)
+                gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA)
     tl.store(is_long + number, long)
     state = row_state + 2 * (first_state_row(call, at) + position)
     tl.store(state, tl.where(broken, float("nan"), row_max))
@@ -402,31 +408,47 @@ def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max,
 
 
 @triton.jit
-def solve(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.constexpr, LIST: tl.constexpr):
-    """gap of `count` scores: of a LIST of at most LISTED, or of the listed tiles."""
+def solve_list(listed_z, count, row_max, gap, alpha, ALPHA: tl.constexpr):
+    """gap of a list of at most LISTED scores, from a lower bound of it."""
+    entry = tl.arange(0, LISTED)
+    z = tl.load(listed_z + entry, mask=entry < count, other=float("-inf"))
     attempts = 0
-    if LIST:
-        entry = tl.arange(0, LISTED)
-        z = tl.load(z_row + entry, mask=entry < count, other=float("-inf"))
+    moving = 1
+    while moving > 0:
+        p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
+        sum_p = tl.sum(p, 0)
+        step = newton_step(sum_p, tl.sum(u, 0), alpha, ALPHA)
+        attempts += 1
+        moving = goes_on(sum_p, gap, step, attempts, NEAR)
+        gap += step
+    return gap
+
+
+@triton.jit
+def solve_tiles(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.constexpr):
+    """gap of the scores of `count` listed tiles, from a lower bound of it."""
+    attempts = 0
     moving = 1
     while moving > 0:
         part_p = tl.zeros([TOGETHER], tl.float32)
         part_u = tl.zeros([TOGETHER], tl.float32)
-        if LIST:
-            part_p, part_u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
-        else:
-            for first in range(0, count // TILE, TOGETHER // TILE):
-                some, _ = scores_of_tiles(z_row, entries, first, count // TILE, visible)
-                p, u = weights(excess(some, row_max, gap), alpha, ALPHA, True)
-                part_p += p
-                part_u += u
+        for first in range(0, count, TOGETHER // TILE):
+            z, _ = scores_of_tiles(z_row, entries, first, count, visible)
+            p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
+            part_p += p
+            part_u += u
         sum_p = tl.sum(part_p, 0)
         step = newton_step(sum_p, tl.sum(part_u, 0), alpha, ALPHA)
         attempts += 1
-        more = (tl.abs(sum_p - 1.0) > (NEAR if LIST else NEAR_LONG)) & (gap + step != gap) & (attempts < ATTEMPTS)
+        moving = goes_on(sum_p, gap, step, attempts, NEAR_LONG)
         gap += step
-        moving = more.to(tl.int32)
     return gap
+
+
+@triton.jit
+def goes_on(sum_p, gap, step, attempts, near):
+    """Whether another step is needed after this one."""
+    return ((tl.abs(sum_p - 1.0) > near) & (gap + step != gap) & (attempts < ATTEMPTS)).to(tl.int32)
 
 
 @triton.jit
@@ -519,6 +541,7 @@ WEIGH_FEW = Spec(
     alphas=("any",),
 )  # fmt: skip
 WEIGH_FEW_PAGED = WEIGH_FEW.over_pages()
+WEIGH_FEW_EVEN = WEIGH_FEW.over_even_pages(types=("bf16", "fp16"))
 
 
 @triton.jit

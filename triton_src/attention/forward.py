@@ -31,7 +31,7 @@ from ..lib.call import (
     tile_row_of,
     without_few,
 )
-from ..lib.dropout import Dropout, drop, row_seeds_of
+from ..lib.dropout import SequenceDropout, drop, dropout_of_sequence, row_seeds_of
 from ..lib.entmax import (
     ALPHA_1,
     ALPHA_1_5,
@@ -122,7 +122,9 @@ def attend(
     keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
     tile_row = tile_row_of(call, at, first_row)
-    values = ValueBlock(value_rows, call.dropout, row_seeds_of(call.dropout, batch, head, row, ALPHA))
+    values = ValueBlock(
+        value_rows, dropout_of_sequence(call.dropout, batch, ALPHA), row_seeds_of(call.dropout, batch, head, row, ALPHA)
+    )
     margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
     entries = tile_lists + tile_row * key_tiles
 
@@ -367,7 +369,7 @@ class ValueBlock(NamedTuple):
     """What a block of rows weighs: values, of which it drops some."""
 
     rows: RowsFrom
-    dropout: Dropout
+    dropout: SequenceDropout
     row_seeds: tl.tensor
 
 

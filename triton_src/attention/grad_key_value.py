@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, query_rows_of
-from ..lib.dropout import Dropout, dropout_factors
+from ..lib.dropout import SequenceDropout, dropout_factors, dropout_of_sequence
 from ..lib.entmax import ALPHA_1, ALPHA_ANY, fixed_alpha, weigh
 from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
 from ..lib.matrices import (
@@ -25,7 +25,7 @@ from ..lib.matrices import (
 )
 from ..lib.scores import HeadScale, ScoreRules, scores_of
 from ..lib.tile_lists import LIST_CHUNK, WORD, TileList, all_edges, append, first_tile_row, list_where
-from ..lib.visibility import TILE, first_row_that_sees, sequence_bounds, visible_keys
+from ..lib.visibility import TILE, rows_that_see, sequence_bounds, visible_keys
 from ..spec import CALL, MATRIX, Spec
 from .grad_query import load_terms
 
@@ -53,7 +53,7 @@ class HeadRows(NamedTuple):
     row_terms: tl.tensor
     row_seeds: tl.tensor
     scale: HeadScale
-    dropout: Dropout
+    dropout: SequenceDropout
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def grad_key_value(
     queries = sequence_bounds(call.queries, batch)
     keys = sequence_bounds(call.keys, batch)
     # The first of the heads that share the keys; what is of one of them goes from head to head.
-    at = Head(batch, kv_head * call.group, call.group, queries, keys, band_of(call, queries, keys))
+    at = Head(batch, kv_head * call.group, call.group, queries, keys, band_of(call, batch, queries, keys))
     query_rows = query_rows_of(query, at, call.head_dim, queries.length)
     grad_out_rows = query_rows_of(grad_out, at, call.value_dim, queries.length)
     key_rows = rows_of_head(key, batch, kv_head, keys.offset, call.head_dim, keys.length)
@@ -100,16 +100,17 @@ def grad_key_value(
     key_tile_row = first_tile_row(call.keys, kv_heads, batch, kv_head, keys.offset) + key_tile
     entries = tile_lists + key_tile_row * query_tiles
     gathered += key_tile_row * GATHER_ROOM
-    # Rows before that see nothing: they may hold anything, and 0 * NaN would reach the sums.
-    sees_first = first_row_that_sees(at.band)
+    # The others see nothing: they may hold anything, and 0 * NaN would reach the sums.
+    see = rows_that_see(at.band)
+    dropout = dropout_of_sequence(call.dropout, batch, ALPHA)
 
     wide = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     sums = KeyValueSums(wide, wide)
     for member in range(call.group):
         scale = head_scale(call, batch, at.head + member, ALPHA)
-        member_query = RowsFrom(query_data, query_rows.stride, call.head_dim, queries.length, sees_first)
-        member_grad_out = RowsFrom(grad_out_data, grad_out_rows.stride, call.value_dim, queries.length, sees_first)
-        member_rows = HeadRows(member_query, member_grad_out, row_terms, row_seeds, scale, call.dropout)
+        member_query = RowsFrom(query_data, query_rows.stride, call.head_dim, see.end, see.first)
+        member_grad_out = RowsFrom(grad_out_data, grad_out_rows.stride, call.value_dim, see.end, see.first)
+        member_rows = HeadRows(member_query, member_grad_out, row_terms, row_seeds, scale, dropout)
         weighing = list_query_tiles(entries, query_tiles, tiles, call.tile_words, key_tile, at.band, CODE)
         unused = query_tiles - weighing.count
         marked = MarkedRows(marks, key_tiles, gathered)

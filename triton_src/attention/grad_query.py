@@ -24,7 +24,7 @@ from ..lib.call import (
     query_rows_of,
     tile_row_of,
 )
-from ..lib.dropout import Dropout, drop, row_seeds_of
+from ..lib.dropout import SequenceDropout, drop, dropout_of_sequence, row_seeds_of
 from ..lib.entmax import (
     ALPHA_1,
     ALPHA_ANY,
@@ -73,7 +73,7 @@ class BackwardBlock(NamedTuple):
     dp_shift: tl.tensor
     largest_term: tl.tensor
     alpha_source: tl.tensor
-    dropout: Dropout
+    dropout: SequenceDropout
     row_seeds: tl.tensor
 
 
@@ -144,7 +144,15 @@ def grad_query(
     largest_term = term_of_largest_weight(gap, scale.alpha, ALPHA, EXACT)
     seeds = row_seeds_of(call.dropout, batch, head, row, ALPHA)
     held = BackwardBlock(
-        queries, threshold, do, value_rows, dp_shift, largest_term, call.alpha.source, call.dropout, seeds
+        queries,
+        threshold,
+        do,
+        value_rows,
+        dp_shift,
+        largest_term,
+        call.alpha.source,
+        dropout_of_sequence(call.dropout, batch, ALPHA),
+        seeds,
     )
     marked = MarkedRows(marks, 1, gathered)
     sums = zero_sums(CODE)

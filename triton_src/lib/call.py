@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .dropout import Dropout
 from .entmax import Alpha, alpha_of_head
-from .matrices import PAGED_MATRIX, Rows, paged_rows_of_head, rows_of_head
+from .matrices import MATRIX, Rows, paged_rows_of_head, rows_of_head
 from .scores import HeadScale, Scores, qk_slope_of, z_scale_of
 from .tile_lists import first_tile_row
 from .visibility import TILE, Band, Sequence, Sequences, sequence_bounds
@@ -69,7 +69,7 @@ def block_of_program(blocks, heads):
 def head_in_sequence(call, batch, head):
     queries = sequence_bounds(call.queries, batch)
     keys = sequence_bounds(call.keys, batch)
-    return Head(batch, head, call.group, queries, keys, band_of(call, queries, keys))
+    return Head(batch, head, call.group, queries, keys, band_of(call, batch, queries, keys))
 
 
 @triton.jit
@@ -85,7 +85,8 @@ def without_few(call, at):
     queries = Sequence(
         at.queries.offset, tl.where(has_many_queries(call, at.queries), at.queries.length, 0), at.queries.extent
     )
-    return Head(at.batch, at.head, at.group, queries, at.keys, band_of(call, queries, at.keys))
+    band = Band(queries.length, at.keys.length, at.band.first_place, at.band.window_left, at.band.window_right)
+    return Head(at.batch, at.head, at.group, queries, at.keys, band)
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def query_rows_of(matrix, at, columns, end):
 @triton.jit
 def key_rows_of(matrix, at, columns, end):
     """The rows of a Head's key head in a matrix with a row for each key, which may be in a paged cache."""
-    if len(matrix) == PAGED_MATRIX:
+    if len(matrix) > MATRIX:
         return paged_rows_of_head(matrix, at.batch, at.head // at.group, columns, end)
     else:
         # As rows_of_head has it, but that the division comes after a product: the compiler keeps this order.
@@ -119,8 +120,10 @@ def first_state_row(call, at):
 
 
 @triton.jit
-def band_of(call, queries, keys):
-    return Band(queries.length, keys.length, call.scores.window_left, call.scores.window_right)
+def band_of(call, batch, queries, keys):
+    last_beside_last = keys.length - queries.length
+    place = tl.load(call.scores.q_positions + batch, mask=call.scores.has_positions != 0, other=last_beside_last)
+    return Band(queries.length, keys.length, place, call.scores.window_left, call.scores.window_right)
 
 
 @triton.jit

@@ -39,7 +39,24 @@ class PagedMatrix(NamedTuple):
     page_shift: tl.tensor
 
 
-PAGED_MATRIX = tl.constexpr(len(PagedMatrix._fields))  # by which code tells it from a Matrix
+class EvenPagedMatrix(NamedTuple):
+    """A PagedMatrix whose pages have 16, 32, 64 or another power of two of rows. Sixteen neighbours are in one page
+    there, which is looked up once for all of them and found without a division."""
+
+    data: tl.tensor
+    block_stride: tl.tensor
+    head_stride: tl.tensor
+    row_stride: tl.tensor
+    table: tl.tensor
+    table_stride: tl.tensor
+    blocks: tl.tensor
+    page_bits: tl.tensor  # a page has 2^page_bits rows
+
+
+ROWS_TOGETHER = tl.constexpr(16)  # whose page is looked up once
+# By which code tells matrices apart.
+MATRIX = tl.constexpr(len(Matrix._fields))
+EVEN_PAGED_MATRIX = tl.constexpr(len(EvenPagedMatrix._fields))
 
 
 class Rows(NamedTuple):
@@ -74,6 +91,18 @@ class Pages(NamedTuple):
     shift: tl.tensor
 
 
+class EvenPages(NamedTuple):
+    """The same where pages are those of an EvenPagedMatrix."""
+
+    table: tl.tensor
+    block_stride: tl.tensor
+    blocks: tl.tensor
+    bits: tl.tensor
+
+
+EVEN_PAGES = tl.constexpr(len(EvenPages._fields))
+
+
 class PagedRows(NamedTuple):
     """Rows of one head of a sequence that lie in pages, of which those with begin <= row < end count."""
 
@@ -82,7 +111,7 @@ class PagedRows(NamedTuple):
     columns: tl.tensor
     end: tl.tensor
     begin: tl.tensor
-    pages: Pages
+    pages: Pages | EvenPages
 
 
 # By which code tells the three apart; those that are bounded twice have as many fields as RowsFrom, or more.
@@ -118,10 +147,21 @@ def rows_of_head(matrix, batch, head, offset, columns, end):
 
 
 @triton.jit
-def paged_rows_of_head(matrix, batch, head, columns, end):
-    """The rows of a head of a sequence in a PagedMatrix."""
+def pages_of(matrix, batch):
+    """Where the pages of a sequence are."""
     table = matrix.table + batch * matrix.table_stride
-    pages = Pages(table, matrix.block_stride, matrix.blocks, matrix.page_size, matrix.page_inverse, matrix.page_shift)
+    if len(matrix) == EVEN_PAGED_MATRIX:
+        return EvenPages(table, matrix.block_stride, matrix.blocks, matrix.page_bits)
+    else:
+        return Pages(
+            table, matrix.block_stride, matrix.blocks, matrix.page_size, matrix.page_inverse, matrix.page_shift
+        )
+
+
+@triton.jit
+def paged_rows_of_head(matrix, batch, head, columns, end):
+    """The rows of a head of a sequence in pages."""
+    pages = pages_of(matrix, batch)
     return PagedRows(matrix.data + head * matrix.head_stride, matrix.row_stride, columns, end, 0, pages)
 
 
@@ -164,7 +204,7 @@ def load_rows(rows, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl
         if len(rows) >= BOUNDED_TWICE:
             mask = mask & (row >= rows.begin)[:, None]
     if len(rows) == IN_PAGES:
-        place = (rows.data + column)[None, :] + offsets_in_pages(rows, row_numbers(first, ROWS), MASKED)[:, None]
+        place = (rows.data + column)[None, :] + offsets_in_pages(rows, first, ROWS, MASKED)[:, None]
     elif len(first.shape) > 0:  # both factors fit 32 bits: one instruction
         place = (rows.data + column)[None, :] + (first.to(tl.int64) * rows.stride.to(tl.int32).to(tl.int64))[:, None]
     else:
@@ -174,20 +214,48 @@ def load_rows(rows, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl
 
 
 @triton.jit
-def offsets_in_pages(rows, row, MASKED: tl.constexpr):
-    """Where some rows of PagedRows are. Neighbours may lie in different pages, so each row's block is looked up. The
-    table comes from the user's GPU memory unchecked: an entry that names no block is clamped, and gives wrong rows,
-    never a stray access."""
-    # This is most of the work of a block of keys, so it goes without a division, and by products of 32 bits.
-    page = (tl.umulhi((row * 4).to(tl.uint32), rows.pages.inverse.to(tl.uint32)) >> rows.pages.shift).to(tl.int32)
-    if MASKED:  # behind a sequence's last page the table may have no entries
-        block = tl.load(rows.pages.table + page, mask=(row >= rows.begin) & (row < rows.end), other=0)
+def offsets_in_pages(rows, first, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """Where some rows of PagedRows are: neighbours from `first` on, or those that a vector names."""
+    pages = rows.pages
+    if len(pages) == EVEN_PAGES and len(first.shape) == 0:
+        return offsets_together(pages, first, ROWS, rows.end, pages.block_stride, rows.stride.to(tl.int32))
     else:
-        block = tl.load(rows.pages.table + page)
-    block = tl.minimum(tl.maximum(block, 0), rows.pages.blocks - 1).to(tl.int64)
-    in_page = (row - page * rows.pages.size).to(tl.int64)
-    # Factors of 32 bits, as in load_rows.
-    return block * rows.pages.block_stride.to(tl.int64) + in_page * rows.stride.to(tl.int32).to(tl.int64)
+        # Neighbours may lie in different pages, so each row's block is looked up. This is most of the work of a block
+        # of keys, so it goes without a division, and by products of 32 bits.
+        row = row_numbers(first, ROWS)
+        if len(pages) == EVEN_PAGES:
+            page = row >> pages.bits
+            in_page = row - (page << pages.bits)
+        else:
+            page = (tl.umulhi((row * 4).to(tl.uint32), pages.inverse.to(tl.uint32)) >> pages.shift).to(tl.int32)
+            in_page = row - page * pages.size
+        block = block_of_page(pages, page, (row >= rows.begin) & (row < rows.end) if MASKED else None)
+        # Factors of 32 bits, as in load_rows.
+        return block * pages.block_stride.to(tl.int64) + in_page.to(tl.int64) * rows.stride.to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def offsets_together(pages, first, ROWS: tl.constexpr, end, block_stride, row_stride):
+    """Where ROWS neighbours in EvenPages are, the first of which is a multiple of ROWS_TOGETHER; of those before `end`.
+    The strides, of 32 bits, may be those of something else that is kept for each row."""
+    row = first + tl.arange(0, ROWS)
+    start = row // ROWS_TOGETHER * ROWS_TOGETHER  # so that the compiler knows which rows have one page
+    page = start >> pages.bits
+    block = block_of_page(pages, page, start < end)
+    in_page = row - (page << pages.bits)
+    return block * block_stride + in_page.to(tl.int64) * row_stride
+
+
+@triton.jit
+def block_of_page(pages, page, known):
+    """The block that the table names for pages, those that are `known` to have an entry; None: all. The table comes
+    from the user's GPU memory unchecked: an entry that names no block is clamped, and gives wrong rows, never a stray
+    access. Behind a sequence's last page it may have no entries."""
+    if known is None:
+        block = tl.load(pages.table + page)
+    else:
+        block = tl.load(pages.table + page, mask=known, other=0)
+    return tl.minimum(tl.maximum(block, 0), pages.blocks - 1).to(tl.int64)
 
 
 @triton.jit

@@ -20,6 +20,8 @@ class Scores(NamedTuple):
     scale: tl.tensor
     window_left: tl.tensor
     window_right: tl.tensor
+    q_positions: tl.tensor  # (B,) places of the first queries, see Band
+    has_positions: tl.tensor
 
 
 class ScoreRules(NamedTuple):

@@ -42,10 +42,11 @@ class Span(NamedTuple):
 
 
 class Band(NamedTuple):
-    """What decides which keys a row sees: row i those around key i + key_length - query_length."""
+    """What decides which keys a row sees: row i those around key i + first_place."""
 
     query_length: tl.tensor
     key_length: tl.tensor
+    first_place: tl.tensor  # of row 0; by itself such that the last row stands beside the last key
     window_left: tl.tensor
     window_right: tl.tensor
 
@@ -80,7 +81,7 @@ def sequence_bounds(sequences, batch):
 @triton.jit
 def visible_keys(row, band):
     """The Span of keys that a row sees. Causal order, window and lengths are known here, and solved for the row in
-    `first_row_that_sees`; everything else asks these two.
+    `rows_that_see`; everything else asks these two.
 
     It must stay one interval whose ends never fall from a row to the next: `visible_tiles`, `keys_of_block` and
     `list_query_tiles` look at the first and the last row of a block only. Masks of another shape need more than a
@@ -93,14 +94,15 @@ def visible_keys(row, band):
 
 @triton.jit
 def diagonal_of(row, band):
-    """The key that is a row's own: with equal lengths that of the same number."""
-    return row + band.key_length - band.query_length
+    """The key that is a row's own, if there is one: it may be before the first key, or behind the last."""
+    return row + band.first_place
 
 
 @triton.jit
-def first_row_that_sees(band):
-    """The first row that sees a key, if there is one: what `visible_keys` says, solved for the row. All after it do."""
-    return tl.maximum(band.query_length - band.key_length - band.window_right, 0)
+def rows_that_see(band):
+    """The Span of rows that see a key: what `visible_keys` says, solved for the row."""
+    first = tl.maximum(-band.first_place - band.window_right, 0)
+    return Span(first, tl.minimum(band.key_length + band.window_left - band.first_place, band.query_length))
 
 
 @triton.jit

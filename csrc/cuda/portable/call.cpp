@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "cuda/few.h"
+#include "cuda/key_index.h"
 #include "cuda/sides.h"
 
 namespace adasplash::cuda::portable {
@@ -63,7 +64,9 @@ at::Tensor as_rows(const at::Tensor& given) {
 // Lengths, or the packed form's offsets, which must not fall, or two sequences would have scratch in common.
 at::Tensor as_lengths(const OptionalTensor& padded, const OptionalTensor& packed) {
   if (packed) return as_rows(std::get<0>(packed->cummax(0)));
-  return padded ? as_rows(*padded) : at::Tensor();
+  if (!padded) return {};
+  // As they are, if they can be: two launches less in every step of decoding. The kernels clamp them where they read.
+  return padded->scalar_type() == at::kInt && padded->is_contiguous() ? *padded : as_rows(*padded);
 }
 
 // The same for keys, which may have starts: then (B, 2), where each sequence starts and ends.
@@ -72,6 +75,11 @@ at::Tensor as_key_lengths(const at::Tensor& key, const AttentionOptions& options
   const at::Tensor starts = as_rows(*options.kv_starts);
   const at::Tensor ends = options.kv_seqlens ? as_rows(*options.kv_seqlens) : at::full_like(starts, key.size(2));
   return at::stack({starts, ends}, 1);
+}
+
+// Places of first queries, which may be negative, likewise.
+at::Tensor as_positions(const OptionalTensor& given) {
+  return given ? given->clamp(-kFarthestPosition, kFarthestPosition).to(at::kInt).contiguous() : at::Tensor();
 }
 
 // A table of int32 with dense rows is read as it is: its entries are clamped where they are read.
@@ -85,6 +93,9 @@ at::DimVector padded_sizes(const at::Tensor& t) {
   sizes.back() = aligned_size(t);
   return sizes;
 }
+
+// What dropout counts from: 32 bits of each number.
+at::Tensor as_origins(const OptionalTensor& given) { return given ? given->to(at::kInt).contiguous() : at::Tensor(); }
 
 at::Tensor as_floats(const OptionalTensor& given) { return given ? given->to(at::kFloat).contiguous() : at::Tensor(); }
 
@@ -102,6 +113,14 @@ int32_t checked_count(const char* op, const char* what, const c10::SymInt& given
   const int64_t count = given.expect_int();
   TORCH_CHECK(count <= kMostRows, op, ": ", what, " must be at most ", kMostRows, " on the GPU, got ", count);
   return static_cast<int32_t>(count);
+}
+
+// How many elements a cache's pages, or their rows, are apart: the kernels multiply numbers of 32 bits.
+int32_t checked_stride(const char* op, const char* what, const at::Tensor& cache, int64_t dim) {
+  const int64_t stride = stride_of(cache, dim);
+  TORCH_CHECK(stride <= std::numeric_limits<int32_t>::max(), op, ": ", what,
+              " may be at most 2^31 - 1 elements apart on the GPU, got ", stride);
+  return static_cast<int32_t>(stride);
 }
 
 // One side's sequences; `lengths` are one of OptionTensors. These functions make the parts of a Call of the options.
@@ -134,7 +153,8 @@ int32_t window_bound(int64_t given) {
   return given < 0 ? kUnlimited : static_cast<int32_t>(std::min<int64_t>(given, kUnlimited));
 }
 
-Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const AttentionOptions& options) {
+Scores scores_argument(const OptionTensors& tensors, int64_t head_dim, const AttentionOptions& options) {
+  const at::Tensor &slopes = tensors.slopes, &positions = tensors.q_positions;
   return {
       .slopes = pointer<float>(slopes),
       .slopes_batch_stride = slopes.defined() && slopes.dim() == 2 ? slopes.size(1) : int64_t{0},
@@ -142,11 +162,13 @@ Scores scores_argument(const at::Tensor& slopes, int64_t head_dim, const Attenti
       .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)))),
       .window_left = window_bound(options.window[0]),
       .window_right = options.is_causal ? 0 : window_bound(options.window[1]),
+      .q_positions = pointer<int32_t>(positions),
+      .has_positions = static_cast<int32_t>(positions.defined()),
   };
 }
 
 // Without dropout the threshold is 0, and nothing reads the seed.
-Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options) {
+Dropout dropout_argument(const FirstHead& first, const at::Tensor& origins, const AttentionOptions& options) {
   const uint32_t threshold = options.dropout_threshold();
   return {
       .seed = threshold ? options.dropout_seed->const_data_ptr<int64_t>() : nullptr,
@@ -154,6 +176,8 @@ Dropout dropout_argument(const FirstHead& first, const AttentionOptions& options
       .scale = static_cast<float>(1 / (1 - options.dropout_p)),
       .first_batch = static_cast<int32_t>(first.entry),
       .first_head = static_cast<int32_t>(first.head),
+      .origins = pointer<int32_t>(origins),
+      .has_origins = static_cast<int32_t>(origins.defined()),
   };
 }
 
@@ -168,8 +192,8 @@ Call call_argument(const AttentionInputs& inputs, const OptionTensors& tensors) 
       .queries = queries,
       .keys = sequences_argument(op, "the number of keys", tensors.key_lengths, StoredSide::of_keys(inputs)),
       .alpha = alpha_argument(tensors.alphas, options),
-      .scores = scores_argument(tensors.slopes, query.sizes().back(), options),
-      .dropout = dropout_argument(first, options),
+      .scores = scores_argument(tensors, query.sizes().back(), options),
+      .dropout = dropout_argument(first, tensors.dropout_origins, options),
       .state_batch_stride = options.packed() ? int64_t{0} : int64_t{heads} * queries.rows.value,
       .heads = heads,
       .group = static_cast<int32_t>(heads / key.size(1)),
@@ -226,7 +250,9 @@ PreparedCall::PreparedCall(const AttentionInputs& inputs)
                .key_lengths = as_key_lengths(inputs.key, inputs.options),
                .block_table = as_block_table(inputs.options.block_table),
                .alphas = as_floats(inputs.options.head_alpha),
-               .slopes = as_floats(inputs.options.alibi_slopes)},
+               .slopes = as_floats(inputs.options.alibi_slopes),
+               .q_positions = as_positions(inputs.options.q_positions),
+               .dropout_origins = as_origins(inputs.options.dropout_origin)},
       packed(inputs.options.packed()),
       query(with_aligned_rows(inputs.options.scale.value_or(1.0) < 0 ? inputs.query.neg() : inputs.query)),
       key(inputs.options.paged() ? with_aligned_pages(inputs.op, "key_cache", inputs.key)
@@ -247,6 +273,10 @@ const Variant& PreparedCall::variant(Kernel kernel, bool gather) const {
                       general ? AlphaCode::kAny : alpha_code(arguments.alpha.number.value), place.device, gather);
 }
 
+const Variant& PreparedCall::variant_of_turns(Kernel kernel) const {
+  return find_variant(kernel, query.scalar_type(), query.sizes().back(), AlphaCode::kAny, place.device);
+}
+
 Extents PreparedCall::extents() const {
   // The sequences of a packed batch share row_state and tile bits.
   const int64_t stored_heads = packed ? query.size(1) : heads;
@@ -262,30 +292,41 @@ Extents PreparedCall::extents() const {
   return extents;
 }
 
+std::optional<KeyIndex> PreparedCall::key_index() const {
+  return uses_index(inputs_) ? std::optional(key_index_of(inputs_)) : std::nullopt;
+}
+
 PagedMatrix PreparedCall::paged_matrix_of(const at::Tensor& cache) const {
   constexpr int kPositionBits = 30;  // of a row, see kMostRows; so the inverse below fits 31
   const Dims dims(cache);
   const int64_t page_size = cache.size(dims.row);
-  // The kernels multiply numbers of 32 bits.
-  const auto stride_within = [&](int64_t dim, const char* what) {
-    const int64_t stride = stride_of(cache, dim);
-    TORCH_CHECK(stride <= std::numeric_limits<int32_t>::max(), inputs_.op, ": ", what,
-                " may be at most 2^31 - 1 elements apart on the GPU, got ", stride);
-    return stride;
-  };
   const int shift = std::bit_width(static_cast<uint64_t>(page_size - 1));
   const int64_t inverse = ((int64_t{1} << (kPositionBits + shift)) + page_size - 1) / page_size;
   return {
       .data = cache.const_data_ptr(),
-      .block_stride = static_cast<int32_t>(stride_within(dims.batch, "pages")),
+      .block_stride = checked_stride(inputs_.op, "pages", cache, dims.batch),
       .head_stride = stride_of(cache, dims.head),
-      .row_stride = stride_within(dims.row, "rows of a page"),
+      .row_stride = int64_t{checked_stride(inputs_.op, "rows of a page", cache, dims.row)},
       .table = tensors_.block_table.const_data_ptr<int32_t>(),
       .table_stride = stride_of(tensors_.block_table, 0),
       .blocks = checked_count(inputs_.op, "the number of pages", cache.size(dims.batch)),
       .page_size = static_cast<int32_t>(page_size),
       .page_inverse = static_cast<int32_t>(inverse),
       .page_shift = static_cast<int32_t>(shift),
+  };
+}
+
+EvenPagedMatrix PreparedCall::even_paged_matrix_of(const at::Tensor& cache) const {
+  const Dims dims(cache);
+  return {
+      .data = cache.const_data_ptr(),
+      .block_stride = checked_stride(inputs_.op, "pages", cache, dims.batch),
+      .head_stride = stride_of(cache, dims.head),
+      .row_stride = int64_t{checked_stride(inputs_.op, "rows of a page", cache, dims.row)},
+      .table = tensors_.block_table.const_data_ptr<int32_t>(),
+      .table_stride = stride_of(tensors_.block_table, 0),
+      .blocks = checked_count(inputs_.op, "the number of pages", cache.size(dims.batch)),
+      .page_bits = static_cast<int32_t>(std::countr_zero(static_cast<uint64_t>(cache.size(dims.row)))),
   };
 }
 

@@ -3,6 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
+#include "cuda/few.h"
 #include "cuda/implementation.h"
 #include "cuda/launchers.h"
 
@@ -28,7 +31,7 @@ class AlignedResult {
 
 // The options that are tensors, as the kernels take them: dense, of int32 and float32. Undefined where not given.
 struct OptionTensors {
-  at::Tensor query_lengths, key_lengths, block_table, alphas, slopes;
+  at::Tensor query_lengths, key_lengths, block_table, alphas, slopes, q_positions, dropout_origins;
 };
 
 // The kernels that read keys or values, by the type of matrix that these are.
@@ -36,21 +39,36 @@ template <typename KeyMatrix>
 struct KeyKernels;
 template <>
 struct KeyKernels<Matrix> {
+  static constexpr bool kReadsIndex = true;
   static constexpr Kernel kAttend = Kernel::kAttend, kScoreFew = Kernel::kScoreFew, kSolveFew = Kernel::kSolveFew,
-                          kWeighFew = Kernel::kWeighFew;
+                          kWeighFew = Kernel::kWeighFew, kScanIndex = Kernel::kScanIndex,
+                          kScoreFound = Kernel::kScoreFound;
   static constexpr auto& attend = cuda::attend;
   static constexpr auto& score_few = cuda::score_few;
   static constexpr auto& solve_few = cuda::solve_few;
   static constexpr auto& weigh_few = cuda::weigh_few;
+  static constexpr auto& scan_index = cuda::scan_index;
+  static constexpr auto& score_found = cuda::score_found;
 };
 template <>
 struct KeyKernels<PagedMatrix> {
+  static constexpr bool kReadsIndex = false;
   static constexpr Kernel kAttend = Kernel::kAttendPaged, kScoreFew = Kernel::kScoreFewPaged,
                           kSolveFew = Kernel::kSolveFewPaged, kWeighFew = Kernel::kWeighFewPaged;
   static constexpr auto& attend = cuda::attend_paged;
   static constexpr auto& score_few = cuda::score_few_paged;
   static constexpr auto& solve_few = cuda::solve_few_paged;
   static constexpr auto& weigh_few = cuda::weigh_few_paged;
+};
+template <>
+struct KeyKernels<EvenPagedMatrix> {
+  static constexpr bool kReadsIndex = true;
+  static constexpr Kernel kScoreFew = Kernel::kScoreFewEven, kWeighFew = Kernel::kWeighFewEven,
+                          kScanIndex = Kernel::kScanIndexEven, kScoreFound = Kernel::kScoreFoundEven;
+  static constexpr auto& score_few = cuda::score_few_even;
+  static constexpr auto& weigh_few = cuda::weigh_few_even;
+  static constexpr auto& scan_index = cuda::scan_index_even;
+  static constexpr auto& score_found = cuda::score_found_even;
 };
 
 // Holds whatever the kernels are given pointers to.
@@ -60,6 +78,8 @@ class PreparedCall {
 
   // The code for this call's type, head sizes and alpha.
   const Variant& variant(Kernel kernel, bool gather = false) const;
+  // The code of kernels that work with turned rows, which are as long as keys and queries alone ask for.
+  const Variant& variant_of_turns(Kernel kernel) const;
 
   // How many programs a kernel is launched with: one for each block of queries of a query head, or of keys of a key
   // head.
@@ -72,6 +92,9 @@ class PreparedCall {
 
   Extents extents() const;
 
+  // The index by which the keys of sequences of few queries are found; none where all are read.
+  std::optional<KeyIndex> key_index() const;
+
   // Calls `launch` with key and value as the matrices that they are, Matrix or PagedMatrix.
   template <typename Launch>
   void over_keys(const Launch& launch) const {
@@ -82,8 +105,19 @@ class PreparedCall {
     }
   }
 
+  // The same, but an EvenPagedMatrix where there is code for it: that of the kernels that take all keys of few queries.
+  template <typename Launch>
+  void over_keys_of_few(const Launch& launch) const {
+    if (has_even_pages(inputs_)) {
+      launch(even_paged_matrix_of(key), even_paged_matrix_of(value));
+    } else {
+      over_keys(launch);
+    }
+  }
+
  private:
   PagedMatrix paged_matrix_of(const at::Tensor& cache) const;
+  EvenPagedMatrix even_paged_matrix_of(const at::Tensor& cache) const;
 
   const AttentionInputs inputs_;
   const OptionTensors tensors_;

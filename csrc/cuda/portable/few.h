@@ -15,6 +15,12 @@ constexpr Piece<int32_t> kIsLong{"few_is_long", 1, &Extents::few_rows};
 constexpr Piece<float> kWeighted{"few_weighted", 1, &Extents::few_values};
 constexpr Piece<float> kWeightSums{"few_weight_sums", 1, &Extents::few_splits};
 
+// Where keys are found by an index.
+constexpr Piece<int8_t> kTurned{"few_turned", kPlanes * 256, &Extents::few_rows};
+constexpr Piece<float> kTurnedTerms{"few_turned_terms", kTerms, &Extents::few_rows};
+constexpr Piece<float> kFloors{"few_floors", 1, &Extents::few_tiles};
+constexpr Piece<int32_t> kFound{"few_found", 1, &Extents::few_found};
+
 // tiles is null where nobody wants it; else it is zero.
 void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace& workspace, const at::Tensor& out,
                 float* row_state, int32_t* tiles);

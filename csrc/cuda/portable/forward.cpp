@@ -18,16 +18,23 @@ constexpr Scratch kFewTrainingScratch = {kScores,     kTileMax, kFewTileLists, k
                                          kListedKeys, kIsLong,  kWeighted,     kWeightSums};
 constexpr Scratch kFewInferenceScratch = {kRowState,   kScores, kTileMax,  kFewTileLists, kListedScores,
                                           kListedKeys, kIsLong, kWeighted, kWeightSums};
+constexpr Scratch kFewIndexedScratch = {kRowState,    kScores, kTileMax,  kFewTileLists, kListedScores,
+                                        kListedKeys,  kIsLong, kWeighted, kWeightSums,   kTurned,
+                                        kTurnedTerms, kFloors, kFound};
 // Where the lengths that the GPU has decide.
 constexpr Scratch kBothTrainingScratch = {kTileMargins,  kTileLists,  kScores, kTileMax,  kFewTileLists,
                                           kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
 constexpr Scratch kBothInferenceScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
                                            kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
+constexpr Scratch kBothIndexedScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
+                                         kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums,
+                                         kTurned,       kTurnedTerms,  kFloors,     kFound};
 
 }  // namespace
 
 const Scratch& Portable::forward_scratch(const AttentionInputs& inputs, bool training) const {
   const FewQueries few = FewQueries::of(inputs);
+  if (few.some() && uses_index(inputs)) return few.all() ? kFewIndexedScratch : kBothIndexedScratch;
   if (few.all()) return training ? kFewTrainingScratch : kFewInferenceScratch;
   if (few.some()) return training ? kBothTrainingScratch : kBothInferenceScratch;
   return training ? kTrainingScratch : kInferenceScratch;

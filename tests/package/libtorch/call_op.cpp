@@ -35,6 +35,11 @@ int main(int, char** argv) {
                                        at::full({query.size(0)}, 30, rows), at::full({query.size(0)}, 35, rows),
                                        {20, -1}, at::full({query.size(1)}, 0.1, rows.dtype(at::kFloat)),
                                        at::full({query.size(0)}, 3, rows), 0.25, at::full({}, 7, rows));
+    const at::Tensor cache = key.detach().transpose(1, 2), index = adasplash::entmax_make_key_index(cache);
+    adasplash::entmax_key_index_update(cache, at::arange(cache.size(0) * cache.size(1), rows), index);
+    const at::Tensor indexed = adasplash::entmax_attn(query.detach(), key.detach(), value.detach(), std::stod(argv[1]),
+                                                      true, 0.3, {}, {}, {-1, -1}, {}, {}, 0, {}, index);
+    TORCH_CHECK(indexed.equal(out), "a key index changes what attention gives");
     const auto saved = torch::jit::pickle_save(c10::ivalue::Tuple::create(std::vector<c10::IValue>{
         out.detach(), query.grad(), key.grad(), value.grad(), packed, std::get<0>(told), std::get<1>(told)}));
     std::ofstream(argv[3], std::ios::binary).write(saved.data(), static_cast<std::streamsize>(saved.size()));

@@ -1,0 +1,49 @@
+"""Tensor parallelism, FSDP and context parallelism as dimensions of one mesh; checkpoints that another number of
+processes goes on from."""
+
+import plan_ranks
+import pytest
+import torch
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import common
+import ranks
+
+
+def run(tmp_path_factory, world):
+    def run_all(folder):
+        ranks.run_ranks(plan_ranks.__file__, lambda rank: [rank, world, folder], world)
+
+    return common.build_once(tmp_path_factory, f"plans_{world}", run_all)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", plan_ranks.CASES[2])
+def test_two_processes(tmp_path_factory, name):
+    outcomes = ranks.read_outcomes(run(tmp_path_factory, 2))
+    assert not any(outcome[name] for outcome in outcomes), "\n".join(outcome[name] for outcome in outcomes)
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize("name", plan_ranks.CASES[4])
+def test_four_processes(tmp_path_factory, name):
+    outcomes = ranks.read_outcomes(run(tmp_path_factory, 4), 4)
+    assert not any(outcome[name] for outcome in outcomes), "\n".join(outcome[name] for outcome in outcomes)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_what_two_have_saved(tmp_path_factory):
+    """Parameters, learned alpha among them, and the optimiser's state: the next step is the same."""
+    folder = run(tmp_path_factory, 2)
+    model = plan_ranks.Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    parameters, state = get_state_dict(model, optimizer)
+    saved = {"model": parameters, "optimizer": state}
+    checkpoint.load(saved, checkpoint_id=folder / "checkpoint", no_dist=True)
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    assert "layers.0.attention.alpha_logit" in saved["model"]
+    plan_ranks.take_a_step(model, optimizer)
+    expected = torch.load(folder / "after.pt")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-8, rtol=1e-8)

@@ -1,0 +1,348 @@
+"""score_few's work (few.py) where there is an index of keys: most keys are not read, and no bit changes.
+
+The kernels after it ask for exact scores of the keys above row_max - 1 alone; whatever others have, they have no weight
+and are in no sum. So instead of all keys
+
+    turn_queries    turns the queries as the codes are turned, and cuts them to whole numbers
+    scan_index      bounds every z from above, from the codes, and of each row and split of keys the z of the key that
+                    looks best from below, from the key itself
+    score_found     takes the largest of the latter, the row's floor, which row_max is not below; and computes the z of
+                    those keys only that may be above it - 1, by the product that score_few forms, to the same bits
+
+With q' the turned query and (n - 7.5) * scale the turned key that a code stands for (csrc/ops/key_index.h),
+
+    q.k <= sum q' (n - 7.5) * scale + |q| * error
+
+and with q' = unit * (high + low / 254) + rest, `high` and `low` of 8 bits,
+
+    sum q' (n - 7.5) <= unit * sum (high + low / 254) * n - 7.5 * unit * sum (high + low / 254) + 7.5 * sqrt(R) * |rest|
+"""
+
+import triton
+import triton.language as tl
+
+from ..lib.call import block_of_program, has_many_queries, head_in_sequence, head_scale, key_rows_of
+from ..lib.codes import LARGEST_NORM, MIDDLE, ROOM, halves_of, is_for, norm_of, turned, whole_dot
+from ..lib.matrices import MATRIX as MATRIX_FIELDS
+from ..lib.matrices import dot, load_rows, offsets_together, pages_of
+from ..lib.scores import ScoreRules, scores_of
+from ..lib.tile_lists import append
+from ..lib.visibility import TILE
+from ..spec import CALL, FEW, KEY_INDEX, MATRIX, Spec
+from .few import (
+    ROUNDING,
+    few_rows,
+    few_rows_at,
+    keys_of_rows,
+    kv_number,
+    list_place,
+    row_of,
+    score_row,
+    share_of,
+    tile_place,
+    tiles_of,
+    visible_of,
+)
+
+INDEXED = ("bf16",)  # types whose keys are found by an index; others are read
+PLANES = tl.constexpr(2)  # that a turned query is cut to
+PLANE_STEPS = tl.constexpr(127.0)  # to each side of zero
+BETWEEN = tl.constexpr(254.0)  # steps of the second plane in one of the first
+TERMS = tl.constexpr(3)  # numbers that are kept of a turned query, by which bounds are made: unit, offset, norm
+NEAR_ONE = tl.constexpr(1 + 2.0**-18)  # by which a norm is certainly not too small
+SCAN_STAGES = tl.constexpr(4)
+KEYS_SIEVED = tl.constexpr(1024)  # bounds of a row that are looked at together
+ROWS_SIEVED = tl.constexpr(4)  # rows that are
+SPLITS_TOGETHER = tl.constexpr(128)  # splits whose floors are
+
+
+# ---- queries ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def turn_queries(query, index, planes, terms, call, few, BLOCK_D: tl.constexpr):
+    """The planes of a turned query, the first before the second, and the terms by which bounds of q.k are made of
+    products with a code's numbers: scale * (unit * product + offset) + norm * error. Where the index is not one for
+    these keys they are such that no bound says anything."""
+    position, head, batch = block_of_program(few.queries, call.heads)
+    at = head_in_sequence(call, batch, head)
+    if has_many_queries(call, at.queries) | (position >= at.queries.length):
+        return
+    kv_head, place = row_of(call, few, head, position)
+    number = list_place(call, few, at, kv_head, place)
+    row = query.data + at.batch * query.batch_stride + at.head * query.head_stride
+    row += (at.queries.offset + position) * query.row_stride
+    t = turned(row, call.head_dim, BLOCK_D)
+    norm = norm_of(row, call.head_dim, BLOCK_D) * NEAR_ONE
+    known = is_for(index) & (norm < LARGEST_NORM)
+    largest = tl.max(tl.abs(t), 0)
+    cut = known & (largest > 1 / LARGEST_NORM)
+    unit = tl.where(cut, largest / PLANE_STEPS, 0.0)
+    steps = tl.where(cut, t / tl.where(cut, unit, 1.0), 0.0)
+    high = nearest(steps)
+    low = nearest((steps - high) * BETWEEN)
+    whole = high + low / BETWEEN
+    rest = tl.where(cut, unit * tl.sqrt(tl.sum((steps - whole) * (steps - whole), 0)), norm) * NEAR_ONE
+    ROOT: tl.constexpr = BLOCK_D**0.5
+    column = tl.arange(0, BLOCK_D)
+    to_planes = planes + number * (PLANES * BLOCK_D) + column
+    tl.store(to_planes, high.to(tl.int8))
+    tl.store(to_planes + BLOCK_D, low.to(tl.int8))
+    to_terms = terms + number * TERMS
+    tl.store(to_terms, unit)
+    tl.store(to_terms + 1, (rest * ROOT - unit * tl.sum(whole, 0)) * MIDDLE)
+    tl.store(to_terms + 2, tl.where(known, norm, float("inf")))
+
+
+@triton.jit
+def nearest(x):
+    return tl.floor(x + 0.5)
+
+
+TURN_QUERIES = Spec(
+    turn_queries,
+    arguments=dict(query=MATRIX, index=KEY_INDEX, planes="*i8", terms="*fp32", call=CALL, few=FEW),
+    writes=("planes", "terms"),
+    constants=("BLOCK_D",),
+    programs="a row, for few.queries * heads * batch",
+    scratch=dict(
+        planes="PLANES * BLOCK_D bytes for each row of a key head",
+        terms="TERMS numbers for each of these rows",
+    ),
+    shapes="attention",
+    alphas=("any",),
+    types=INDEXED,
+)  # fmt: skip
+
+
+# ---- bounds ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scan_index(
+    query, key, index, planes, terms, scores, tile_max, floors, call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+):  # fmt: skip
+    """An upper bound of each z, -inf for each tile's largest, and each row's floor in a split."""
+    row_blocks = tl.cdiv(few.rows, BLOCK_M)
+    program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
+    at = head_in_sequence(call, batch, kv_head * call.group)
+    if has_many_queries(call, at.queries):
+        return
+    scorer = program // row_blocks  # neighbours read the same codes
+    first_row = program % row_blocks * BLOCK_M
+    rows = few_rows(first_row, call, few, kv_head, at.queries, BLOCK_M)
+    visible = visible_of(rows, at.band)
+    mine = share_of(tiles_of(keys_of_rows(visible)), scorer, few.scorers)
+    scale = head_scale(call, batch, rows.head, ALPHA)
+    rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
+
+    HALF: tl.constexpr = BLOCK_D // 2
+    number = list_place(call, few, at, kv_head, rows.place)
+    of_row = terms + number * TERMS
+    unit = tl.load(of_row, mask=rows.real, other=0.0)[:, None]
+    offset = tl.load(of_row + 1, mask=rows.real, other=0.0)[:, None]
+    norm = tl.load(of_row + 2, mask=rows.real, other=0.0)
+    # One product for both planes: those of all rows, and below them the others.
+    stacked = tl.arange(0, PLANES * BLOCK_M)
+    plane = stacked // BLOCK_M
+    both = few_rows_at(first_row + stacked % BLOCK_M, call, few, kv_head, at.queries)
+    place = list_place(call, few, at, kv_head, both.place) * PLANES + plane
+    column = tl.arange(0, HALF)
+    place = planes + (place * BLOCK_D)[:, None] + column[None, :]
+    q_first = tl.load(place, mask=both.real[:, None], other=0)
+    q_second = tl.load(place + HALF, mask=both.real[:, None], other=0)
+    worth = tl.where(plane == 0, 1.0, 1.0 / BETWEEN)[:, None]
+    codes = index.codes + kv_head * index.head_stride
+    norms = index.norms + kv_head * (index.head_stride // 4)
+
+    to_scores = scores + score_row(call, few, at, kv_head, rows.place)
+    to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
+    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    best_key = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for step in tl.range(mine.end - mine.first, num_stages=SCAN_STAGES):  # said here, all loads are pipelined
+        first = (mine.first + step) * TILE
+        keys = first + tl.arange(0, BLOCK_N)
+        there = keys < at.keys.length
+        to_codes = offsets_in_index(key, at, first, BLOCK_N, index.page_stride, HALF)
+        to_norms = offsets_in_index(key, at, first, BLOCK_N, index.page_stride // 4, 1)
+        code = tl.load((codes + column)[None, :] + to_codes[:, None], mask=there[:, None], other=0)
+        key_scale = tl.load(norms + to_norms, mask=there, other=0.0)[None, :]
+        error = tl.load(norms + index.page_size + to_norms, mask=there, other=0.0)[None, :]
+        n_first, n_second = halves_of(code)
+        products = whole_dot(q_second, tl.trans(n_second), whole_dot(q_first, tl.trans(n_first)))
+        products = products.to(tl.float32) * worth
+        product = tl.sum(tl.reshape(products, [PLANES, BLOCK_M, BLOCK_N]), 0)
+        bound = key_scale * (unit * product + offset) + norm[:, None] * error
+        z = scores_of(bound, rules, keys, 0, ALPHA, True) * scale.z[:, None]
+        tl.store(to_scores[:, None] + keys[None, :], z, mask=rows.real[:, None] & there[None, :])
+        tl.store(to_maxima + mine.first + step, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=rows.real)
+        better = z > best
+        best = tl.where(better, z, best)
+        best_key = tl.where(better, keys[None, :], best_key)
+
+    best_key = tl.max(tl.where(best == tl.max(best, 1)[:, None], best_key, 0), 1)
+    floor = certain_z(query, key, rows, rules, norm, best_key, call, at, BLOCK_M, BLOCK_D, ALPHA) * scale.z
+    tl.store(floors + number * few.scorers + scorer, floor, mask=rows.real)
+
+
+@triton.jit
+def certain_z(
+    query, key, rows, rules, norm, best_key, call, at, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr
+):
+    """What the score of each row's own key, in units of q.k, is certainly not below, whatever a product rounds."""
+    q = load_queries(query, rows, call, at, BLOCK_D).to(tl.float32)
+    k = load_rows(key_rows_of(key, at, call.head_dim, at.keys.length), best_key, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    least = tl.sum(q * k, 1) - norm * tl.sqrt(tl.sum(k * k, 1)) * (ROOM / 4)
+    number = tl.arange(0, BLOCK_M)
+    own = tl.where(number[:, None] == number[None, :], least[:, None], float("-inf"))
+    return tl.max(scores_of(own, rules, best_key, 0, ALPHA, True), 1)
+
+
+@triton.jit
+def load_queries(query, rows, call, at, BLOCK_D: tl.constexpr):
+    """The queries of FewRows, one below the other; zeros where there is none."""
+    column = tl.arange(0, BLOCK_D)
+    start = query.data + at.batch * query.batch_stride + at.queries.offset * query.row_stride
+    row_start = rows.head * query.head_stride + rows.position.to(tl.int64) * query.row_stride
+    inside = rows.real[:, None] & (column < call.head_dim)[None, :]
+    return tl.load(start + row_start[:, None] + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def offsets_in_index(key, at, first, ROWS: tl.constexpr, page_stride, row_stride):
+    """Where what an index has of ROWS neighbours is, from the first page on, by so many elements from page to page and
+    from key to key. A padded sequence is a page."""
+    if len(key) > MATRIX_FIELDS:
+        stride = page_stride.to(tl.int32)  # see uses_index in csrc/cuda/few.cpp
+        return offsets_together(pages_of(key, at.batch), first, ROWS, at.keys.length, stride, row_stride)
+    else:
+        row = at.keys.offset + first + tl.arange(0, ROWS)
+        return at.batch * page_stride + row * row_stride
+
+
+SCAN_INDEX = Spec(
+    scan_index,
+    arguments=dict(
+        query=MATRIX, key=MATRIX, index=KEY_INDEX, planes="*i8", terms="*fp32", scores="*fp32", tile_max="*fp32",
+        floors="*fp32", call=CALL, few=FEW,
+    ),
+    writes=("scores", "tile_max", "floors"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    programs="as of score_few",
+    scratch=dict(
+        scores="as of score_few",
+        tile_max="as of score_few",
+        floors="a number for each row of a key head and each of few.scorers",
+    ),
+    shapes="attention",
+    alphas=("any",),
+    types=INDEXED,
+)  # fmt: skip
+SCAN_INDEX_EVEN = SCAN_INDEX.over_even_pages()
+
+
+# ---- what bounds leave -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def score_found(
+    query, key, floors, found, scores, tile_max, call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+):  # fmt: skip
+    """What score_few leaves, but for keys without weight: those of a split's keys whose bound reaches the row's floor
+    for any row are listed and scored, 64 at a time. All others keep their bounds, which are as weightless."""
+    row_blocks = tl.cdiv(few.rows, BLOCK_M)
+    program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
+    at = head_in_sequence(call, batch, kv_head * call.group)
+    if has_many_queries(call, at.queries):
+        return
+    scorer = program // row_blocks
+    block = program % row_blocks
+    rows = few_rows(block * BLOCK_M, call, few, kv_head, at.queries, BLOCK_M)
+    visible = visible_of(rows, at.band)
+    mine = share_of(tiles_of(keys_of_rows(visible)), scorer, few.scorers)
+    if mine.first >= mine.end:
+        return
+
+    scale = head_scale(call, batch, rows.head, ALPHA)
+    number = list_place(call, few, at, kv_head, rows.place)
+    floor = largest_floor(floors + number * few.scorers, rows.real, few.scorers, BLOCK_M)
+    # solve_few's bound may begin this much below row_max - 1.
+    floor = floor - 1.0 - (1.0 + tl.abs(floor)) * (2 * ROUNDING)
+    floor = tl.where(scale.alpha == 1.0, float("-inf"), floor)  # where all keys have weight
+    floor = tl.where(rows.real, floor, float("inf"))
+
+    entries = found + (kv_number(call, at, kv_head) * row_blocks + block) * call.keys.rows + mine.first * TILE
+    end = tl.minimum(mine.end * TILE, at.keys.length)
+    here = tl.minimum(few.rows - block * BLOCK_M, BLOCK_M)
+    count = 0
+    for first in range(mine.first * TILE, end, KEYS_SIEVED):
+        keys = first + tl.arange(0, KEYS_SIEVED)
+        wanted = tl.zeros([KEYS_SIEVED], tl.int1)
+        for row in range(0, here, ROWS_SIEVED):
+            for other in tl.static_range(ROWS_SIEVED):
+                place = block * BLOCK_M + row + other
+                least = floor_of(floor, row + other, BLOCK_M)
+                last = tl.where((place < few.rows) & (least < float("inf")), end, 0)
+                bounds = scores + score_row(call, few, at, kv_head, place) + keys
+                bound = tl.load(bounds, mask=keys < last, other=float("-inf"))
+                # What is not finite compares as if it had weight; hidden keys have -inf and none.
+                wanted = wanted | (~(bound < least) & (bound != float("-inf")))
+        count = append(entries, count, keys, wanted)
+    tl.debug_barrier()  # what other threads wrote is read from here on
+
+    q = load_queries(query, rows, call, at, BLOCK_D)
+    rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
+    key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
+    to_scores = scores + score_row(call, few, at, kv_head, rows.place)
+    to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
+    for first in tl.range(0, count, BLOCK_N):
+        entry = first + tl.arange(0, BLOCK_N)
+        keys = tl.load(entries + entry, mask=entry < count, other=at.keys.length)
+        qk = dot(q, tl.trans(load_rows(key_rows, keys, BLOCK_N, BLOCK_D, True)))
+        z = scores_of(qk, rules, keys, 0, ALPHA, True) * scale.z[:, None]
+        known = rows.real[:, None] & (entry < count)[None, :]
+        tl.store(to_scores[:, None] + keys[None, :], z, mask=known)
+        # The largest of a tile, whichever comes first. No order of numbers has a place for NaN, which makes a row NaN
+        # as infinity does.
+        above = known & ~(z < floor[:, None])
+        z = tl.where(z == z, z, float("inf"))
+        tl.atomic_max(to_maxima[:, None] + (keys // TILE)[None, :], z, mask=above, sem="relaxed")
+
+
+@triton.jit
+def floor_of(floor, row, BLOCK_M: tl.constexpr):
+    """One of the rows' floors; -inf where it is not a number."""
+    return tl.max(tl.where(tl.arange(0, BLOCK_M) == row, floor, float("-inf")), 0)
+
+
+@triton.jit
+def largest_floor(floors, real, splits, BLOCK_M: tl.constexpr):
+    """(BLOCK_M,) the largest of the rows' floors in all splits."""
+    largest = tl.full([BLOCK_M, SPLITS_TOGETHER], float("-inf"), tl.float32)
+    for first in range(0, splits, SPLITS_TOGETHER):
+        split = first + tl.arange(0, SPLITS_TOGETHER)
+        known = real[:, None] & (split < splits)[None, :]
+        largest = tl.maximum(largest, tl.load(floors[:, None] + split[None, :], mask=known, other=float("-inf")))
+    return tl.max(largest, 1)
+
+
+SCORE_FOUND = Spec(
+    score_found,
+    arguments=dict(
+        query=MATRIX, key=MATRIX, floors="*fp32", found="*i32", scores="*fp32", tile_max="*fp32", call=CALL, few=FEW,
+    ),
+    writes=("found", "scores", "tile_max"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    programs="as of score_few",
+    scratch=dict(
+        found="a number for each block of rows of a key head and each key",
+        scores="as of score_few",
+        tile_max="as of score_few",
+    ),
+    shapes="attention",
+    alphas=("any",),
+    types=INDEXED,
+)  # fmt: skip
+SCORE_FOUND_EVEN = SCORE_FOUND.over_even_pages()
