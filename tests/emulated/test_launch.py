@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+import adasplash
 import reference
 from common import MANY, Inputs, assert_same_bits, gather, gradients, make_inputs, run_python
 

@@ -19,9 +19,8 @@ from emulated.interpreter import patched_once
 sys.path.append(str(ROOT))
 from triton_src import variants
 from triton_src.attention import few, few_indexed
-from triton_src.lib import entmax, marks, visibility
 from triton_src.cache import INDEX_KEYS
-from triton_src.lib import codes
+from triton_src.lib import codes, entmax, marks, visibility
 from triton_src.lib.call import Call, Few
 from triton_src.lib.codes import KeyIndex
 from triton_src.lib.dropout import Dropout

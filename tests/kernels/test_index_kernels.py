@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checked import TYPES
 from interpreted import attention, make_index
 
 from common import assert_same_bits, make_inputs

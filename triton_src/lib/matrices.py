@@ -251,10 +251,8 @@ def block_of_page(pages, page, known):
     """The block that the table names for pages, those that are `known` to have an entry; None: all. The table comes
     from the user's GPU memory unchecked: an entry that names no block is clamped, and gives wrong rows, never a stray
     access. Behind a sequence's last page it may have no entries."""
-    if known is None:
-        block = tl.load(pages.table + page)
-    else:
-        block = tl.load(pages.table + page, mask=known, other=0)
+    entry = pages.table + page
+    block = tl.load(entry) if known is None else tl.load(entry, mask=known, other=0)
     return tl.minimum(tl.maximum(block, 0), pages.blocks - 1).to(tl.int64)
 
 
