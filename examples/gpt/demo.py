@@ -1,8 +1,9 @@
 """The whole way on real text: train a small GPT with α-entmax attention, export it, and serve it from C++.
 
 Trains a byte-level GPT with α-entmax attention and the same one with softmax, compares them, exports the first to
-TorchScript and to an AOTInductor package, both with a cache, lets C++ servers continue prompts from both and checks
-that they write the same bytes as Python, and draws pictures. Ends with an error if anything disagrees.
+TorchScript and to an AOTInductor package, both with a cache, without and with an index of its keys, lets C++ servers
+continue prompts from all of them and checks that they write the same bytes as Python, and draws pictures. Ends with an
+error if anything disagrees.
 """
 
 import argparse
@@ -70,8 +71,9 @@ def main() -> None:
     model = checkpoint.models["entmax"]
 
     with stage(2, "Exporting the α-entmax model"):
-        exported = export(model, options.out)
-        print(f"TorchScript: {exported.torchscript}\nAOTInductor: {exported.aoti}")
+        exported, indexed = (export(model, options.out, with_index) for with_index in (False, True))
+        for each in (exported, indexed):
+            print(f"TorchScript: {each.torchscript}\nAOTInductor: {each.aoti}")
 
     with stage(3, "Building the C++ programs through the installed CMake package"):
         programs = build(options.out / "libtorch")
@@ -80,12 +82,14 @@ def main() -> None:
 
     with stage(4, "Continuing a prompt from C++, without Python, over a paged cache"):
         prompt = os.fsencode(options.prompt) if options.prompt else passage(corpus, max(2, model.context // 2))
-        verdicts = verify_all(programs, exported, model, prompt, options.bytes)
+        verdicts = verify_all(programs, exported, indexed, model, prompt, options.bytes)
         show("Prompt", prompt)
         for name, verdict in verdicts.items():
             show(f"\nC++ from {name}", verdict.continuation)
             print(verdict)
-        print("\nSo do those of several lines of the prompt, served together.")
+        print(
+            "\nSo do those of several lines of the prompt, served together, and all of them with an index of the keys."
+        )
 
     with stage(5, "Drawing pictures"):
         for path in draw_all(checkpoint, passage(corpus, 56), options.out):

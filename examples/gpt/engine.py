@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+import adasplash
+
 # What CachedGPT.forward takes and gives, in any form.
 Step = Callable[..., Tensor]
 
@@ -26,12 +28,13 @@ class Shape:
     layers: int
     heads: int
     head_size: int
+    indexed: bool  # whether keys have an index
 
-    def caches(self, pages: int, page: int, device: torch.device | str) -> tuple[list[Tensor], list[Tensor]]:
-        """Of keys and of values, one for each layer."""
+    def caches(self, pages: int, page: int, device: torch.device | str) -> tuple[list[Tensor], ...]:
+        """Of keys and of values, and the keys' indexes if they have them; one for each layer."""
         size = (pages, page, self.heads, self.head_size)
         keys, values = ([torch.zeros(size, device=device) for _ in range(self.layers)] for _ in range(2))
-        return keys, values
+        return keys, values, [adasplash.make_key_index(each) for each in keys] if self.indexed else []
 
 
 @dataclass

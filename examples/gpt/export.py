@@ -1,5 +1,5 @@
 """Saves a trained model for use outside its Python code: as TorchScript and as an AOTInductor package, both with a
-cache of keys and values that lives outside of them."""
+cache of keys and values that lives outside of them, and an index of its keys if that is wanted."""
 
 import argparse
 import warnings
@@ -43,7 +43,13 @@ def export_program(model: CachedGPT) -> torch.export.ExportedProgram:
     )
     dynamic = torch.export.Dim.DYNAMIC
     lists = [{0: dynamic}] * model.layers
-    shapes = ({0: dynamic},) * 4 + ({0: dynamic, 1: dynamic}, {0: dynamic}, lists, lists)
+    shapes = ({0: dynamic},) * 4 + (
+        {0: dynamic, 1: dynamic},
+        {0: dynamic},
+        lists,
+        lists,
+        lists if model.indexed else [],
+    )
     with torch.no_grad():  # a cache has no gradient
         return torch.export.export(model.eval(), arguments, dynamic_shapes=shapes)
 
@@ -53,21 +59,22 @@ def compile_aoti(program: torch.export.ExportedProgram, path: Path, facts: dict[
 
     The path must end in .pt2. The package's metadata tells the facts to whom they may concern.
     """
-    configs = {"aot_inductor.metadata": {name: str(fact) for name, fact in facts.items()}}
+    configs = {"aot_inductor.metadata": {name: str(int(fact)) for name, fact in facts.items()}}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own code
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
 
 def shape_of(model: CachedGPT) -> Shape:
-    return Shape(model.layers, model.heads, model.head_size)
+    return Shape(model.layers, model.heads, model.head_size, model.indexed)
 
 
-def export(model: GPT, folder: Path) -> Exported:
-    """Writes both into the folder, which is created if need be."""
+def export(model: GPT, folder: Path, indexed: bool = False) -> Exported:
+    """Writes both into the folder, which is created if need be. Files that take an index have names of their own."""
     folder.mkdir(parents=True, exist_ok=True)
-    exported = Exported(folder / "gpt.torchscript.pt", folder / "gpt.aoti.pt2")
-    cached = CachedGPT(model)
+    name = "gpt.indexed" if indexed else "gpt"
+    exported = Exported(folder / f"{name}.torchscript.pt", folder / f"{name}.aoti.pt2")
+    cached = CachedGPT(model, indexed)
     export_torchscript(cached, exported.torchscript)
     compile_aoti(export_program(cached), exported.aoti, asdict(shape_of(cached)))
     return exported
@@ -86,10 +93,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="what train.py wrote")
     parser.add_argument("--attention", choices=("entmax", "softmax"), default="entmax", help="which of its two models")
+    parser.add_argument("--index", action="store_true", help="whoever serves it keeps an index of the keys")
     parser.add_argument("--out", type=Path, default=Path("exported"), help="folder to write to (default: %(default)s)")
     options = parser.parse_args()
     model = Checkpoint.load(options.checkpoint).models[options.attention]
-    exported = export(model, options.out)
+    exported = export(model, options.out, options.index)
     print(f"TorchScript: {exported.torchscript}\nAOTInductor: {exported.aoti}")
 
 

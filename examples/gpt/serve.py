@@ -84,6 +84,13 @@ def serve_in_cpp(program: Path, model: Path, prompts: list[bytes], count: int) -
     return [bytes(each) for each in written]
 
 
+def must_equal(text: bytes, other: bytes, otherwise: str) -> None:
+    """Raises Mismatch, which says from where on two texts differ, if they do."""
+    if text != other:
+        at = next(i for i in range(max(len(text), len(other))) if text[i : i + 1] != other[i : i + 1])
+        raise Mismatch(f"{otherwise} from byte {at} on:\n  {text[at:]!r}\n  {other[at:]!r}")
+
+
 def judge(name: str, written: bytes, expected: bytes, eager: bytes, gaps: Callable[[bytes], list[float]]) -> Verdict:
     """Checks twice what C++ wrote with a saved model, called by a name.
 
@@ -91,13 +98,7 @@ def judge(name: str, written: bytes, expected: bytes, eager: bytes, gaps: Callab
     equal what the eager model gives, unless each byte that it would have chosen otherwise, after the very bytes that
     C++ wrote, is a tie (see TIE): `gaps` are how far it has their logits below the highest. Raises Mismatch if not.
     """
-    if written != expected:
-        longest = max(len(written), len(expected))
-        at = next(i for i in range(longest) if written[i : i + 1] != expected[i : i + 1])
-        raise Mismatch(
-            f"C++ and Python continue {name} differently from byte {at} on:\n"
-            f"  C++:    {written[at:]!r}\n  Python: {expected[at:]!r}"
-        )
+    must_equal(written, expected, f"C++ and Python continue {name} differently")
     if written == eager:
         return Verdict(written, ties=0)
     deficits = gaps(written)
@@ -126,15 +127,23 @@ def verify(
     ]
 
 
+def verify_index(program: Path, artifact: Path, prompts: list[bytes], count: int, verdicts: list[Verdict]) -> None:
+    """Lets a C++ server that keeps an index of the keys continue the same prompts: it must write the same bytes."""
+    for written, verdict in zip(serve_in_cpp(program, artifact, prompts, count), verdicts, strict=True):
+        must_equal(written, verdict.continuation, f"C++ continues {artifact.name} differently than without an index")
+
+
 def lines_of(text: bytes, most: int = 4) -> list[bytes]:
     """Some lines of a text, as prompts of unequal lengths; at least two."""
     lines = [line for line in text.splitlines() if line.strip()][:most]
     return lines if len(lines) > 1 else [text[:1].replace(b"\n", b" "), text[:7].replace(b"\n", b" ")]
 
 
-def verify_all(programs: Path, exported: Exported, model: GPT, prompt: bytes, count: int) -> dict[str, Verdict]:
+def verify_all(
+    programs: Path, exported: Exported, indexed: Exported, model: GPT, prompt: bytes, count: int
+) -> dict[str, Verdict]:
     """Both saved forms of the model, each with its program: the prompt alone, and lines of it as requests that are
-    served together."""
+    served together; and all of that with an index of the keys."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a few short sequences are too little work for more
     try:
@@ -143,12 +152,15 @@ def verify_all(programs: Path, exported: Exported, model: GPT, prompt: bytes, co
         eager = continue_all(cached, shape_of(cached), [prompt], count, device)
         eager_lines = continue_all(cached, shape_of(cached), lines, fewer, device)
         verdicts = {}
-        for name, program, artifact in (
-            ("TorchScript", "serve_torchscript", exported.torchscript),
-            ("AOTInductor", "serve_aoti", exported.aoti),
+        for name, program, artifact, with_index in (
+            ("TorchScript", programs / "serve_torchscript", exported.torchscript, indexed.torchscript),
+            ("AOTInductor", programs / "serve_aoti", exported.aoti, indexed.aoti),
         ):
-            [verdicts[name]] = verify(programs / program, artifact, cached, [prompt], count, eager)
-            verify(programs / program, artifact, cached, lines, fewer, eager_lines)
+            alone = verify(program, artifact, cached, [prompt], count, eager)
+            together = verify(program, artifact, cached, lines, fewer, eager_lines)
+            verify_index(program, with_index, [prompt], count, alone)
+            verify_index(program, with_index, lines, fewer, together)
+            [verdicts[name]] = alone
         return verdicts
     finally:
         torch.set_num_threads(threads)

@@ -12,15 +12,15 @@ CachedModel LoadModel(const std::string& path) {
   const auto fact = [&metadata](const char* name) { return std::stoll(metadata.at(name)); };
   return {
       .step =
-          [loader](const Tensors& arguments, const Tensors& key_caches, const Tensors& value_caches) {
+          [loader](const Tensors& arguments, const Caches& caches) {
             Tensors inputs = arguments;  // lists are taken apart in a package
-            inputs.insert(inputs.end(), key_caches.begin(), key_caches.end());
-            inputs.insert(inputs.end(), value_caches.begin(), value_caches.end());
+            for (const Tensors& each : caches) inputs.insert(inputs.end(), each.begin(), each.end());
             return loader->run(inputs)[0];
           },
       .layers = fact("layers"),
       .heads = fact("heads"),
       .head_size = fact("head_size"),
+      .indexed = fact("indexed") != 0,
       .device = at::Device(metadata.at("AOTI_DEVICE_KEY")),
   };
 }

@@ -1,5 +1,4 @@
-// A TorchScript model for a server. The model calls α-entmax attention; this program includes nothing of it, being
-// linked with AdaSplash::adasplash is enough.
+// A TorchScript model for a server. Being linked with AdaSplash::adasplash is enough for it to find α-entmax attention.
 #include <torch/script.h>
 
 #include "server.h"
@@ -7,18 +6,18 @@
 CachedModel LoadModel(const std::string& path) {
   auto module = torch::jit::load(path);
   module.eval();
-  const auto fact = [&module](const char* name) { return module.attr(name).toInt(); };
+  const auto fact = [&module](const char* name) { return module.attr(name); };
   return {
       .step =
-          [module](const Tensors& arguments, const Tensors& key_caches, const Tensors& value_caches) mutable {
+          [module](const Tensors& arguments, const Caches& caches) mutable {
             std::vector<c10::IValue> inputs(arguments.begin(), arguments.end());
-            inputs.emplace_back(c10::List<at::Tensor>(key_caches));
-            inputs.emplace_back(c10::List<at::Tensor>(value_caches));
+            for (const Tensors& each : caches) inputs.emplace_back(c10::List<at::Tensor>(each));
             return module.forward(std::move(inputs)).toTensor();
           },
-      .layers = fact("layers"),
-      .heads = fact("heads"),
-      .head_size = fact("head_size"),
+      .layers = fact("layers").toInt(),
+      .heads = fact("heads").toInt(),
+      .head_size = fact("head_size").toInt(),
+      .indexed = fact("indexed").toBool(),
       .device = (*module.parameters().begin()).device(),
   };
 }

@@ -1,13 +1,16 @@
 // Sequences of unequal lengths that are continued together, byte by byte, over one paged cache of keys and values. The
-// cache lives here; the model, saved by ../gpt/export.py, writes to it in place.
+// cache lives here, and the index of its keys if the model takes one; the model, saved by ../gpt/export.py, writes to
+// both in place.
 //
 // A step takes a token of every sequence that is being continued, and beside them a chunk of the prompts that are still
 // to be read: the steps of ../gpt/engine.py, so that both compute the same bits.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <adasplash/adasplash.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -18,11 +21,15 @@
 
 using Tensors = std::vector<at::Tensor>;
 
-// What a saved model is to a server. `step` takes what CachedGPT.forward in ../gpt/cached.py does, whose last two
-// arguments are the caches of all layers, and gives logits.
+// Keys, values, and the keys' indexes, of all layers each. There are no indexes where a model takes none.
+using Caches = std::array<Tensors, 3>;
+
+// What a saved model is to a server. `step` takes what CachedGPT.forward in ../gpt/cached.py does, whose last three
+// arguments are the caches, and gives logits.
 struct CachedModel {
-  std::function<at::Tensor(const Tensors& arguments, const Tensors& key_caches, const Tensors& value_caches)> step;
+  std::function<at::Tensor(const Tensors& arguments, const Caches& caches)> step;
   int64_t layers = 0, heads = 0, head_size = 0;
+  bool indexed = false;
   at::Device device = at::kCPU;
 };
 
@@ -51,10 +58,11 @@ class Server {
   Server(CachedModel model, int64_t pages, int64_t sequences)
       : model_(std::move(model)), most_(sequences), width_(pages), free_(pages) {
     TORCH_CHECK(pages > 0 && sequences > 0, "a server needs pages and sequences, got ", pages, " and ", sequences);
-    for (Tensors* const caches : {&key_caches_, &value_caches_}) {
-      for (int64_t layer = 0; layer < model_.layers; ++layer) {
-        caches->push_back(at::zeros({pages, kPage, model_.heads, model_.head_size}, model_.device));
-      }
+    auto& [keys, values, indexes] = caches_;
+    for (int64_t layer = 0; layer < model_.layers; ++layer) {
+      keys.push_back(at::zeros({pages, kPage, model_.heads, model_.head_size}, model_.device));
+      values.push_back(at::zeros_like(keys.back()));
+      if (model_.indexed) indexes.push_back(adasplash::entmax_make_key_index(keys.back()));
     }
     std::iota(free_.begin(), free_.end(), 0);
   }
@@ -112,7 +120,7 @@ class Server {
     }
     const Tensors arguments = {Send(tokens), Send(positions), Send(slots), Send(ends), Send(table).view({-1, width_}),
                                Send(lengths)};
-    const at::Tensor logits = model_.step(arguments, key_caches_, value_caches_);
+    const at::Tensor logits = model_.step(arguments, caches_);
     const at::Tensor likeliest = logits.index_select(0, Send(last)).argmax(-1).cpu();
     const int64_t* const bytes = likeliest.const_data_ptr<int64_t>();
     for (size_t row = 0; row < running_.size(); ++row) {
@@ -136,7 +144,7 @@ class Server {
 
   const CachedModel model_;
   const int64_t most_, width_;
-  Tensors key_caches_, value_caches_;
+  Caches caches_;
   std::vector<int64_t> free_;
   std::deque<Sequence> waiting_;
   std::vector<Sequence> running_;

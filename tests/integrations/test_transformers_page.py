@@ -27,7 +27,7 @@ def program() -> str:
     left_away = ("FSDP2",) if can_serve() else ("FSDP2", "Serving")
     sections = [each for each in re.split(r"^## ", PAGE, flags=re.MULTILINE) if not each.startswith(left_away)]
     blocks = re.findall(r"^```python\n(.*?)^```", "\n".join(sections), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == (7 if can_serve() else 6)
+    assert len(blocks) == (8 if can_serve() else 7)
     return "\n".join(blocks)
 
 

@@ -78,7 +78,8 @@ def test_demo_with_ctrl_c(text, tmp_path):
     assert "nats a byte" in output and "layer 1 " in output and " ms" in output
     assert "Gradients agree with finite differences." in output
     assert output.count("These 40 bytes equal those of Python running the same file") == 2
-    for name in ("gpt.pt", "gpt.torchscript.pt", "gpt.aoti.pt2", "loss.png", "support.png", "attention.png"):
+    exported = [f"{kind}.{form}" for kind in ("gpt", "gpt.indexed") for form in ("torchscript.pt", "aoti.pt2")]
+    for name in ("gpt.pt", *exported, "loss.png", "support.png", "attention.png"):
         assert (out / name).stat().st_size > 0
         assert name in output or name == "gpt.pt"
 
@@ -88,9 +89,11 @@ def test_demo_with_ctrl_c(text, tmp_path):
         assert b"libpython" not in subprocess.run(["ldd", binary], capture_output=True, check=True).stdout
         done = subprocess.run([binary, out / model, "9"], input=b"\0\xff", capture_output=True, check=True)
         assert len(done.stdout) == 9 and re.fullmatch(rb"9 tokens in .* s: .* tokens a second\n", done.stderr)
-        lines = subprocess.run(
-            [binary, out / model, "9", "--lines"], input=b"ab\nc" * 9, capture_output=True, check=True
+        lines, with_index = (
+            subprocess.run([binary, out / each, "9", "--lines"], input=b"ab\nc" * 9, capture_output=True, check=True)
+            for each in (model, model.replace("gpt", "gpt.indexed"))
         )
+        assert with_index.stdout == lines.stdout
         events = [tuple(map(int, line.split())) for line in lines.stdout.splitlines()]
         assert sorted(number for number, _ in events) == sorted(9 * list(range(10)))
         assert all(0 <= byte < 256 for _, byte in events)

@@ -16,6 +16,7 @@ from export import export_program, export_torchscript, load, shape_of
 from generate import continue_greedily
 from generate import export_program as export_program_of_tokens
 from generate import gaps_to_likeliest as gaps_of_tokens
+from key_indexes import check_entries
 from model import GPT, GPTConfig
 from pictures import draw_all
 from support import attention_weights, mean_support, model_attention, sparsity
@@ -147,18 +148,22 @@ def test_export_equals_the_eager_model(attention):
 PROMPTS = [b"a prompt of some length, which is more than a page", b"ab", bytes(range(100, 180)) * 2, b"\n\0\xff"]
 
 
+def form_of(cached, form, folder):
+    """The model as it is, or saved and loaded."""
+    if form == "scripted":
+        export_torchscript(cached, folder / "model.pt")
+        return load(folder / "model.pt")
+    return export_program(cached).module() if form == "exported" else cached
+
+
 @pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize("form", ("eager", "scripted", "exported"))
 def test_the_cached_model_continues_as_the_model_does(attention, form, tmp_path):
     """As long as a text is within the context, and by gaps of nothing but rounding: the keys of a cache saw more of a
     longer one."""
     model = small_model(attention)
-    step = cached = CachedGPT(model).eval()
-    if form == "scripted":
-        export_torchscript(cached, tmp_path / "model.pt")
-        step = load(tmp_path / "model.pt")
-    elif form == "exported":
-        step = export_program(cached).module()
+    cached = CachedGPT(model).eval()
+    step = form_of(cached, form, tmp_path)
     for prompt, written in zip(PROMPTS, continue_all(step, shape_of(cached), PROMPTS, 9, "cpu"), strict=True):
         assert len(written) == 9
         assert max(gaps_to_likeliest(cached, shape_of(cached), prompt, written, "cpu")) < serve.TIE
@@ -166,6 +171,25 @@ def test_the_cached_model_continues_as_the_model_does(attention, form, tmp_path)
             assert max(gaps_of_tokens(model, prompt, written, SMALL.context)) < serve.TIE
         wrong = bytes([written[0] ^ 1]) + written[1:]
         assert gaps_to_likeliest(cached, shape_of(cached), prompt, wrong, "cpu")[0] > serve.TIE
+
+
+@pytest.mark.parametrize("form", ("eager", "scripted", "exported"))
+def test_an_index_is_kept_and_changes_no_byte(form, tmp_path):
+    """Pages are used again, and what is left in them has the entries that it should have."""
+    pages, written = max(PAGE, *map(len, PROMPTS)) // PAGE + 2, []
+    for indexed in (False, True):
+        cached = CachedGPT(small_model(), indexed).eval()
+        engine = Engine(form_of(cached, form, tmp_path), shape_of(cached), pages, 2)
+        for number, prompt in enumerate(PROMPTS):
+            engine.add(number, prompt, 9)
+        written.append(list(engine.run()))
+    assert written[0] == written[1]
+    keys, _, indexes = engine.caches
+    assert len(indexes) == SMALL.layers
+    for cache, index in zip(keys, indexes, strict=True):
+        slots = cache.flatten(0, 1).any(-1).all(-1).nonzero()[:, 0]
+        assert len(slots) > len(PROMPTS[2])
+        check_entries(index, cache, slots)
 
 
 def test_requests_wait_for_pages_and_give_them_back():
@@ -269,7 +293,7 @@ class Alternate(torch.nn.Module):
     """A cached model of no layers that takes turns between two bytes, whose logits are `gap` apart: the second is the
     better by it."""
 
-    layers, heads, head_size = 0, 1, 1
+    layers, heads, head_size, indexed = 0, 1, 1, False
 
     def __init__(self, gap):
         super().__init__()
@@ -295,3 +319,7 @@ def test_disagreement_fails_loudly_and_ties_are_told(monkeypatch):
         verify(b"AAAA", -1.0, Alternate(1.0))
     tie = verify(b"AAAA", -1e-5, Alternate(1e-5))
     assert tie == serve.Verdict(b"AAAA", 4) and "tie" in str(tie)
+    served = Path("program"), Path("model.pt"), [b"prompt"], 4
+    serve.verify_index(*served, [tie])
+    with pytest.raises(serve.Mismatch, match="differently than without an index from byte 3"):
+        serve.verify_index(*served, [serve.Verdict(b"AAAB", 0)])

@@ -11,6 +11,7 @@ docs/transformers.md has the whole way, from a softmax checkpoint to a served mo
 """
 
 from adasplash.integrations.transformers.construction import register
+from adasplash.integrations.transformers.indexed_cache import IndexedStaticCache
 from adasplash.integrations.transformers.layers import configure, shard_alpha
 from adasplash.integrations.transformers.normaliser import EntmaxNormaliser
 from adasplash.integrations.transformers.record import LayerRecord, LogAttention, Recording, record
@@ -21,6 +22,7 @@ register()
 __all__ = [
     "AlphaSchedule",
     "EntmaxNormaliser",
+    "IndexedStaticCache",
     "LayerRecord",
     "LogAttention",
     "Recording",

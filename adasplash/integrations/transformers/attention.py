@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from adasplash.functional import entmax_attn, entmax_attn_varlen
+from adasplash.integrations.transformers.indexed_cache import index_of
 from adasplash.integrations.transformers.layers import alpha_of
 from adasplash.integrations.transformers.masks import NOT_SERVED, Lengths, Offsets, decode, offsets_of, to_boolean
 from adasplash.integrations.transformers.serving import attend_to_cache, is_served, window_of_cache
@@ -150,7 +151,7 @@ def _attend(call: _Call, mask: Lengths | None) -> Tensor:
         out, stats = entmax_attn_summary(*given, **options)
         _recorder(call.layer, "add", call.alpha, stats)
         return out
-    return entmax_attn(*given, **options)
+    return entmax_attn(*given, **options, key_index=index_of(call.key))
 
 
 def _attend_packed(call: _Call, cu_seqlens: tuple[Tensor, Tensor], lengths: tuple) -> Tensor:
