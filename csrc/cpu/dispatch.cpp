@@ -8,15 +8,16 @@
 
 #include "adasplash.h"
 #include "cpu/kernels.h"
+#include "kernels_library.h"
 
 namespace adasplash {
 namespace cpu {
 
 // table<T, A>() of kernels.cpp, as compiled for each set.
-#define ADASPLASH_DECLARE_TABLE(CAPABILITY) \
-  namespace CAPABILITY {                    \
-  template <typename T, typename A>         \
-  const Kernels<T, A>& table();             \
+#define ADASPLASH_DECLARE_TABLE(CAPABILITY)                 \
+  namespace CAPABILITY {                                    \
+  template <typename T, typename A>                         \
+  ADASPLASH_BETWEEN_LIBRARIES const Kernels<T, A>& table(); \
   }
 ADASPLASH_DECLARE_TABLE(DEFAULT)
 #ifdef ADASPLASH_X86

@@ -5,6 +5,7 @@
 #include "cpu/forward_block.h"
 #include "cpu/softmax_block.h"
 #include "cpu/summary_block.h"
+#include "kernels_library.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
@@ -169,7 +170,7 @@ int64_t activate_backward_scratch(int64_t n) {
 }  // namespace
 
 template <typename T, typename A>
-const Kernels<T, A>& table() {
+ADASPLASH_BETWEEN_LIBRARIES const Kernels<T, A>& table() {
   static constexpr Kernels<T, A> kernels = {
       forward<T, A>,      forward_scratch<A>,  few_scores<T, A>,        few_weigh<T, A>,
       few_values<T, A>,   few_join<T, A>,      few_scratch<A>,          backward_query<T, A>,
