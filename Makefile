@@ -109,7 +109,7 @@ wheel: $(VENV)/.requirements
 	ADASPLASH_TORCH="$$($(BIN)/python packaging/fetch_torch.py $(WHEEL_TORCH) --out build/torches)" \
 	  ADASPLASH_ARCHS="$(WHEEL_ARCHS)" $(BIN)/python setup.py -q bdist_wheel
 
-test-wheel: wheel setup
+test-wheel: wheel $(VENV)/.installed
 	ADASPLASH_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ADASPLASH_WHEEL_TORCH="$(WHEEL_TORCH)" \
 	  $(BIN)/python -m pytest tests/package/test_wheel.py
 

@@ -40,6 +40,26 @@ def test_the_source_distribution_has_what_a_build_needs(tmp_path):
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
+@pytest.mark.parametrize(
+    ("versions", "required"),
+    [
+        (["2.13.1+cpu"], "torch==2.13.*"),
+        (["2.14.0", "2.11.2+cu130", "2.12.0", "2.13.0"], "torch<2.15,>=2.11"),
+        (["2.11.0", "2.14.0", "2.13.0"], "torch!=2.12.*,<2.15,>=2.11"),
+    ],
+    ids=("one", "all", "with a gap"),
+)
+def test_a_build_says_which_releases_of_torch_it_is_for(source, tmp_path, versions, required):
+    for version in versions:
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "version.py").write_text(f"__version__ = '{version}'\n")
+    folders = os.pathsep.join(str(tmp_path / version) for version in versions)
+    environment = {**os.environ, "ADASPLASH_TORCH": folders}
+    run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, cwd=source, env=environment)
+    [requires] = tmp_path.glob("*.egg-info/requires.txt")
+    assert requires.read_text().splitlines()[0] == required
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory):
     """`pip install` of the source distribution as users type it, in an isolated build, into a folder of its own."""

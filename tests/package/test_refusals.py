@@ -12,7 +12,7 @@ import torch
 
 import adasplash
 from adasplash._load import library_path
-from common import ROOT, build_once, run, run_python
+from common import ROOT, run, run_python
 
 pytestmark = pytest.mark.backends("cpu")
 RELEASE = "torch" + ".".join(torch.__version__.split(".")[:2])
@@ -28,19 +28,6 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 
 # ---- Builds -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory):
-    """The sources, as git has them."""
-
-    def copy(folder):
-        for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines():
-            if name.partition("/")[0] not in ("docs", "examples", "tests", "bench") and (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, folder / name)
-
-    return build_once(tmp_path_factory, "source", copy)
 
 
 @pytest.fixture

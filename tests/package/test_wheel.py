@@ -23,14 +23,16 @@ pytestmark = [
 PROGRAMS = Path(__file__).parent / "libtorch"
 ALONE = {"PATH": "/nonexistent", "HOME": os.environ.get("HOME", "/")}
 
-# The operator against its definition, its gradients, and a model saved for TorchScript.
+# Attention against scores, activation and product one by one; gradients; a model saved for TorchScript.
 SMOKE = """
 import sys, torch, adasplash
 
 query, key, value = (torch.randn(2, heads, 70, 24, requires_grad=True) for heads in (4, 2, 2))
 out = adasplash.entmax_attn(query, key, value, alpha=1.5, is_causal=True)
-weights = adasplash.attention_weights(query, key, alpha=1.5, is_causal=True)
-torch.testing.assert_close(out, weights.to(out) @ value.repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
+scores = query @ key.repeat_interleave(2, 1).mT / 24**0.5
+hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)
+weights = adasplash.entmax(scores.masked_fill(hidden, -torch.inf), 1.5)
+torch.testing.assert_close(out, weights @ value.repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
 out.square().sum().backward()
 assert all(x.grad.isfinite().all() and x.grad.any() for x in (query, key, value))
 assert (adasplash.entmax(torch.tensor([3.0, 0.0, 0.0])) == torch.tensor([1.0, 0.0, 0.0])).all()
@@ -49,7 +51,7 @@ print(torch.__version__, adasplash.cmake_prefix_path)
 
 
 class Environment:
-    """A virtual environment of this torch and the wheel, moved into a folder whose name has spaces."""
+    """A virtual environment of this torch and the wheel, in a folder whose name has spaces."""
 
     def __init__(self, folder: Path, release: str):
         self.folder, self.release = folder, release
@@ -66,13 +68,8 @@ def environment(request, tmp_path_factory):
         home = folder / "an environment"
         run(sys.executable, "-m", "venv", home)
         pip = [home / "bin/python", "-m", "pip", "install", "--quiet"]
-        run(*pip, f"torch=={request.param}.*")
-        run(
-            *pip,
-            "--no-index",
-            WHEEL,
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PATH": "/nonexistent"},
-        )
+        run(*pip, f"torch=={request.param}.*", "numpy")
+        run(*pip, "--no-index", WHEEL, env=ALONE)
 
     folder = build_once(tmp_path_factory, f"environment of torch {request.param}", build)
     return Environment(folder / "an environment", request.param)
@@ -80,7 +77,8 @@ def environment(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smoke(environment):
-    version, prefix = environment.python("-c", SMOKE, environment.folder).split(maxsplit=1)
+    (environment.folder / "smoke.py").write_text(SMOKE)
+    version, prefix = environment.python("smoke.py", environment.folder).split(maxsplit=1)
     assert version.startswith(f"{environment.release}.")
     assert Path(prefix.strip()) == environment.site / "adasplash"
     return environment
