@@ -107,7 +107,7 @@ wheel: $(VENV)/.requirements
 	$(BIN)/python -m pip install --quiet "triton>=3.6"
 	rm -rf dist build/lib*
 	ADASPLASH_TORCH="$$($(BIN)/python packaging/fetch_torch.py $(WHEEL_TORCH) --out build/torches)" \
-	  ADASPLASH_ARCHS="$(WHEEL_ARCHS)" $(BIN)/python setup.py -q bdist_wheel
+	  ADASPLASH_ARCHS="$(WHEEL_ARCHS)" $(BIN)/python -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir dist .
 
 test-wheel: wheel $(VENV)/.installed
 	ADASPLASH_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ADASPLASH_WHEEL_TORCH="$(WHEEL_TORCH)" \
