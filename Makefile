@@ -3,6 +3,8 @@
 # make test-all   every case, the library built in all ways, and all of the emulation (about an hour)
 # make test-models  the tests of models with transformers 5.2, then with the newest, peft and sentence-transformers (10 minutes)
 # make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
+# make wheel  one wheel for several releases of torch, in dist/ (an hour of compiling from nothing; docs/installing.md)
+# make test-wheel  that wheel in environments made from nothing, one for each torch (downloads gigabytes)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # make examples  the experiments of examples/, quick forms (about 10 minutes); DEVICE=cuda is the full forms
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
@@ -15,13 +17,16 @@ DEVICE ?= cpu
 TEXT ?=
 # GPU architectures to compile kernels for, as "80 90", or none; auto is this machine's, else 80 and 90.
 ADASPLASH_ARCHS ?= auto
+# The releases of torch that the wheel serves, and the architectures of its GPU kernels.
+WHEEL_TORCH ?= 2.11 2.12 2.13 2.14
+WHEEL_ARCHS = $(if $(filter auto,$(ADASPLASH_ARCHS)),80 90,$(ADASPLASH_ARCHS))
 HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo demo-quick examples test test-all test-models sanitize lint bench clean
+.PHONY: help setup demo demo-quick examples test test-all test-models wheel test-wheel sanitize lint bench clean
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,9s/^# //p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -97,6 +102,17 @@ test-models: setup $(VENV)/.experiments
 	$(BIN)/python -m pip install --quiet --no-deps peft
 	$(BIN)/python -m pytest -n 2 tests/integrations tests/package/test_text_examples.py
 
+# What lies in build/lib* may be of other sources.
+wheel: $(VENV)/.requirements
+	$(BIN)/python -m pip install --quiet "triton>=3.6"
+	rm -rf dist build/lib*
+	ADASPLASH_TORCH="$$($(BIN)/python packaging/fetch_torch.py $(WHEEL_TORCH) --out build/torches)" \
+	  ADASPLASH_ARCHS="$(WHEEL_ARCHS)" $(BIN)/python -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir dist .
+
+test-wheel: wheel $(VENV)/.installed
+	ADASPLASH_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ADASPLASH_WHEEL_TORCH="$(WHEEL_TORCH)" \
+	  $(BIN)/python -m pytest tests/package/test_wheel.py
+
 # Without torch's cache of memory, so that every tensor ends where its memory does.
 sanitize: setup
 	for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=tests/support \
@@ -113,4 +129,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.report --readme
 
 clean:
-	rm -rf build $(VENV) adasplash/lib adasplash/include adasplash/_C*.so *.egg-info
+	rm -rf build dist $(VENV) adasplash/lib adasplash/include adasplash/_build.py *.egg-info

@@ -8,7 +8,12 @@ import sys
 import torch
 
 import adasplash
-from adasplash import _C
+from adasplash import _build, _load
+
+try:  # PyPI's package of the same name may lie over this one, and then nothing else of ours runs
+    _load.refuse_namesake()
+except ImportError as error:
+    sys.exit(str(error))
 
 
 def _cpu_name() -> str:
@@ -20,7 +25,7 @@ def _cpu_name() -> str:
 
 
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"))
+    return ctypes.CDLL(_load.library_path())
 
 
 def _cpu_capability() -> str:
@@ -65,19 +70,19 @@ def collect() -> dict[str, str]:
     """Facts by name, in the order in which they are printed."""
     return {
         "torch-adasplash": adasplash.__version__,
-        "built against": f"torch {_C.torch_version}, C++11 ABI {'on' if _C.cxx11_abi else 'off'}, {_C.compiler}",
+        "built against": f"torch {', '.join(_load.releases())}, by {_build.compiler}",
         "torch": torch.__version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.platform()} {platform.machine()}",
         "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "cpu kernels built": ", ".join(_C.cpu_capabilities),
+        "cpu kernels built": ", ".join(_build.cpu_capabilities),
         "cpu kernels in use": _cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "cuda kernels built": ", ".join(f"sm_{arch}" for arch in _C.cuda_architectures) or "none",
+        "cuda kernels built": ", ".join(f"sm_{arch}" for arch in _build.cuda_architectures) or "none",
         "cuda implementation": _cuda_implementations(),
         "cuda driver": _cuda_driver(),
         "gpu": _gpus(),
-        "library": os.path.join(adasplash.cmake_prefix_path, "lib", "libadasplash.so"),
+        "library": _load.library_path(),
     }
 
 

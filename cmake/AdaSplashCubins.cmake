@@ -1,21 +1,6 @@
-# The CUDA half of libadasplash: its host code, and the kernels, which Triton compiles ahead of time. Needs no CUDA
+# The CUDA half of the library: its host code, and the kernels, which Triton compiles ahead of time. Needs no CUDA
 # toolkit and no GPU, only a Python with Triton; nothing of either at run time.
-#
-# ADASPLASH_ARCHS: GPU architectures to compile for, of 80 86 89 90 100 103 120; `none` for a library without GPU kernels;
-# `auto` for the machine's GPUs, and 80 and 90 where there is none.
-set(ADASPLASH_ARCHS auto CACHE STRING "GPU architectures to compile for")
-string(REGEX REPLACE "[, ]+" ";" _wanted "${ADASPLASH_ARCHS}")
-if(NOT _wanted OR _wanted STREQUAL "auto")
-  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
-    OUTPUT_VARIABLE _wanted OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE _failed)
-  string(REPLACE "." "" _wanted "${_wanted}")
-  string(REGEX REPLACE "[\r\n ]+" ";" _wanted "${_wanted}")
-  list(REMOVE_DUPLICATES _wanted)
-  list(FILTER _wanted INCLUDE REGEX "^(80|86|89|90|100|103|120)$")  # the others run PTX, if anything
-  if(_failed OR NOT _wanted)
-    set(_wanted 80 90)
-  endif()
-endif()
+include(cmake/AdaSplashArchs.cmake)
 
 target_sources(adasplash PRIVATE
   csrc/cuda/activation.cpp
@@ -37,10 +22,12 @@ target_sources(adasplash PRIVATE
   csrc/cuda/portable/summary.cpp)
 target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})
 
-set(ADASPLASH_BUILT_ARCHS "${_wanted}")  # none, or a list
-if(_wanted STREQUAL "none")
+if(NOT TARGET adasplash_kernels)
+  return()  # they were built before, for another torch
+endif()
+if(ADASPLASH_BUILT_ARCHS STREQUAL "none")
   message(STATUS "AdaSplash without GPU kernels (ADASPLASH_ARCHS=none)")
-  target_sources(adasplash PRIVATE csrc/cuda/no_embedded.cpp)
+  target_sources(adasplash_kernels PRIVATE csrc/cuda/no_embedded.cpp)
   # A manifest may be left from a build that had some.
   install(CODE "file(REMOVE \"\${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_LIBDIR}/adasplash/manifest.json\")")
   return()
@@ -53,16 +40,20 @@ if(_failed)
   message(FATAL_ERROR "AdaSplash: ${Python_EXECUTABLE} has no Triton, which compiles the GPU kernels: install it "
     "(pip install triton), or set ADASPLASH_ARCHS=none for a library without GPU kernels")
 endif()
-message(STATUS "AdaSplash GPU kernels for ${_wanted}, compiled by Triton ${_triton}")
+if(_triton VERSION_LESS 3.6)
+  message(FATAL_ERROR "AdaSplash: ${Python_EXECUTABLE} has Triton ${_triton}, which is too old to compile the GPU "
+    "kernels: install 3.6 or newer (pip install 'triton>=3.6'), or set ADASPLASH_ARCHS=none for a library without them")
+endif()
+message(STATUS "AdaSplash GPU kernels for ${ADASPLASH_BUILT_ARCHS}, compiled by Triton ${_triton}")
 
 set(_out "${CMAKE_CURRENT_BINARY_DIR}/cubins")
 file(GLOB_RECURSE _kernels CONFIGURE_DEPENDS triton_src/*.py triton_src/*.json)
 # What was asked for, as a file: when it changes the kernels are looked at again, and the cache has those that stay.
-file(CONFIGURE OUTPUT "${_out}/archs.txt" CONTENT "${_wanted} ${_triton}\n")
+file(CONFIGURE OUTPUT "${_out}/archs.txt" CONTENT "${ADASPLASH_BUILT_ARCHS} ${_triton}\n")
 add_custom_command(
   OUTPUT "${_out}/done"
   BYPRODUCTS "${_out}/cubins.bin" "${_out}/manifest.json" "${_out}/resources.txt" "${_out}/variants.cpp"
-  COMMAND "${Python_EXECUTABLE}" -m triton_src.compile --arch ${_wanted} --out "${_out}"
+  COMMAND "${Python_EXECUTABLE}" -m triton_src.compile --arch ${ADASPLASH_BUILT_ARCHS} --out "${_out}"
   COMMAND "${CMAKE_COMMAND}" -E touch "${_out}/done"
   DEPENDS ${_kernels} "${_out}/archs.txt"
   WORKING_DIRECTORY "${CMAKE_CURRENT_SOURCE_DIR}"
@@ -76,12 +67,13 @@ file(CONFIGURE OUTPUT "${_out}/cubins.S" CONTENT [[
 .section .rodata
 .balign 64
 .globl adasplash_cubins
-.hidden adasplash_cubins
+.type adasplash_cubins, %object
 adasplash_cubins:
 .incbin "@_out@/cubins.bin"
+.size adasplash_cubins, .-adasplash_cubins
 .section .note.GNU-stack, "", %progbits
 ]] @ONLY)
 set_source_files_properties("${_out}/cubins.S" PROPERTIES OBJECT_DEPENDS "${_out}/cubins.bin")
-target_sources(adasplash PRIVATE "${_out}/cubins.S" "${_out}/variants.cpp")
-add_dependencies(adasplash adasplash_cubins)
+target_sources(adasplash_kernels PRIVATE "${_out}/cubins.S" "${_out}/variants.cpp")
+add_dependencies(adasplash_kernels adasplash_cubins)
 install(FILES "${_out}/manifest.json" DESTINATION "${CMAKE_INSTALL_LIBDIR}/adasplash")

@@ -47,12 +47,13 @@ foreach(_name torch torch_cpu c10)
 endforeach()
 
 find_package(Threads REQUIRED)
-add_library(AdaSplash::torch INTERFACE IMPORTED)
-target_include_directories(AdaSplash::torch SYSTEM INTERFACE
+add_library(AdaSplash::torch_headers INTERFACE IMPORTED)
+target_include_directories(AdaSplash::torch_headers SYSTEM INTERFACE
   "${ADASPLASH_TORCH_ROOT}/include" "${ADASPLASH_TORCH_ROOT}/include/torch/csrc/api/include")
-target_compile_features(AdaSplash::torch INTERFACE cxx_std_20)
+target_compile_features(AdaSplash::torch_headers INTERFACE cxx_std_20)
+add_library(AdaSplash::torch INTERFACE IMPORTED)
 # libtorch.so itself holds no symbols; it pulls in the CUDA half where torch has one, so it must not be dropped. One item
-# with its flags, because CMake moves flags about.
+# with its flags, because CMake moves flags about; quoted, because paths may have spaces.
 list(GET _torch_libraries 0 _libtorch)
-target_link_libraries(AdaSplash::torch INTERFACE
-  "-Wl,--push-state,--no-as-needed,${_libtorch},--pop-state" ${_torch_libraries} Threads::Threads)
+target_link_libraries(AdaSplash::torch INTERFACE AdaSplash::torch_headers
+  "-Wl,--push-state,--no-as-needed,\"${_libtorch}\",--pop-state" ${_torch_libraries} Threads::Threads)

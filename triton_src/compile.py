@@ -164,7 +164,16 @@ def compile_variant(variant, arch, cache):
 
 def compile_all(archs, cache, jobs):
     tasks = [(variant, arch) for arch in archs for variant in variants(arch)]
-    Path(cache).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        sys.exit(
+            f"AdaSplash: {cache}, where compiled kernels are kept, cannot be written to: set XDG_CACHE_HOME to a "
+            "folder that can"
+        )
     done = {}
     cached = 0
     with ProcessPoolExecutor(jobs) as pool:
@@ -259,7 +268,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))  # shared by all checkouts of a user
     parser.add_argument("--cache", type=Path, default=caches / "torch-adasplash" / "cubins")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--jobs", type=int, default=os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     parser.add_argument("--table", action="store_true", help="print resources.txt")
     parser.add_argument("--strict", action="store_true", help="fail if a limit is broken")
     args = parser.parse_args()

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels_library.h"
+
 namespace adasplash::cpu {
 
 // While it lives, products on this thread run on this thread alone: parallelism is ours, and MKL's bits depend on the
@@ -20,7 +22,7 @@ class SingleThreadedBlas {
 
 // C (m x n) = scale * op(A) op(B) + beta * C; ld* are the distances between rows.
 template <typename A>
-struct Gemm {
+struct ADASPLASH_BETWEEN_LIBRARIES Gemm {
   // B is (n x k): C = scale * A B^T + beta * C
   static void nt(int64_t m, int64_t n, int64_t k, A scale, const A* a, int64_t lda, const A* b, int64_t ldb, A beta,
                  A* c, int64_t ldc);

@@ -1,27 +1,25 @@
 // Chooses the instruction set, once.
-#include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
-#include <c10/util/Half.h>
 
 #include <cstdlib>
 #include <string>
 
 #include "adasplash.h"
 #include "cpu/kernels.h"
+#include "kernels_library.h"
 
 namespace adasplash {
 namespace cpu {
 
-// table<T, A>() of kernels.cpp, as compiled for each set.
-#define ADASPLASH_DECLARE_TABLE(CAPABILITY) \
-  namespace CAPABILITY {                    \
-  template <typename T, typename A>         \
-  const Kernels<T, A>& table();             \
+// Of kernels.cpp, as compiled for each set. No template: one of torch's types would be hidden from the other library.
+#define ADASPLASH_DECLARE_KERNELS(CAPABILITY)                \
+  namespace CAPABILITY {                                     \
+  ADASPLASH_BETWEEN_LIBRARIES const KernelSet& kernel_set(); \
   }
-ADASPLASH_DECLARE_TABLE(DEFAULT)
+ADASPLASH_DECLARE_KERNELS(DEFAULT)
 #ifdef ADASPLASH_X86
-ADASPLASH_DECLARE_TABLE(AVX2)
-ADASPLASH_DECLARE_TABLE(AVX512)
+ADASPLASH_DECLARE_KERNELS(AVX2)
+ADASPLASH_DECLARE_KERNELS(AVX512)
 #endif
 
 namespace {
@@ -57,16 +55,20 @@ InstructionSet chosen() {
   return set;
 }
 
+const KernelSet& chosen_kernels() {
+#ifdef ADASPLASH_X86
+  if (chosen() == InstructionSet::kAvx512) return AVX512::kernel_set();
+  if (chosen() == InstructionSet::kAvx2) return AVX2::kernel_set();
+#endif
+  chosen();
+  return DEFAULT::kernel_set();
+}
+
 }  // namespace
 
 template <typename T, typename A>
 const Kernels<T, A>& kernels() {
-#ifdef ADASPLASH_X86
-  if (chosen() == InstructionSet::kAvx512) return AVX512::table<T, A>();
-  if (chosen() == InstructionSet::kAvx2) return AVX2::table<T, A>();
-#endif
-  chosen();
-  return DEFAULT::table<T, A>();
+  return *std::get<const Kernels<T, A>*>(chosen_kernels());
 }
 
 template const Kernels<double, double>& kernels();

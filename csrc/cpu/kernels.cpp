@@ -5,6 +5,7 @@
 #include "cpu/forward_block.h"
 #include "cpu/softmax_block.h"
 #include "cpu/summary_block.h"
+#include "kernels_library.h"
 
 namespace adasplash::cpu {
 inline namespace CPU_CAPABILITY {
@@ -166,22 +167,20 @@ int64_t activate_backward_scratch(int64_t n) {
   return activation_steps<A>(n) * static_cast<int64_t>(sizeof(int32_t));
 }
 
+template <typename T, typename A>
+constexpr Kernels<T, A> kKernels = {
+    forward<T, A>,      forward_scratch<A>,  few_scores<T, A>,        few_weigh<T, A>,
+    few_values<T, A>,   few_join<T, A>,      few_scratch<A>,          backward_query<T, A>,
+    backward_key<T, A>, backward_scratch<A>, summarize<T, A>,         summarize_scratch<A>,
+    activate<T, A>,     activate_scratch<A>, activate_backward<T, A>, activate_backward_scratch<A>};
+
 }  // namespace
 
-template <typename T, typename A>
-const Kernels<T, A>& table() {
-  static constexpr Kernels<T, A> kernels = {
-      forward<T, A>,      forward_scratch<A>,  few_scores<T, A>,        few_weigh<T, A>,
-      few_values<T, A>,   few_join<T, A>,      few_scratch<A>,          backward_query<T, A>,
-      backward_key<T, A>, backward_scratch<A>, summarize<T, A>,         summarize_scratch<A>,
-      activate<T, A>,     activate_scratch<A>, activate_backward<T, A>, activate_backward_scratch<A>};
-  return kernels;
+ADASPLASH_BETWEEN_LIBRARIES const KernelSet& kernel_set() {
+  static constexpr KernelSet set = {&kKernels<double, double>, &kKernels<float, float>, &kKernels<at::BFloat16, float>,
+                                    &kKernels<at::Half, float>};
+  return set;
 }
-
-template const Kernels<double, double>& table();
-template const Kernels<float, float>& table();
-template const Kernels<at::BFloat16, float>& table();
-template const Kernels<at::Half, float>& table();
 
 }  // namespace CPU_CAPABILITY
 }  // namespace adasplash::cpu

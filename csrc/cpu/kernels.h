@@ -1,6 +1,11 @@
 // The CPU kernels, compiled once for each instruction set and chosen when first used.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <tuple>
+
 #include "cpu/few_rows.h"
 #include "cpu/head.h"
 
@@ -51,6 +56,10 @@ struct Kernels {
                             int64_t end, T* grad_input, A* grad_alpha, char* scratch);
   int64_t (*activate_backward_scratch)(int64_t n);
 };
+
+// The kernels of one instruction set, for each type.
+using KernelSet = std::tuple<const Kernels<double, double>*, const Kernels<float, float>*,
+                             const Kernels<c10::BFloat16, float>*, const Kernels<c10::Half, float>*>;
 
 // The kernels of the best instruction set that the machine has.
 template <typename T, typename A>

@@ -15,8 +15,6 @@
 
 #include "cuda/driver.h"
 
-extern "C" const unsigned char adasplash_cubins[];  // cubins.bin, by way of the assembler
-
 namespace adasplash::cuda {
 namespace {
 

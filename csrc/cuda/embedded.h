@@ -9,6 +9,8 @@
 #include <iterator>
 #include <span>
 
+#include "kernels_library.h"
+
 namespace adasplash::cuda {
 
 // KERNELS of triton_src/variants.py. The functions of launchers.h and the table of variants, both generated from there,
@@ -84,10 +86,11 @@ struct Variant {
   uint64_t offset, size, ptx_offset, ptx_size;  // in the embedded code; no PTX where ptx_size is 0
 };
 
-// What was built (generated; empty with ADASPLASH_ARCHS=none).
-extern const std::span<const Variant> kVariants;
-extern const std::span<const int> kBuiltArchs;
-extern const int kPtxArch;  // 0 if there is no PTX
+// What was built (generated; empty with ADASPLASH_ARCHS=none): cubins.bin, by way of the assembler, and what is in it.
+extern "C" ADASPLASH_BETWEEN_LIBRARIES const unsigned char adasplash_cubins[];
+ADASPLASH_BETWEEN_LIBRARIES extern const std::span<const Variant> kVariants;
+ADASPLASH_BETWEEN_LIBRARIES extern const std::span<const int> kBuiltArchs;
+ADASPLASH_BETWEEN_LIBRARIES extern const int kPtxArch;  // 0 if there is no PTX
 
 // An argument of exactly this type: no default, no conversion. So it is a compile error to leave out a kernel's
 // argument, to swap it with one of another type, or to give it a value that would have to be converted.

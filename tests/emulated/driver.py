@@ -71,13 +71,13 @@ def build_standin() -> Path:
 
 
 def installed_library() -> Path:
-    import adasplash
+    from adasplash._load import library_path
 
-    return Path(adasplash.__file__).parent / "lib" / "libadasplash.so"
+    return Path(library_path())
 
 
 def read_manifest(library: Path) -> dict:
-    return json.loads((library.parent / "adasplash" / "manifest.json").read_text())
+    return json.loads((library.parents[1] / "adasplash" / "manifest.json").read_text())
 
 
 def code_arch(code: int) -> tuple[int, bool]:

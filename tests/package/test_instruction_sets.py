@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import adasplash
-from adasplash import _C, info
+from adasplash import _build, info
 
-HAVE = _C.cpu_capabilities[: _C.cpu_capabilities.index(info.collect()["cpu kernels in use"]) + 1]
+HAVE = _build.cpu_capabilities[: _build.cpu_capabilities.index(info.collect()["cpu kernels in use"]) + 1]
 
 # Lists and dense rows, odd sizes, all types, α with code of its own and any other.
 PROGRAM = """
@@ -72,4 +72,4 @@ def test_a_set_that_does_not_exist_is_refused():
 
 
 def test_version():
-    assert adasplash.__version__ == _C.version
+    assert adasplash.__version__ == _build.version

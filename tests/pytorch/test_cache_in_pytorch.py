@@ -173,8 +173,6 @@ INDEXED = ("indexed step", "prompt")
 
 @pytest.fixture(params=MODULES)
 def form(request):
-    if request.param in INDEXED:
-        request.getfixturevalue("entries")
     return request.param
 
 

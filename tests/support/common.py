@@ -146,9 +146,9 @@ def assert_same_values(actual: Tensor, expected: Tensor) -> None:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library beneath the package, for what it exports for tests."""
-    import adasplash
+    from adasplash._load import library_path
 
-    return ctypes.CDLL(str(Path(adasplash.__file__).parent / "lib" / "libadasplash.so"))
+    return ctypes.CDLL(library_path())
 
 
 def gather(length: int, below: int = 101) -> None:

@@ -1,0 +1,145 @@
+"""The wheel for several releases of torch, in environments made from nothing: `make test-wheel`.
+
+With no compiler, no CMake and no Ninja on the path where none is needed.
+"""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from common import build_once, run
+
+WHEEL = os.environ.get("ADASPLASH_WHEEL")
+RELEASES = os.environ.get("ADASPLASH_WHEEL_TORCH", "").split()
+pytestmark = [
+    pytest.mark.backends("cpu"),
+    pytest.mark.builds,
+    pytest.mark.skipif(not WHEEL, reason="make test-wheel says which wheel"),
+]
+PROGRAMS = Path(__file__).parent / "libtorch"
+ALONE = {"PATH": "/nonexistent", "HOME": os.environ.get("HOME", "/")}
+
+# Attention against scores, activation and product one by one; gradients; a model saved for TorchScript.
+SMOKE = """
+import sys, torch, adasplash
+
+query, key, value = (torch.randn(2, heads, 70, 24, requires_grad=True) for heads in (4, 2, 2))
+out = adasplash.entmax_attn(query, key, value, alpha=1.5, is_causal=True)
+scores = query @ key.repeat_interleave(2, 1).mT / 24**0.5
+hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)
+weights = adasplash.entmax(scores.masked_fill(hidden, -torch.inf), 1.5)
+torch.testing.assert_close(out, weights @ value.repeat_interleave(2, 1), atol=1e-5, rtol=1e-5)
+out.square().sum().backward()
+assert all(x.grad.isfinite().all() and x.grad.any() for x in (query, key, value))
+assert (adasplash.entmax(torch.tensor([3.0, 0.0, 0.0])) == torch.tensor([1.0, 0.0, 0.0])).all()
+
+class Attend(torch.nn.Module):
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.ops.adasplash.entmax_attn(query, key, value, 1.25, True, scale=0.3) * 2
+
+torch.jit.script(Attend()).save(sys.argv[1] + "/model.pt")
+inputs = query.detach(), key.detach(), value.detach()
+torch.save(inputs, sys.argv[1] + "/inputs.pt")
+torch.save(Attend()(*inputs), sys.argv[1] + "/expected.pt")
+assert torch.equal(torch.jit.load(sys.argv[1] + "/model.pt")(*inputs), Attend()(*inputs))
+print(torch.__version__, adasplash.cmake_prefix_path)
+"""
+
+
+class Environment:
+    """A virtual environment of this torch and the wheel, in a folder whose name has spaces."""
+
+    def __init__(self, folder: Path, release: str):
+        self.folder, self.release = folder, release
+        self.site = next((folder / "lib").glob("python*/site-packages"))
+
+    def python(self, *arguments: object) -> str:
+        """Runs its Python with nothing else on the path."""
+        return run(self.folder / "bin/python", *arguments, env=ALONE, cwd=self.folder).stdout
+
+
+@pytest.fixture(scope="session", params=RELEASES)
+def environment(request, tmp_path_factory):
+    def build(folder):
+        home = folder / "an environment"
+        run(sys.executable, "-m", "venv", home)
+        pip = [home / "bin/python", "-m", "pip", "install", "--quiet"]
+        run(*pip, f"torch=={request.param}.*", "numpy")
+        run(*pip, "--no-index", WHEEL, env=ALONE)
+
+    folder = build_once(tmp_path_factory, f"environment of torch {request.param}", build)
+    return Environment(folder / "an environment", request.param)
+
+
+@pytest.fixture(scope="session")
+def smoke(environment):
+    (environment.folder / "smoke.py").write_text(SMOKE)
+    version, prefix = environment.python("smoke.py", environment.folder).split(maxsplit=1)
+    assert version.startswith(f"{environment.release}.")
+    assert Path(prefix.strip()) == environment.site / "adasplash"
+    return environment
+
+
+def test_the_wheel_fits_every_python_and_has_every_release():
+    name = Path(WHEEL).name
+    assert name.endswith("-py3-none-linux_x86_64.whl")
+    with zipfile.ZipFile(WHEEL) as archive:
+        names = archive.namelist()
+        [metadata] = [archive.read(name).decode() for name in names if name.endswith("METADATA")]
+    minors = [int(release.split(".")[1]) for release in RELEASES]
+    [requirement] = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: torch")]
+    assert f"<2.{max(minors) + 1}" in requirement and f">=2.{min(minors)}" in requirement
+    libraries = {name for name in names if name.endswith(".so")}
+    assert libraries == {
+        "adasplash/lib/libadasplash_kernels.so",
+        *(f"adasplash/lib/torch{release}/libadasplash.so" for release in RELEASES),
+    }
+    assert Path(WHEEL).stat().st_size < 30 * 2**20
+
+
+def test_python_trains_and_saves_a_model(smoke):
+    facts = smoke.python("-m", "adasplash.info")
+    assert f"torch{smoke.release}/libadasplash.so" in facts
+    for release in RELEASES:
+        assert release in next(line for line in facts.splitlines() if line.startswith("built against:"))
+
+
+def test_export_with_dynamic_lengths(smoke):
+    program = """
+import torch, adasplash
+class Attend(torch.nn.Module):
+    def forward(self, query, key, value):
+        return adasplash.entmax_attn(query, key, value, is_causal=True)
+inputs = tuple(torch.randn(1, 2, 20, 8) for _ in range(3))
+program = torch.export.export(Attend(), inputs, dynamic_shapes=({2: torch.export.Dim("length")},) * 3)
+longer = tuple(torch.randn(1, 2, 33, 8) for _ in range(3))
+assert torch.equal(program.module()(*longer), Attend()(*longer))
+"""
+    smoke.python("-c", program)
+
+
+def test_a_program_in_cpp_that_loads_the_model(smoke, tmp_path):
+    """Built through find_package, with torch found beside the package, from paths with spaces; run without Python."""
+    build = tmp_path / "a build"
+    run(
+        "cmake", "-G", "Ninja", "-S", PROGRAMS, "-B", build, "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_PREFIX_PATH={smoke.site / 'adasplash'}", "-DCMAKE_EXE_LINKER_FLAGS=-Wl,--as-needed",
+    )  # fmt: skip
+    run("cmake", "--build", build, "--target", "run_model", "-j", "2")
+    model, inputs, outputs = smoke.folder / "model.pt", smoke.folder / "inputs.pt", tmp_path / "outputs.pt"
+    done = run(build / "run_model", "torchscript", "inference", model, inputs, outputs, env=ALONE)
+    assert done.stdout.strip() == "no python"
+    compared = "import sys, torch; assert torch.equal(torch.load(sys.argv[1])[0], torch.load(sys.argv[2]))"
+    smoke.python("-c", compared, outputs, smoke.folder / "expected.pt")
+
+
+def test_another_release_of_torch_is_refused(smoke, tmp_path):
+    """By the import, where pip, which is told the bounds, was not asked."""
+    program = "import torch; torch.__version__ = '2.99.0'; import adasplash"
+    command = [smoke.folder / "bin/python", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True, check=False)
+    assert f"was built against torch {', '.join(RELEASES)}, but torch 2.99.0" in done.stderr.splitlines()[-1]
