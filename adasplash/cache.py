@@ -180,9 +180,9 @@ def make_key_index(key_cache: Tensor) -> Tensor:
             holds is not read.
 
     Returns:
-        (1 + blocks, H_kv · page · (R / 2 + 8) rounded up) uint8, R being the least power of two from 64 on that is not
-        less than D. Row 1 + b belongs to page b, and is copied where that page is copied; the rest is the library's
-        own.
+        (1 + blocks, width) uint8: width is H_kv times page · (R / 2 + 8) rounded up to 16, at least 64, and R the least
+        power of two from 64 on that is not less than D. Row 1 + b belongs to page b, and is copied where that page is
+        copied; the rest is the library's own.
 
     Raises:
         TypeError, RuntimeError: key_cache does not fit; the message says why.

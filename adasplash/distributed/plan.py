@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from adasplash.distributed.attention import METHODS
-from adasplash.distributed.layout import shard, unshard
+from adasplash.distributed.layout import shard
 from adasplash.modules import EntmaxAttention
 
 
@@ -60,7 +60,8 @@ def context_parallel(
         buffers: what goes with tokens, the same on every process: ids, labels, positions, buffers of a model. None may
             require a gradient or be a part of another tensor.
         buffer_seq_dims: the dimension of tokens of each.
-        no_restore_buffers: those of buffers that stay shards behind the context, which saves gathering them.
+        no_restore_buffers: those of buffers that stay shards behind the context. The others are what they were before,
+            of which a copy is kept.
 
     Raises:
         ValueError: there are not as many dimensions as buffers, one of no_restore_buffers is not among these, or one
@@ -76,16 +77,18 @@ def context_parallel(
     if any(buffer.requires_grad for buffer in buffers):
         raise ValueError("context_parallel: buffers must not require a gradient, got one that does")
     group = mesh.get_group()
-    with torch.no_grad():
-        for buffer, dim in zip(buffers, buffer_seq_dims, strict=True):
-            _become(buffer, shard(buffer, dim, group))
+    # Kept, and not gathered behind the context: a process that fails would leave the others waiting for it.
+    kept = [(buffer, buffer.clone()) for buffer in buffers if all(x is not buffer for x in no_restore_buffers)]
     try:
+        with torch.no_grad():
+            shards = [shard(buffer, dim, group) for buffer, dim in zip(buffers, buffer_seq_dims, strict=True)]
+            for buffer, own in zip(buffers, shards, strict=True):
+                _become(buffer, own)
         yield
     finally:
         with torch.no_grad():
-            for buffer, dim in zip(buffers, buffer_seq_dims, strict=True):
-                if all(x is not buffer for x in no_restore_buffers):
-                    _become(buffer, unshard(buffer, dim, group))
+            for buffer, whole in kept:
+                _become(buffer, whole)
 
 
 def _become(buffer: Tensor, other: Tensor) -> None:

@@ -44,12 +44,13 @@ int32_t checked_size(const char* op, const at::Tensor& cache, int64_t dim, const
   return static_cast<int32_t>(size);
 }
 
-// Slots as kernels take them: a copy, which nobody changes while they run.
+// Slots as kernels take them: those that are given, or a copy of another type or with numbers apart.
 at::Tensor as_places(const at::Tensor& slots) { return slots.to(at::kLong).contiguous(); }
 
 // Makes the entries of some slots in an index of the cache.
-void index_slots(const char* op, const at::Tensor& key_cache, const at::Tensor& places, const at::Tensor& key_index) {
-  if (places.numel() == 0 || key_cache.numel() == 0) return;
+void index_slots(const char* op, const at::Tensor& given, const at::Tensor& places, const at::Tensor& key_index) {
+  if (places.numel() == 0 || given.numel() == 0) return;
+  const at::Tensor key_cache = given.resolve_neg();
   checked_size(op, key_cache, 0, "the number of pages");
   checked_size(op, key_cache, 1, "the page size");
   const Place place = place_of(key_cache.device());

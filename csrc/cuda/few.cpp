@@ -39,7 +39,8 @@ bool has_even_pages(const AttentionInputs& inputs) {
 
 bool uses_index(const AttentionInputs& inputs) {
   const AttentionOptions& options = inputs.options;
-  if (!options.key_index || options.softmax() || inputs.query.scalar_type() != at::kBFloat16) return false;
+  if (!options.key_index || inputs.key.numel() == 0) return false;
+  if (options.softmax() || inputs.query.scalar_type() != at::kBFloat16) return false;
   if (options.paged() && (!has_even_pages(inputs) || options.key_index->size(1) > kMostApart)) return false;
   // Read at every call, so that both ways can be timed in one process.
   const char* const wanted = std::getenv("ADASPLASH_KEY_INDEX");

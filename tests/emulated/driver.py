@@ -214,6 +214,7 @@ def typed(kind: str, value: int | float):
 
     names = {
         "i8": tl.int8,
+        "u8": tl.uint8,
         "i16": tl.int16,
         "i32": tl.int32,
         "i64": tl.int64,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..lib.call import block_of_program, has_many_queries, head_in_sequence, head_scale, key_rows_of
-from ..lib.codes import LARGEST_NORM, MIDDLE, ROOM, halves_of, is_for, norm_of, turned, whole_dot
+from ..lib.codes import LARGEST_NORM, MIDDLE, ROOM, SMALLEST, halves_of, is_for, norm_of, turned, whole_dot
 from ..lib.matrices import MATRIX as MATRIX_FIELDS
 from ..lib.matrices import dot, load_rows, offsets_together, pages_of
 from ..lib.scores import ScoreRules, scores_of
@@ -73,17 +73,18 @@ def turn_queries(query, index, planes, terms, call, few, BLOCK_D: tl.constexpr):
     row = query.data + at.batch * query.batch_stride + at.head * query.head_stride
     row += (at.queries.offset + position) * query.row_stride
     t = turned(row, call.head_dim, BLOCK_D)
-    norm = norm_of(row, call.head_dim, BLOCK_D) * NEAR_ONE
-    known = is_for(index) & (norm < LARGEST_NORM)
     largest = tl.max(tl.abs(t), 0)
-    cut = known & (largest > 1 / LARGEST_NORM)
+    ROOT: tl.constexpr = BLOCK_D**0.5
+    # The squares of what is so small are not what they should be.
+    norm = tl.where(largest > SMALLEST, norm_of(row, call.head_dim, BLOCK_D) * NEAR_ONE, largest * (2 * ROOT))
+    known = is_for(index) & (norm < LARGEST_NORM)
+    cut = known & (largest > SMALLEST)
     unit = tl.where(cut, largest / PLANE_STEPS, 0.0)
     steps = tl.where(cut, t / tl.where(cut, unit, 1.0), 0.0)
     high = nearest(steps)
     low = nearest((steps - high) * BETWEEN)
     whole = high + low / BETWEEN
     rest = tl.where(cut, unit * tl.sqrt(tl.sum((steps - whole) * (steps - whole), 0)), norm) * NEAR_ONE
-    ROOT: tl.constexpr = BLOCK_D**0.5
     column = tl.arange(0, BLOCK_D)
     to_planes = planes + number * (PLANES * BLOCK_D) + column
     tl.store(to_planes, high.to(tl.int8))
@@ -173,7 +174,8 @@ def scan_index(
         products = whole_dot(q_second, tl.trans(n_second), whole_dot(q_first, tl.trans(n_first)))
         products = products.to(tl.float32) * worth
         product = tl.sum(tl.reshape(products, [PLANES, BLOCK_M, BLOCK_N]), 0)
-        bound = key_scale * (unit * product + offset) + norm[:, None] * error
+        # Errors are not negative; what stands there in an index of something else may be, times an infinite norm.
+        bound = key_scale * (unit * product + offset) + norm[:, None] * tl.abs(error)
         z = scores_of(bound, rules, keys, 0, ALPHA, True) * scale.z[:, None]
         tl.store(to_scores[:, None] + keys[None, :], z, mask=rows.real[:, None] & there[None, :])
         tl.store(to_maxima + mine.first + step, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=rows.real)
