@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from common import ROOT, build_once, run
+from common import ROOT, run
 
 
 @pytest.fixture
@@ -15,12 +15,10 @@ def text(tmp_path):
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
-    """What a build needs, as git has it."""
-
-    def copy(folder):
-        for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines():
-            if name.partition("/")[0] not in ("docs", "examples", "tests", "bench") and (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, folder / name)
-
-    return build_once(tmp_path_factory, "source", copy)
+    """What a build needs, as git has it: a copy for each of the processes that tests run in, as builds write there."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines():
+        if name.partition("/")[0] not in ("docs", "examples", "tests", "bench") and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder

@@ -311,7 +311,8 @@ def test_decoding_is_timed_against_its_peers(tmp_path):
     ]
     decoding.main([*options, "--out", str(tmp_path / "rows.jsonl")])
     rows = results.read([tmp_path / "rows.jsonl"])
-    peers = {"adasplash", "adasplash, pages", "adasplash, append and pages", "sdpa"}
+    forms = ("", ", pages", ", append and pages")
+    peers = {f"adasplash{index}{form}" for index in ("", ", index") for form in forms} | {"sdpa"}
     assert {row["peer"] for row in rows} == peers and len(rows) == 2 * 2 * len(peers)
     assert all(row["median"] > 0 and (row["ratio"] is None) == row["peer"].startswith("adasplash") for row in rows)
     supports = {row["input"]: row["support"] for row in rows}
@@ -329,6 +330,8 @@ def test_what_decoding_reads_is_the_same_in_pages():
     with torch.no_grad():
         out = steps["adasplash"]()
         assert torch.equal(steps["adasplash, pages"]()[:, :, None], out)
+        assert torch.equal(steps["adasplash, index"](), out)
+        assert torch.equal(steps["adasplash, index, pages"]()[:, :, None], out)
         steps["adasplash, append and pages"]()
     places = cache.table.long()
     assert torch.equal(cache.key_pages[places[:, -1], -1], cache.new[0])
