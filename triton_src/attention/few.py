@@ -148,6 +148,16 @@ def part_place(call, few, at, kv_head, splits, split, place):
     return (kv_number(call, at, kv_head) * splits + split) * few.rows + place
 
 
+@triton.jit
+def load_queries(query, rows, call, at, BLOCK_D: tl.constexpr):
+    """The queries of FewRows, one below the other; zeros where there is none."""
+    column = tl.arange(0, BLOCK_D)
+    start = query.data + at.batch * query.batch_stride + at.queries.offset * query.row_stride
+    row_start = rows.head * query.head_stride + rows.position.to(tl.int64) * query.row_stride
+    inside = rows.real[:, None] & (column < call.head_dim)[None, :]
+    return tl.load(start + row_start[:, None] + column[None, :], mask=inside, other=0.0)
+
+
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
@@ -168,11 +178,7 @@ def score_few(
     visible = visible_of(rows, at.band)
     tiles = tiles_of(keys_of_rows(visible))
 
-    column = tl.arange(0, BLOCK_D)
-    start = query.data + at.batch * query.batch_stride + at.queries.offset * query.row_stride
-    row_start = rows.head * query.head_stride + rows.position.to(tl.int64) * query.row_stride
-    inside = rows.real[:, None] & (column < call.head_dim)[None, :]
-    q = tl.load(start + row_start[:, None] + column[None, :], mask=inside, other=0.0)
+    q = load_queries(query, rows, call, at, BLOCK_D)
     scale = head_scale(call, batch, rows.head, ALPHA)
     rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
     key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)

@@ -36,6 +36,7 @@ from .few import (
     keys_of_rows,
     kv_number,
     list_place,
+    load_queries,
     row_of,
     score_row,
     share_of,
@@ -199,16 +200,6 @@ def certain_z(
     number = tl.arange(0, BLOCK_M)
     own = tl.where(number[:, None] == number[None, :], least[:, None], float("-inf"))
     return tl.max(scores_of(own, rules, best_key, 0, ALPHA, True), 1)
-
-
-@triton.jit
-def load_queries(query, rows, call, at, BLOCK_D: tl.constexpr):
-    """The queries of FewRows, one below the other; zeros where there is none."""
-    column = tl.arange(0, BLOCK_D)
-    start = query.data + at.batch * query.batch_stride + at.queries.offset * query.row_stride
-    row_start = rows.head * query.head_stride + rows.position.to(tl.int64) * query.row_stride
-    inside = rows.real[:, None] & (column < call.head_dim)[None, :]
-    return tl.load(start + row_start[:, None] + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
