@@ -29,7 +29,7 @@ MutableMatrix cache_matrix(const at::Tensor& cache) {
   return {cache.mutable_data_ptr(), cache.stride(0), cache.stride(2), cache.stride(1)};
 }
 
-// A cache, or none of it, is of a type and form that kernels have code for.
+// Throws unless a cache is of a type and form that kernels have code for.
 void check_on_gpu(const char* op, const char* name, const at::Tensor& cache) {
   TORCH_CHECK(cache.scalar_type() != at::kDouble, op,
               ": float64 runs on the CPU only; the GPU takes float32, float16 and bfloat16");
