@@ -4,11 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no screen needed
-
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -18,9 +13,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adasplash.integrations.transformers import configure, record
 from classifiers import load
+from shared import style
 
-_COLOUR = "#0b6e4f"
-_COLUMNS = 88  # letters a line
+_COLUMNS = 80  # letters a line
 
 
 @torch.no_grad()
@@ -44,37 +39,35 @@ def weights_of(model: PreTrainedModel, ids: Tensor, layer: int) -> tuple[Tensor,
     return softmax, entmax
 
 
-def draw(pieces: list[str], panels: dict[str, Tensor], title: str, path: Path) -> None:
-    """A text in each panel, behind whose tokens the weight (N,) is seen as colour; where it is exactly zero a token is
-    grey on white."""
+def draw(pieces: list[str], panels: dict[str, tuple[Tensor, str]], title: str, path: Path) -> None:
+    """A text in each panel, given by its heading, with the weight (N,) of each token as the height of a bar under it,
+    in the panel's colour. Where the weight is exactly zero a token is grey."""
     places, column, line = [], 0, 0
     for piece in pieces:
         if column + len(piece) > _COLUMNS:
             column, line = 0, line + 1
         places.append((column, line))
         column += len(piece)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(11, 0.6 + len(panels) * (0.6 + 0.24 * (line + 1))))
-    for panel, (name, weights) in zip(axes, panels.items(), strict=True):
-        panel.set(xlim=(0, _COLUMNS), ylim=(line + 1, 0), xticks=[], yticks=[])
-        panel.set_title(name, loc="left", fontsize=11)
-        for spine in panel.spines.values():
-            spine.set_visible(False)
-        largest = weights.max().item()
-        for piece, (left, top), weight in zip(pieces, places, weights.tolist(), strict=True):
-            if weight > 0:
-                shade = 0.08 + 0.77 * weight / largest
-                panel.add_patch(Rectangle((left, top), len(piece), 0.9, color=_COLOUR, alpha=shade, linewidth=0))
-            dark = "black" if weight < 0.6 * largest else "white"
-            for place, letter in enumerate(piece):  # a cell each, so that letters stand on their colour in any font
-                colour = dark if weight > 0 else "#b0b0b0"
-                panel.text(
-                    left + place + 0.5, top + 0.5, letter, family="monospace", fontsize=9, color=colour,
-                    ha="center", va="center", parse_math=False,
-                )  # fmt: skip
-    figure.suptitle(title, fontsize=12)
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    size = (9, 0.5 + len(panels) * (0.5 + 0.32 * (line + 1)))
+    with style.picture(path, len(panels), 1, figsize=size) as (figure, axes):
+        for panel, (heading, (weights, colour)) in zip(axes[:, 0], panels.items(), strict=True):
+            panel.set(xlim=(0, _COLUMNS), ylim=(line + 1, 0), xticks=[], yticks=[])
+            panel.set_title(heading)
+            panel.spines[:].set_visible(False)
+            shares = (weights / weights.max()).tolist()
+            for piece, (left, top), share in zip(pieces, places, shares, strict=True):
+                if share > 0:
+                    begin = left + (len(piece) - len(piece.lstrip()))  # a bar under letters only
+                    height = 0.04 + 0.3 * share
+                    width = max(1, left + len(piece) - begin)
+                    panel.add_patch(Rectangle((begin, top + 0.62), width, height, color=colour, linewidth=0))
+                ink = dict(color=colour) if share > 0 else dict(color=style.INK, alpha=0.75)
+                for place, letter in enumerate(piece):  # a cell each, so that letters stand on their bar in any font
+                    panel.text(
+                        left + place + 0.5, top + 0.55, letter, family="monospace", fontsize=11,
+                        ha="center", va="baseline", parse_math=False, **ink,
+                    )  # fmt: skip
+        figure.suptitle(title)
 
 
 def pieces_of(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -99,11 +92,11 @@ def main(arguments: list[str] | None = None) -> None:
     softmax, entmax = (weights[options.head, options.token] for weights in weights_of(model, ids, options.layer))
     pieces = pieces_of(ids[0].tolist(), tokenizer)
     panels = {
-        f"softmax: all {(softmax > 0).sum()} tokens have weight": softmax,
-        f"α-entmax: {(entmax > 0).sum()} have weight, the others exactly 0": entmax,
+        f"softmax: all {(softmax > 0).sum()} tokens have weight": (softmax, style.SOFTMAX),
+        f"α-entmax: {(entmax > 0).sum()} have weight, the others exactly 0": (entmax, style.ENTMAX),
     }
     looking = pieces[options.token].strip()
-    title = f"What {looking!r} looks at: one head's scores, made weights in two ways (the text is taken for {said!r})"
+    title = f"One head's weights of what {looking!r} looks at, from the same scores (taken for {said!r})"
     draw(pieces, panels, title, options.out)
     print(options.out)
 

@@ -40,13 +40,23 @@ def attention_weights(query: Tensor, key: Tensor, value: Tensor, alpha: float) -
     return weights.tril()
 
 
+def softmax_weights(query: Tensor, key: Tensor) -> Tensor:
+    """Weights of causal softmax attention; shapes as in `attention_weights`."""
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.size(3))
+    future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.float().masked_fill(future, -torch.inf).softmax(-1)
+
+
 @torch.no_grad()
 def model_attention(model: GPT, tokens: Tensor) -> list[Tensor]:
-    """Runs an entmax model on tokens (B, N) and returns every layer's attention weights, (B, H, N, N) each."""
+    """Runs a model on tokens (B, N) and returns every layer's attention weights, (B, H, N, N) each."""
     weights = []
 
     def look(module, inputs) -> None:
-        weights.append(attention_weights(*module.project(*inputs), module.alpha))
+        query, key, value = module.project(*inputs)
+        weights.append(
+            attention_weights(query, key, value, module.alpha) if module.entmax else softmax_weights(query, key)
+        )
 
     hooks = [block.attention.register_forward_pre_hook(look) for block in model.blocks]
     try:
@@ -57,9 +67,10 @@ def model_attention(model: GPT, tokens: Tensor) -> list[Tensor]:
     return weights
 
 
-def mean_support(model: GPT, tokens: Tensor) -> Tensor:
-    """Average number of keys with weight, for each layer and head: (layers, heads) float32 on the CPU."""
-    return torch.stack([(w > 0).sum(-1).float().mean((0, 2)) for w in model_attention(model, tokens)]).cpu()
+def mean_support(model: GPT, tokens: Tensor, above: float = 0.0) -> Tensor:
+    """Average number of keys whose weight is above a number, for each layer and head: (layers, heads) float32 on the
+    CPU. All keys that softmax sees are above 0."""
+    return torch.stack([(w > above).sum(-1).float().mean((0, 2)) for w in model_attention(model, tokens)]).cpu()
 
 
 def sparsity(support: Tensor, length: int) -> float:

@@ -20,6 +20,8 @@ from model import GPT, GPTConfig
 from support import mean_support, sparsity
 
 KINDS = ("entmax", "softmax")
+#: Softmax gives every key weight; those above this are counted.
+NOTICEABLE = 1e-3
 
 
 @dataclass
@@ -30,7 +32,8 @@ class History:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     measured_steps: list[int] = field(default_factory=list)
     measured_loss: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
-    measured_support: list[Tensor] = field(default_factory=list)  # (layers, heads) each
+    measured_support: list[Tensor] = field(default_factory=list)  # of entmax, (layers, heads) each
+    measured_noticeable: list[Tensor] = field(default_factory=list)  # softmax's keys above NOTICEABLE, the same
 
     @property
     def steps(self) -> int:
@@ -138,7 +141,9 @@ def train(
 
     def measure() -> None:
         history.measured_steps.append(history.steps)
-        history.measured_support.append(mean_support(models["entmax"], windows[0][:2].to(device)))
+        looked_at = windows[0][:2].to(device)
+        history.measured_support.append(mean_support(models["entmax"], looked_at))
+        history.measured_noticeable.append(mean_support(models["softmax"], looked_at, above=NOTICEABLE))
         for kind, model in models.items():
             history.measured_loss[kind].append(evaluate(model, windows))
 

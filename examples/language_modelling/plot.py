@@ -4,60 +4,55 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no screen needed
-
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from shared import style
 from shared.results import FOLDER, Result, read
 
 EXPERIMENT = Path(__file__).resolve().parent.name
 COLORS = {
-    "softmax": "#c8553d",
-    "softmax, FlashAttention-2": "#c8553d",
-    "softmax, cuDNN": "#d9a05b",
-    "entmax 1.5": "#0b6e4f",
-    "softmax to entmax 1.5": "#3a6ea5",
+    "softmax": style.SOFTMAX,
+    "softmax, FlashAttention-2": style.SOFTMAX,
+    "softmax, cuDNN": style.OTHERS[0],
+    "entmax 1.5": style.ENTMAX,
+    "softmax to entmax 1.5": style.LEARNED,
 }
 
 
 def draw(results: list[Result], path: Path) -> None:
     """Rows of one setting, a curve each."""
-    figure, (by_time, by_step, sparsity) = plt.subplots(1, 3, figsize=(14, 4.2))
-    tiles = sparsity.twinx()
-    for result in results:
-        metrics, style = result.metrics, dict(color=COLORS.get(result.attention), marker="o", markersize=3)
-        label = f"{result.attention}: {metrics['tokens_a_second']:,.0f} tokens/s"
-        by_time.plot(metrics["seconds"], metrics["held_out_loss"], label=label, **style)
-        label = f"{result.attention}: {metrics['bits_a_byte']:.3f} bits a byte at the end"
-        by_step.plot(metrics["steps"], metrics["held_out_loss"], label=label, **style)
-        if "support" in metrics:
-            _draw_sparsity(sparsity, tiles, result)
-    by_time.set(title="loss by time", xlabel="seconds of training", ylabel="held-out loss, nats a token")
-    by_step.set(title="loss by steps", xlabel="step", ylabel="held-out loss, nats a token")
-    visible = (results[-1].setting["context"] + 1) / 2
-    sparsity.axhline(visible, color="black", linestyle=":", label="all visible keys (softmax)")
-    tiles.set(ylabel="dashed: share of empty tiles", ylim=(0, 1))
-    sparsity.set(title="what attention looks at", xlabel="step", ylabel="keys with weight", yscale="log")
-    for panel in (by_time, by_step, sparsity):
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="upper right")
-    figure.suptitle(f"{results[-1].model}, {results[-1].setting['context']:,} tokens of {results[-1].setting['text']}")
-    figure.set_layout_engine("constrained")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with style.picture(path, 1, 3, figsize=(13, 4.2)) as (figure, ((by_time, by_step, sparsity),)):
+        tiles = sparsity.twinx()
+        for result in results:
+            metrics, line = result.metrics, dict(color=COLORS.get(result.attention), marker="o")
+            label = f"{result.attention}: {metrics['tokens_a_second']:,.0f} tokens/s"
+            by_time.plot(metrics["seconds"], metrics["held_out_loss"], label=label, **line)
+            label = f"{result.attention}: {metrics['bits_a_byte']:.3f} bits a byte at the end"
+            by_step.plot(metrics["steps"], metrics["held_out_loss"], label=label, **line)
+            if "support" in metrics:
+                _draw_sparsity(sparsity, tiles, result)
+        by_time.set(title="loss by time", xlabel="seconds of training", ylabel="held-out loss, nats a token")
+        by_step.set(title="loss by steps", xlabel="step", ylabel="held-out loss, nats a token")
+        visible = (results[-1].setting["context"] + 1) / 2
+        sparsity.axhline(visible, color=style.INK, linestyle=":", label="all visible keys (softmax)")
+        tiles.set(ylabel="dashed: share of empty tiles", ylim=(0, 1))
+        tiles.spines["right"].set_visible(True)
+        sparsity.set(title="what attention looks at", xlabel="step", ylabel="keys with weight", yscale="log")
+        for panel in (by_time, by_step, sparsity):
+            panel.grid()
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        setting = results[-1].setting
+        figure.suptitle(f"{results[-1].model}, {setting['context']:,} tokens of {setting['text']}")
 
 
-def _draw_sparsity(panel: plt.Axes, tiles: plt.Axes, result: Result) -> None:
+def _draw_sparsity(panel: Axes, tiles: Axes, result: Result) -> None:
     """Keys a query of each layer and of all, and on a scale of its own the share of empty tiles."""
     metrics, color = result.metrics, COLORS.get(result.attention)
     steps = metrics["recorded_steps"]
     for layer in metrics["support_of_layers"]:
-        panel.plot(steps, layer, color=color, alpha=0.25, linewidth=1)
+        panel.plot(steps, layer, color=color, alpha=0.45, linewidth=0.8)
     panel.plot(steps, metrics["support"], color=color, label=f"{result.attention}: keys a query (thin: each layer)")
     tiles.plot(steps, metrics["empty_tiles"], color=color, linestyle="--")
 

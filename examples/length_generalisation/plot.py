@@ -5,18 +5,15 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no screen needed
-
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from shared import style
 from shared.results import FOLDER, Result, read
 
 EXPERIMENT = Path(__file__).resolve().parent.name
-COLORS = {"softmax": "#c8553d", "entmax 1.5": "#0b6e4f", "learned": "#3c6997"}
+COLORS = {"softmax": style.SOFTMAX, "entmax 1.5": style.ENTMAX, "learned": style.LEARNED}
 LABELS = {"softmax": "softmax", "entmax 1.5": "α-entmax, α = 1.5", "learned": "α-entmax, learned α"}
 TITLES = {"maximum": "maximum retrieval", "recall": "associative recall", "copying": "copying"}
 
@@ -25,33 +22,31 @@ def draw(results: list[Result], path: Path) -> None:
     """Means over seeds as lines, dashed where scores are scaled by length; bands reach from the worst to the best. Of a
     task that there are several settings of, the last is drawn."""
     curves: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
-    last = {result.setting["task"]: (result.model, result.setting) for result in results}
-    for result in results:
-        if (result.model, result.setting) != last[result.setting["task"]]:
-            continue
+    for result in of_last_settings(results):
         curves[result.setting["task"]][result.attention].append(result)
-    figure, panels = plt.subplots(
-        1, len(curves), figsize=(max(7, 1 + 3.6 * len(curves)), 3.8), sharey=True, squeeze=False
-    )
-    for panel, (task, kinds) in zip(panels[0], curves.items(), strict=True):
-        for attention, models in kinds.items():
-            _draw_curve(panel, attention, models)
-        trained = next(iter(kinds.values()))[0].setting["trained_length"]
-        panel.axvline(trained, color="black", linestyle=":", linewidth=1)
-        panel.set(title=TITLES.get(task, task), xlabel=f"length (trained at {trained})")
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.grid(alpha=0.3)
-    panels[0, 0].set(ylabel="right answers", ylim=(0, 1.03))
-    panels[0, 0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-    handles = {line.get_label(): line for panel in panels[0] for line in panel.get_lines()[:-1]}  # not the dotted one
-    labels = [label for kind in COLORS for label in _labels_of(kind) if label in handles]
-    columns = -(-len(labels) // 2)  # with and without scaling one above the other
-    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=columns)
-    figure.set_layout_engine("constrained")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    size = (max(7, 1 + 3.6 * len(curves)), 3.8)
+    with style.picture(path, 1, len(curves), figsize=size, sharey=True) as (figure, (panels,)):
+        for panel, (task, kinds) in zip(panels, curves.items(), strict=True):
+            for attention, models in kinds.items():
+                _draw_curve(panel, attention, models)
+            trained = next(iter(kinds.values()))[0].setting["trained_length"]
+            panel.axvline(trained, color=style.INK, linestyle=":", linewidth=1)
+            panel.set(title=TITLES.get(task, task), xlabel=f"length (trained at {trained})")
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.grid()
+        panels[0].set(ylabel="right answers", ylim=(0, 1.03))
+        panels[0].yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        handles = {line.get_label(): line for panel in panels for line in panel.get_lines()[:-1]}  # not the dotted one
+        labels = [label for kind in COLORS for label in _labels_of(kind) if label in handles]
+        columns = -(-len(labels) // 2)  # with and without scaling one above the other
+        figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=columns)
+
+
+def of_last_settings(results: list[Result]) -> list[Result]:
+    """Those of each task's last model and setting."""
+    last = {result.setting["task"]: (result.model, result.setting) for result in results}
+    return [result for result in results if (result.model, result.setting) == last[result.setting["task"]]]
 
 
 def _labels_of(kind: str) -> tuple[str, str]:
@@ -60,13 +55,13 @@ def _labels_of(kind: str) -> tuple[str, str]:
     return label, f"{label}, scores scaled by length"
 
 
-def _draw_curve(panel: plt.Axes, attention: str, models: list[Result]) -> None:
+def _draw_curve(panel: Axes, attention: str, models: list[Result]) -> None:
     kind, _, scaled = attention.partition(", ")
     label = _labels_of(kind)[bool(scaled)]
     lengths = models[0].metrics["length"]
     shares = list(zip(*(model.metrics["accuracy"] for model in models), strict=True))  # by length
     means = [sum(each) / len(each) for each in shares]
-    style = dict(color=COLORS[kind], linestyle="--" if scaled else "-", marker="o", markersize=3)
+    style = dict(color=COLORS[kind], linestyle="--" if scaled else "-", marker="o")
     (line,) = panel.plot(lengths, means, label=label, **style)
     lowest, highest = [min(each) for each in shares], [max(each) for each in shares]
     panel.fill_between(lengths, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
