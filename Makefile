@@ -7,6 +7,7 @@
 # make test-wheel  that wheel in environments made from nothing, one for each torch (downloads gigabytes)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # make examples  the experiments of examples/, quick forms (about 10 minutes); DEVICE=cuda is the full forms
+# make gallery  the pictures of docs/gallery, in build/gallery (MINUTES minutes); IMAGES=docs/images keeps them
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help setup demo demo-quick examples test test-all test-models wheel test-wheel sanitize lint bench clean
 help:
-	@sed -n '1,9s/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -127,6 +128,21 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m bench.attention --preset targets lengths
 	$(BIN)/python -m bench.solver
 	$(BIN)/python -m bench.report --readme
+
+# Most are trained for; those of long experiments on a GPU are drawn from the rows that are committed.
+IMAGES ?= build/gallery
+.PHONY: gallery
+gallery: $(if $(HAS_GPU),setup,$(VENV)/.installed)
+	$(BIN)/python examples/gpt/train.py --steps 1500 --layers 4 --context 128 --batch 8 --out build/gallery/gpt.pt
+	$(BIN)/python examples/gpt/pictures.py build/gallery/gpt.pt examples/gpt/passage.txt \
+	  --only zeros heads support --layer 3 --head 1 --out $(IMAGES)
+	$(BIN)/python examples/classification/train_classifier.py --quick --model modernbert --attention entmax \
+	  --save build/gallery/classification --results build/gallery/results
+	$(BIN)/python examples/classification/picture.py build/gallery/classification/modernbert-entmax-0 \
+	  "TEXT" --out $(IMAGES)/words.png
+	$(BIN)/python examples/length_generalisation/plot.py --device cuda --out $(IMAGES)/length_generalisation.png
+	$(BIN)/python examples/length_generalisation/plot.py --device cuda --alphas --out $(IMAGES)/learned_alpha.png
+	$(BIN)/python examples/language_modelling/plot.py --device cuda --out $(IMAGES)/language_modelling.png
 
 clean:
 	rm -rf build dist $(VENV) adasplash/lib adasplash/include adasplash/_build.py *.egg-info

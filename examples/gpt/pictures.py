@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, to_rgba
 from matplotlib.image import AxesImage
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -63,6 +63,7 @@ def draw_support(checkpoint: Checkpoint, path: Path) -> None:
                     panel.plot(history.measured_steps, keys.mean(1), color=COLORS[kind], linewidth=2.2, label=label)
             panel.axhline((config.context + 1) / 2, color=style.INK, linestyle=":", label="every visible key")
             panel.set(title=f"layer {layer + 1}", yscale="log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter(NullFormatter())
             panel.grid()

@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpt.pt"), help="checkpoint to write (default: %(default)s)")
     add_options(parser, minutes=10)
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint, _ = train_from_options(options)
     checkpoint.save(options.out)
     print(f"\nSaved both models: {options.out}")

@@ -1,4 +1,5 @@
-"""Draws accuracy by length, a panel for each task, from the results that compare.py wrote."""
+"""Draws accuracy by length, a panel for each task, from the results that compare.py wrote; or, with --alphas, what α
+each head learned."""
 
 import argparse
 import sys
@@ -67,20 +68,47 @@ def _draw_curve(panel: Axes, attention: str, models: list[Result]) -> None:
     panel.fill_between(lengths, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
+def draw_alphas(results: list[Result], path: Path) -> None:
+    """The α at the end of training of models that learn it, without scaled scores: a panel for each task, and in each
+    layer a row for each head, with a dot for each seed."""
+    learned: dict[str, list[Result]] = defaultdict(list)
+    for result in of_last_settings(results):
+        if result.attention == "learned":
+            learned[result.setting["task"]].append(result)
+    size = (max(7, 1 + 3.2 * len(learned)), 3.2)
+    with style.picture(path, 1, len(learned), figsize=size, sharex=True, sharey=True) as (figure, (panels,)):
+        for panel, (task, models) in zip(panels, learned.items(), strict=True):
+            for model in models:
+                for layer, alphas in enumerate(model.metrics["alpha"]):
+                    heights = [layer + 0.16 * (head - (len(alphas) - 1) / 2) for head in range(len(alphas))]
+                    dots = dict(color=COLORS["learned"], markersize=6, markeredgewidth=0, alpha=0.7)
+                    panel.plot(alphas, heights, "o", **dots)
+            layers = len(models[0].metrics["alpha"])
+            panel.axvline(1.5, color=style.INK, linestyle=":", linewidth=1)
+            panel.set_yticks(range(layers), [f"heads of\nlayer {layer + 1}" for layer in range(layers)])
+            panel.set(title=TITLES.get(task, task), xlim=(0.98, 2.02), ylim=(layers - 0.5, -0.5))
+            panel.grid(axis="x")
+        label = "α at the end of training (it began at 1.5, dotted; 1 is softmax, 2 is sparsemax)"
+        figure.supxlabel(label, fontsize=10)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="whose results: cpu or cuda (default: %(default)s)")
     parser.add_argument("--attentions", nargs="+", metavar="NAME", help="kinds that are drawn (default: all)")
+    parser.add_argument("--alphas", action="store_true", help="draw learned α instead")
     parser.add_argument("--results", type=Path, default=FOLDER, help="their folder (default: examples/results)")
     picture = Path("build") / f"{EXPERIMENT}.png"
     parser.add_argument("--out", type=Path, default=picture, help="picture to write (default: %(default)s)")
     options = parser.parse_args()
     results = read(EXPERIMENT, options.device, options.results)
+    if options.alphas:
+        options.attentions = ["learned"]
     if options.attentions:
         results = [result for result in results if result.attention in options.attentions]
     if not results:
         sys.exit(f"no such results for {options.device} in {options.results}; compare.py makes them")
-    draw(results, options.out)
+    (draw_alphas if options.alphas else draw)(results, options.out)
     print(options.out)
 
 

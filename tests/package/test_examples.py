@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import adasplash
+import pictures
 import serve
 import train
 from cached import CachedGPT
@@ -18,7 +19,7 @@ from generate import export_program as export_program_of_tokens
 from generate import gaps_to_likeliest as gaps_of_tokens
 from key_indexes import check_entries
 from model import GPT, GPTConfig
-from pictures import draw_all
+from shared import style
 from support import attention_weights, mean_support, model_attention, sparsity
 from train import KINDS, Checkpoint, evaluate
 
@@ -230,6 +231,11 @@ def test_support_counts_keys_with_weight():
     model = small_model()
     weights = model_attention(model, tokens(2))
     assert [w.shape for w in weights] == [(2, SMALL.heads, SMALL.context, SMALL.context)] * SMALL.layers
+    softmax = model_attention(small_model("softmax"), tokens(2))
+    assert softmax[0].shape == weights[0].shape
+    assert torch.equal(softmax[0] > 0, torch.ones_like(softmax[0], dtype=torch.bool).tril())
+    above = mean_support(small_model("softmax"), tokens(2), above=0.02)
+    assert above[0, 1] == (softmax[0][:, 1] > 0.02).sum() / (2 * SMALL.context)
     support = mean_support(model, tokens(2))
     assert support.shape == (SMALL.layers, SMALL.heads)
     assert support[1, 1] == (weights[1][:, 1] > 0).sum() / (2 * SMALL.context)
@@ -261,8 +267,28 @@ def test_training_is_side_by_side_and_repeatable(text, tmp_path):
     assert loaded.config == SMALL and loaded.history.loss == history.loss
     for kind in KINDS:
         assert torch.equal(loaded.models[kind](tokens()), first.models[kind](tokens()))
-    for picture in draw_all(loaded, b"a passage\n\0\xff of bytes", tmp_path):
+    noticed = mean_support(first.models["softmax"], windows[0][:2], above=train.NOTICEABLE)
+    torch.testing.assert_close(history.measured_noticeable[-1], noticed)
+    for picture in pictures.draw_all(loaded, b"a passage\n\0\xff of bytes", tmp_path):
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_by_their_names(tmp_path, monkeypatch):
+    """Those that are asked for, of the layer and head that are asked for."""
+    models = {kind: small_model(kind) for kind in KINDS}
+    Checkpoint(SMALL, models, train.History()).save(tmp_path / "gpt.pt")
+    (tmp_path / "passage").write_bytes(b"some bytes of a passage")
+    figures = {}
+    monkeypatch.setattr(style, "save", lambda figure, path: figures.update({path.name: figure}))
+    chosen = ["--only", "heads", "zeros", "--layer", "1", "--head", "2"]
+    pictures.main([str(tmp_path / "gpt.pt"), str(tmp_path / "passage"), "--out", str(tmp_path), *chosen])
+    assert list(figures) == ["heads.png", "zeros.png"]
+    panels = [axes for axes in figures["heads.png"].axes if axes.get_title(loc="left")]
+    assert len(panels) == 2 * SMALL.heads and "layer 1 of 2" in figures["heads.png"].get_suptitle()
+    weights = model_attention(models["entmax"], torch.tensor([list(b"some bytes of a passage")]))[0][0, 1]
+    drawn = figures["zeros.png"].axes[1].get_images()[1].get_array()
+    assert (drawn.mask == (weights == 0).numpy()).all()
+    assert torch.equal(torch.from_numpy(drawn.filled(0)), weights)
 
 
 def test_minutes_end_training(text, monkeypatch):

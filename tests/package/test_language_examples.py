@@ -18,6 +18,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from model_stack import Attention, SelfAttention, Sizes, Stack, length_factor
+from shared import results, style
 from tasks import KEYS, NONE, SYMBOLS, TASKS
 
 LENGTHS, LANGUAGE = ROOT / "examples/length_generalisation", ROOT / "examples/language_modelling"
@@ -143,6 +144,26 @@ def test_lengths_are_compared_and_drawn(tmp_path):
     compare.append(*results, folder=tmp_path)
     plot.draw(plot.read("length_generalisation", "cpu", tmp_path), tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learned_alphas_are_drawn(tmp_path, monkeypatch):
+    """Each as a dot where it is, in the row of its head."""
+    plot = program(LENGTHS, "plot")
+    kinds = (("learned", [[1.2, 1.4], [1.6, 1.8]]), ("learned, scaled", [[1.9, 1.9], [1.9, 1.9]]))
+    rows = [
+        results.Result("length_generalisation", "m", attention, 0, {"alpha": alpha}, setting={"task": "copying"})
+        for attention, alpha in kinds
+    ]
+    results.append(*rows, folder=tmp_path)
+    figures = []
+    monkeypatch.setattr(style, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--alphas", "--results", str(tmp_path)])
+    plot.main()
+    (panel,) = figures[0].axes
+    dots = [line.get_xydata().tolist() for line in panel.get_lines()[:-1]]  # the last is where α began
+    assert [[alpha for alpha, _ in layer] for layer in dots] == [[1.2, 1.4], [1.6, 1.8]]
+    heights = [height for layer in dots for _, height in layer]
+    assert heights == sorted(heights) and len(set(heights)) == 4
 
 
 def test_quick_options_give_way_to_what_is_said():
