@@ -7,7 +7,7 @@
 # make test-wheel  that wheel in environments made from nothing, one for each torch (downloads gigabytes)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
 # make examples  the experiments of examples/, quick forms (about 10 minutes); DEVICE=cuda is the full forms
-# make gallery  the pictures of docs/gallery, in build/gallery (MINUTES minutes); IMAGES=docs/images keeps them
+# make gallery  the pictures of docs/gallery, in build/gallery (4 minutes); IMAGES=docs/images keeps them
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
 
 PYTHON ?= python3
@@ -133,13 +133,13 @@ bench: $(VENV)/.installed
 IMAGES ?= build/gallery
 .PHONY: gallery
 gallery: $(if $(HAS_GPU),setup,$(VENV)/.installed)
-	$(BIN)/python examples/gpt/train.py --steps 1500 --layers 4 --context 128 --batch 8 --out build/gallery/gpt.pt
+	$(BIN)/python examples/gpt/train.py --steps 800 --layers 4 --context 128 --batch 8 --out build/gallery/gpt.pt
 	$(BIN)/python examples/gpt/pictures.py build/gallery/gpt.pt examples/gpt/passage.txt \
-	  --only zeros heads support --layer 3 --head 1 --out $(IMAGES)
+	  --only zeros heads support --layer 2 --head 1 --out $(IMAGES)
 	$(BIN)/python examples/classification/train_classifier.py --quick --model modernbert --attention entmax \
 	  --save build/gallery/classification --results build/gallery/results
 	$(BIN)/python examples/classification/picture.py build/gallery/classification/modernbert-entmax-0 \
-	  "TEXT" --out $(IMAGES)/words.png
+	  "$$(cat examples/classification/text.txt)" --head 1 --token 16 --out $(IMAGES)/words.png
 	$(BIN)/python examples/length_generalisation/plot.py --device cuda --out $(IMAGES)/length_generalisation.png
 	$(BIN)/python examples/length_generalisation/plot.py --device cuda --alphas --out $(IMAGES)/learned_alpha.png
 	$(BIN)/python examples/language_modelling/plot.py --device cuda --out $(IMAGES)/language_modelling.png

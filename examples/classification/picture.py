@@ -15,7 +15,7 @@ from adasplash.integrations.transformers import configure, record
 from classifiers import load
 from shared import style
 
-_COLUMNS = 80  # letters a line
+_COLUMNS = 84  # letters a line
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def draw(pieces: list[str], panels: dict[str, tuple[Tensor, str]], title: str, p
     places, column, line = [], 0, 0
     for piece in pieces:
         if column + len(piece) > _COLUMNS:
-            column, line = 0, line + 1
+            column, line = len(piece.lstrip()) - len(piece), line + 1  # no line begins with a space
         places.append((column, line))
         column += len(piece)
     size = (9, 0.5 + len(panels) * (0.5 + 0.32 * (line + 1)))

@@ -136,10 +136,10 @@ def draw_zeros(checkpoint: Checkpoint, passage: bytes, path: Path, layer: int = 
         "softmax: every byte so far has weight": (softmax_weights(query, key)[0, 0], style.SOFTMAX),
         f"α-entmax, α = {config.alpha:g}: {mean:.1f} on average, the others exactly 0": (entmax, style.ENTMAX),
     }
-    with style.picture(path, 1, 2, figsize=(11, 5.9)) as (figure, axes):
+    with style.picture(path, 1, 2, figsize=(11, 6.5)) as (figure, axes):
         for panel, (title, (weights, color)) in zip(axes[0], panels.items(), strict=True):
             image = _weights(panel, weights, color)
-            _letters(panel, passage, size=6)
+            _letters(panel, passage, size=6.5)
             panel.set_title(title)
             bar = dict(location="bottom", shrink=0.6, aspect=40, pad=0.02, extend="min")
             figure.colorbar(image, ax=panel, label="attention weight", **bar)

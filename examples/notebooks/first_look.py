@@ -11,6 +11,7 @@
 # %%
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,6 +28,7 @@ from model import GPT, GPTConfig
 from shared import style
 
 plt.rcParams.update(style.RC)
+warnings.filterwarnings("ignore", message="Sparse")  # torch's, that its sparse tensors are new
 
 # %%
 STEPS = 1000
