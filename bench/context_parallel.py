@@ -81,7 +81,7 @@ def ours(method: str) -> Way:
 
     def refuses(case: Case) -> str | None:
         if method == "exchange" and case.heads_of_key % dist.get_world_size():
-            return f"{case.heads_of_key} heads of keys cannot be dealt out"
+            return f"heads of keys are {case.heads_of_key}, which cannot be dealt out"
         return None
 
     return Way(alone, shared, refuses)
@@ -351,7 +351,7 @@ def run(options: argparse.Namespace) -> None:
         if refusal:
             say(f"    left out: {refusal}")
             continue
-        compares = peer != RING and case.length == min(options.lengths)
+        compares = case.length == min(options.lengths)
         try:
             for row in bench(case, WAYS[peer], Effort(options.seconds, fewest=3), compares):
                 say(line_of(row))
