@@ -112,7 +112,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def spread(items, most: int, chosen: str) -> list:
-    """At most so many cases of each test function, and all of those about launches, which only an emulation has;
+    """At most so many cases of each test function, and all of those about launches, which a CPU has none of;
     emulated no slow ones. Where they lie among its cases is another place for each function, so that together they
     meet all values of what many functions share."""
     kept, functions = [], {}
@@ -120,7 +120,8 @@ def spread(items, most: int, chosen: str) -> list:
         if chosen == "emulated" and item.get_closest_marker("slow") and not item.get_closest_marker("backends"):
             continue  # mostly torch's compiler around the op, which the CPU's tests have
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if chosen == "emulated" and item.get_closest_marker("backends"):
+        marker = item.get_closest_marker("backends")
+        if marker and "cpu" not in marker.args:
             kept.append(item)
         elif params.get("dtype", SINGLE) in BACKENDS[chosen].dtypes:
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)

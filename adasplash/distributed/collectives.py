@@ -30,6 +30,8 @@ def process_group(function: str, group: ProcessGroup | DeviceMesh | None) -> Pro
         return dist.group.WORLD
     if isinstance(group, DeviceMesh):
         return group.get_group() if group.ndim == 1 else _flat(function, group).get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to the others
+        raise _not_in_it(function)
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"{function}: group must be a process group, a mesh or None, got {describe(group)}")
     return group
@@ -51,8 +53,12 @@ def _flat(function: str, mesh: DeviceMesh) -> DeviceMesh:
 def place_in(function: str, group: ProcessGroup) -> Place:
     rank = dist.get_rank(group)
     if rank < 0:
-        raise RuntimeError(f"{function}: this process is not in the group that it was called with")
+        raise _not_in_it(function)
     return Place(rank, dist.get_world_size(group), group.group_name)
+
+
+def _not_in_it(function: str) -> RuntimeError:
+    return RuntimeError(f"{function}: this process is not in the group that it was called with")
 
 
 def all_gather(flat: Tensor, world: int, name: str) -> Tensor:
