@@ -227,8 +227,8 @@ class EntmaxAttention(nn.Module):
 
     @torch.jit.unused
     def attend_over(self, group, method: str) -> None:
-        """From now on tokens are shards over a process group, which ``adasplash.distributed`` attends over: what its
-        ``ContextParallel`` does."""
+        """From now on tokens are shards over a process group or a mesh, which ``adasplash.distributed`` attends over:
+        what its ``ContextParallel`` does."""
         self.context = (group, method)
 
     def _attend_over_context(self, q, k, v, q_seqlens, kv_seqlens, kv_starts, dropout_p, seed) -> Tensor:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -112,15 +112,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 def spread(items, most: int, chosen: str) -> list:
-    """At most so many cases of each test function, and all of those about a backend of their own; emulated no slow
-    ones. Where they lie among its cases is another place for each function, so that together they meet all values of
-    what many functions share."""
+    """At most so many cases of each test function, and all of those about launches, which a CPU has none of;
+    emulated no slow ones. Where they lie among its cases is another place for each function, so that together they
+    meet all values of what many functions share."""
     kept, functions = [], {}
     for item in items:
         if chosen == "emulated" and item.get_closest_marker("slow") and not item.get_closest_marker("backends"):
             continue  # mostly torch's compiler around the op, which the CPU's tests have
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if item.get_closest_marker("backends"):
+        marker = item.get_closest_marker("backends")
+        if marker and "cpu" not in marker.args:
             kept.append(item)
         elif params.get("dtype", SINGLE) in BACKENDS[chosen].dtypes:
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
@@ -143,7 +144,9 @@ def backend(request) -> Backend:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.exit("--backend cuda: torch sees no GPU here", returncode=4)
     common.CUDA_KERNELS = name != "cpu"
-    return BACKENDS[name]
+    found = BACKENDS[name]
+    # Where few cases of each test are wanted, so are fewer of those that a test draws.
+    return replace(found, examples=found.examples * 2 // 5) if request.config.getoption("--cases") else found
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,11 @@ from adasplash._arguments import describe
 _compared: WeakKeyDictionary[ProcessGroup, set] = WeakKeyDictionary()
 
 
-def compare(function: str, group: ProcessGroup | None, arguments: dict[str, object]) -> None:
+def compare(function: str, group: ProcessGroup, arguments: dict[str, object]) -> None:
     """An error on every process of the group if their arguments differ: in shape, type, whether they want a gradient,
     and where they are no tensors, in value."""
     if torch.compiler.is_compiling():
         return
-    group = dist.group.WORLD if group is None else group
     facts = {name: _fact(value) for name, value in arguments.items()}
     # What is another number in every step is compared where something else is new too.
     numbers = [name for name in ("alpha", "scale", "max_seqlen") if isinstance(arguments.get(name), (int, float))]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from adasplash._arguments import (
     BOOL,
@@ -20,12 +21,20 @@ from adasplash._arguments import (
     describe,
 )
 from adasplash.distributed.agreement import compare
-from adasplash.distributed.collectives import SumOfGradients, exchanged, from_rank_0, gathered, group_of
+from adasplash.distributed.collectives import (
+    Place,
+    SumOfGradients,
+    exchanged,
+    from_rank_0,
+    gathered,
+    place_in,
+    process_group,
+)
 from adasplash.distributed.layout import chunks_of, in_order
 from adasplash.functional import attend, attend_packed, draw_seed
 
 _FUNCTION = "entmax_attn_context_parallel"
-METHODS = ("gather", "exchange")
+METHODS = ("gather", "exchange", "both")
 
 
 def entmax_attn_context_parallel(
@@ -47,7 +56,7 @@ def entmax_attn_context_parallel(
     dropout_seed: Tensor | None = None,
     method: str = "gather",
     sum_gradients: bool = True,
-    group: ProcessGroup | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     """``entmax_attn`` of a sequence that is sharded over the processes of a group, as ``shard`` lays it out; or, with
     `cu_seqlens`, ``entmax_attn_varlen`` of a packed batch whose tokens are.
@@ -79,11 +88,14 @@ def entmax_attn_context_parallel(
             reduce-scatter. Where the window leaves keys that no process needs all of, each gets the chunks that its
             windows reach, and no others. "exchange": an all-to-all gives every process the whole sequence of H / W
             heads, and another one takes the result back (Jacobs et al., "DeepSpeed Ulysses", 2023, arXiv 2309.14509).
+            "both": over a mesh of two dimensions, heads are exchanged for tokens over the second, and then keys and
+            values gathered over the first.
         sum_gradients: the gradients of alpha and of scale, where they are tensors, are summed over the group, so that
             every process has the whole gradient. Say False where something else sums them as it does for all other
             parameters of a model (DistributedDataParallel or FSDP over this group, or an all-reduce of your own): each
             process then has the gradient of what it computed, a part of the sum.
-        group: the W processes; the default group unless given.
+        group: the W processes: a process group, a mesh of one dimension (``mesh["context"]``), or one of two with names
+            (``mesh["hosts", "gpus"]``), which is taken row by row; the default group unless given.
 
     Returns:
         (B, H, N / W, D_v), packed (T / W, H, D_v), in query's type, laid out as query is. Differentiable once in query,
@@ -96,40 +108,49 @@ def entmax_attn_context_parallel(
             compared at the first call of each set of shapes, types and options; in every call if the environment
             variable ADASPLASH_COMPARE_RANKS is 1; and never inside compiled graphs.
     """
-    rank, world, name = group_of(_FUNCTION, group)
+    everyone = process_group(_FUNCTION, group)
+    place = place_in(_FUNCTION, everyone)
     call = _Call(
         alpha, is_causal, scale, q_seqlens, kv_seqlens, kv_starts, cu_seqlens, max_seqlen, window, alibi_slopes,
-        dropout_p, dropout_seed, rank, world, name,
+        dropout_p, dropout_seed,
     )  # fmt: skip
     tensors = {"query": query, "key": key, "value": value}
     compare(
         _FUNCTION,
-        group,
+        everyone,
         {
             **tensors, "alpha": alpha, "is_causal": is_causal, "scale": scale, "q_seqlens": q_seqlens,
             "kv_seqlens": kv_seqlens, "kv_starts": kv_starts, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen,
             "window": window, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p, "dropout_seed": dropout_seed,
             "method": method, "sum_gradients": sum_gradients,
+            "(q_seqlens is kv_seqlens)": q_seqlens is kv_seqlens,  # which decides what is fetched
         },
     )  # fmt: skip
-    _check(call, query, key, value, sum_gradients)
+    _check(call, query, key, value, sum_gradients, place.world)
     if method not in METHODS:
-        raise RuntimeError(f'{_FUNCTION}: method must be "gather" or "exchange", got {describe(method)}')
+        raise RuntimeError(f'{_FUNCTION}: method must be "gather", "exchange" or "both", got {describe(method)}')
+    if method == "both" and not (isinstance(group, DeviceMesh) and group.ndim == 2):
+        raise RuntimeError(f'{_FUNCTION}: method="both" needs a mesh of two dimensions as its group')
     if dropout_p > 0:
-        call.dropout_seed = from_rank_0(draw_seed(query) if dropout_seed is None else dropout_seed, name)
+        call.dropout_seed = from_rank_0(draw_seed(query) if dropout_seed is None else dropout_seed, place.name)
     if query.numel() == 0 or key.numel() == 0:  # nothing to send, and the op has the errors
         return call.attend(query, key, value, call.of_all())
     if sum_gradients:
         call.alpha, call.scale = (
-            SumOfGradients.apply(x, world, name) if isinstance(x, Tensor) and x.requires_grad else x
+            SumOfGradients.apply(x, place.world, place.name) if isinstance(x, Tensor) and x.requires_grad else x
             for x in (alpha, scale)
         )
-    return (_gather if method == "gather" else _exchange)(call, query, key, value)
+    if method == "gather":
+        return _gather(call, place, query, key, value)
+    if method == "exchange":
+        return _exchange(call, place, query, key, value)
+    hosts, within = (place_in(_FUNCTION, group.get_group(dimension)) for dimension in range(2))
+    return _exchange(call, within, query, key, value, lambda *tensors: _gather(call, hosts, *tensors))
 
 
 @dataclass
 class _Call:
-    """A call's arguments but for its tensors and its method, and this process' place in the group."""
+    """A call's arguments but for its tensors, its method and its group."""
 
     alpha: float | Tensor
     is_causal: bool
@@ -143,9 +164,7 @@ class _Call:
     alibi_slopes: Tensor | None
     dropout_p: float
     dropout_seed: Tensor | None
-    rank: int
-    world: int
-    name: str
+    first_head: int = 0  # of those that this process computes
 
     @property
     def packed(self) -> bool:
@@ -163,14 +182,16 @@ class _Call:
         """Whether query i stands beside key i, whatever the lengths hold."""
         return self.packed or (self.kv_starts is None and self.q_seqlens is self.kv_seqlens)
 
-    def of_all(self, first_head: int = 0) -> "_Part":
-        """The options of a call with all tokens, of the heads from `first_head` on."""
+    def counts_places(self) -> bool:
+        """Whether anything depends on where among the keys a query stands. Where nothing does the op is not told, which
+        for alpha = 1 then may call torch's attention."""
+        return self.is_causal or tuple(self.window) != (-1, -1) or self.alibi_slopes is not None
+
+    def of_all(self) -> "_Part":
+        """The options of a call with all tokens."""
         if self.packed:
-            part = _Part(cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=self.cu_seqlens)
-        else:
-            part = _Part(q_seqlens=self.q_seqlens, kv_seqlens=self.kv_seqlens, kv_starts=self.kv_starts)
-        part.first_head = first_head
-        return part
+            return _Part(cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=self.cu_seqlens)
+        return _Part(q_seqlens=self.q_seqlens, kv_seqlens=self.kv_seqlens, kv_starts=self.kv_starts)
 
     def of_part(self, query: Tensor, first: int, start: int, end: int, total: int) -> "_Part":
         """The options of a call with the queries of a chunk, from token `first` on, and keys `start` to before `end` of
@@ -182,13 +203,14 @@ class _Call:
             return _Part(
                 cu_seqlens_q=(self.cu_seqlens - first).clamp(0, length),
                 cu_seqlens_k=(self.cu_seqlens - start).clamp(0, end - start),
-                q_positions=of_query - of_key,
+                q_positions=of_query - of_key if self.counts_places() else None,
                 first_query=of_query,
                 first_key=of_key,
             )
         part = _Part(first_query=first, first_key=start)
         if not self.has_lengths():
-            if first + length != end:  # the op takes the last query to stand beside the last key
+            # The op takes the last query to stand beside the last key.
+            if self.counts_places() and first + length != end:
                 part.q_positions = torch.full((query.shape[0],), first - start, device=query.device)
             return part
         everyone = torch.full((query.shape[0],), total, device=query.device)
@@ -198,7 +220,8 @@ class _Call:
         part.kv_starts = (begins - start).clamp(0, end - start)
         part.kv_seqlens = (ends - start).clamp(0, end - start)
         part.first_key = part.kv_starts + start - begins  # of those that are there, among those of its sequence
-        part.q_positions = first + (ends - begins).clamp(min=0) - queries - part.first_key
+        if self.counts_places():
+            part.q_positions = first + (ends - begins).clamp(min=0) - queries - part.first_key
         return part
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, part: "_Part") -> Tensor:
@@ -219,8 +242,8 @@ class _Call:
 
 @dataclass
 class _Part:
-    """Options of the op for a part of a call: lengths of what is there, and what its first head, and of each sequence
-    the first query and key, are in the whole one; one number for all or (B,)."""
+    """Options of the op for a part of a call: lengths of what is there, and what of each sequence the first query and
+    key are in the whole one; one number for all or (B,)."""
 
     q_seqlens: Tensor | None = None
     kv_seqlens: Tensor | None = None
@@ -228,7 +251,6 @@ class _Part:
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     q_positions: Tensor | None = None
-    first_head: int = 0
     first_query: int | Tensor = 0
     first_key: int | Tensor = 0
 
@@ -236,11 +258,11 @@ class _Part:
         """dropout_origin (B, 4)."""
         batch = len(call.cu_seqlens) - 1 if call.packed else query.shape[0]
         entries = torch.arange(batch, device=query.device)
-        numbers = (self.first_head, self.first_query, self.first_key)
+        numbers = (call.first_head, self.first_query, self.first_key)
         return torch.stack([entries, *(torch.zeros_like(entries) + number for number in numbers)], 1)
 
 
-def _check(call: _Call, query, key, value, sum_gradients):
+def _check(call: _Call, query, key, value, sum_gradients, world: int):
     """What this module relies on before it calls the op, which has all other errors."""
     for name, kind, given in (
         ("query", TENSOR, query), ("key", TENSOR, key), ("value", TENSOR, value),
@@ -283,15 +305,15 @@ def _check(call: _Call, query, key, value, sum_gradients):
         raise RuntimeError(
             f"{_FUNCTION}: window (left, right) must be 0 or more each, or -1 for no limit, got {tuple(call.window)}"
         )
-    _check_lengths(call, query)
+    _check_lengths(call, query, world)
 
 
 _LENGTHS = ("q_seqlens", "kv_seqlens", "kv_starts", "cu_seqlens")
 
 
-def _check_lengths(call: _Call, query):
+def _check_lengths(call: _Call, query, world: int):
     """Shapes and types; and on the CPU what they hold, as the op sees parts of sequences, whose lengths always fit."""
-    total = query.shape[call.dim] * call.world
+    total = query.shape[call.dim] * world
     for name in _LENGTHS:
         given = getattr(call, name)
         if given is None:
@@ -320,24 +342,24 @@ def _check_lengths(call: _Call, query):
             )
 
 
-def _gather(call: _Call, query, key, value):
+def _gather(call: _Call, place: Place, query, key, value):
     length = query.shape[call.dim] // 2
-    chunks = 2 * call.world
-    seen = [_seen(call, chunk, length) for chunk in range(chunks)]
+    chunks = 2 * place.world
+    seen = [_seen(call, chunk, length, chunks * length) for chunk in range(chunks)]
     needed = [
         [*range(start // length, (end - 1) // length + 1)] for start, end in seen
     ]  # the chunks that hold what each one sees
     of_process = [
-        sorted({c for mine in chunks_of(process, call.world) for c in needed[mine]}) for process in range(call.world)
+        sorted({c for mine in chunks_of(process, place.world) for c in needed[mine]}) for process in range(place.world)
     ]
     # Where one process needs every chunk, the others wait for it whatever they fetch themselves, and all gather.
     everything = max(map(len, of_process)) == chunks
     # Where the first half of the sequence sees none of the second, that may come while the first is computed.
-    halves = all(chunk < call.world for mine in needed[: call.world] for chunk in mine)
-    waves = [range(call.world), range(call.world, chunks)] if halves else [range(chunks)]
-    waiting = [_fetch(call, key, value, wave, None if everything else of_process) for wave in waves]
+    halves = all(chunk < place.world for mine in needed[: place.world] for chunk in mine)
+    waves = [range(place.world), range(place.world, chunks)] if halves else [range(chunks)]
+    waiting = [_fetch(call, place, key, value, wave, None if everything else of_process) for wave in waves]
     try:
-        return _attend_to_waves(call, query, waiting, seen, needed if halves else None, of_process[call.rank])
+        return _attend_to_waves(call, place, query, waiting, seen, needed if halves else None, of_process[place.rank])
     except Exception:
         for finish in waiting:  # torch remembers what nobody has waited for
             finish()
@@ -346,6 +368,7 @@ def _gather(call: _Call, query, key, value):
 
 def _attend_to_waves(
     call: _Call,
+    place: Place,
     query: Tensor,
     waiting: list[Callable[[], dict[int, tuple[Tensor, Tensor]]]],
     seen: list[tuple[int, int]],
@@ -358,7 +381,7 @@ def _attend_to_waves(
     parts: dict[int, tuple[Tensor, Tensor]] = {}
     joined: dict[tuple[int, ...], list[Tensor]] = {}
     outputs = []
-    for chunk, queries in zip(chunks_of(call.rank, call.world), query.chunk(2, dim=call.dim), strict=True):
+    for chunk, queries in zip(chunks_of(place.rank, place.world), query.chunk(2, dim=call.dim), strict=True):
         chosen = tuple(of_process if needed is None else needed[chunk])
         while any(number not in parts for number in chosen):
             parts.update(waiting.pop(0)())
@@ -367,14 +390,13 @@ def _attend_to_waves(
         start, end = seen[chunk]
         first = chosen.index(start // length) * length + start % length
         keys, values = (x.narrow(call.dim, first, end - start) for x in joined[chosen])
-        part = call.of_part(queries, chunk * length, start, end, 2 * call.world * length)
+        part = call.of_part(queries, chunk * length, start, end, 2 * place.world * length)
         outputs.append(call.attend(queries, keys, values, part))
     return torch.cat(outputs, dim=call.dim)
 
 
-def _seen(call: _Call, chunk: int, length: int) -> tuple[int, int]:
+def _seen(call: _Call, chunk: int, length: int, total: int) -> tuple[int, int]:
     """From which key to before which one the queries of a chunk may see."""
-    total = 2 * call.world * length
     if not call.is_aligned():  # lengths move the diagonal, and nothing on the host knows how far
         return 0, total
     left, right = call.window
@@ -386,24 +408,26 @@ def _seen(call: _Call, chunk: int, length: int) -> tuple[int, int]:
 
 
 def _fetch(
-    call: _Call, key, value, wave: range, of_process: list[list[int]] | None
+    call: _Call, place: Place, key, value, wave: range, of_process: list[list[int]] | None
 ) -> Callable[[], dict[int, tuple[Tensor, Tensor]]]:
     """Begins to fetch the chunks of a wave that this process needs, or all of them where nobody says what each process
     needs. Returns what waits for them: key and value of each, by its number."""
-    world, dim = call.world, call.dim
+    world, dim = place.world, call.dim
     halves = zip(key.chunk(2, dim=dim), value.chunk(2, dim=dim), strict=True)
-    own = dict(zip(chunks_of(call.rank, world), halves, strict=True))
+    own = dict(zip(chunks_of(place.rank, world), halves, strict=True))
     sizes = [x.numel() // 2 for x in (key, value)]
     of_wave = [[chunk for chunk in chunks_of(process, world) if chunk in wave] for process in range(world)]
     if of_process is None:
         received = of_wave
-        flat = torch.cat([x.reshape(-1) for chunk in of_wave[call.rank] for x in own[chunk]])
-        wait = gathered(flat, world, call.name)
+        flat = torch.cat([x.reshape(-1) for chunk in of_wave[place.rank] for x in own[chunk]])
+        wait = gathered(flat, world, place.name)
     else:
-        sent = [[chunk for chunk in of_wave[call.rank] if chunk in needs] for needs in of_process]
-        received = [[chunk for chunk in theirs if chunk in of_process[call.rank]] for theirs in of_wave]
+        sent = [[chunk for chunk in of_wave[place.rank] if chunk in needs] for needs in of_process]
+        received = [[chunk for chunk in theirs if chunk in of_process[place.rank]] for theirs in of_wave]
         flat = torch.cat([x.reshape(-1) for to in sent for chunk in to for x in own[chunk]])
-        wait = exchanged(flat, *([len(chunks) * sum(sizes) for chunks in each] for each in (received, sent)), call.name)
+        wait = exchanged(
+            flat, *([len(chunks) * sum(sizes) for chunks in each] for each in (received, sent)), place.name
+        )
     shapes = [(*x.shape[:dim], x.shape[dim] // 2, *x.shape[dim + 1 :]) for x in (key, value)]
 
     def finish():
@@ -417,17 +441,20 @@ def _fetch(
     return finish
 
 
-def _exchange(call: _Call, query, key, value):
-    world, dim = call.world, call.dim
+def _exchange(call: _Call, place: Place, query, key, value, attend: Callable[..., Tensor] | None = None):
+    """`attend`: to tokens of the heads that this process then has, where the group's are not all of a sequence."""
+    world, dim = place.world, call.dim
     heads, key_heads = query.shape[1], key.shape[1]
     if heads % world or key_heads % world:
+        method = "exchange" if attend is None else "both"
         raise RuntimeError(
-            f'{_FUNCTION}: method="exchange" gives each of the {world} processes as many heads, so those of query and '
-            f'of key must be multiples of {world}, got {heads} and {key_heads}: use method="gather"'
+            f'{_FUNCTION}: method="{method}" gives each of {world} processes as many heads, so those of query and of '
+            f'key must be multiples of {world}, got {heads} and {key_heads}: use method="gather"'
         )
     # Checked here, as the op sees a part of the heads and would take a tensor of as many numbers as that.
     alpha, slopes = call.alpha, call.alibi_slopes
-    first, mine = call.rank * heads // world, heads // world
+    first, mine = place.rank * heads // world, heads // world
+    call.first_head = first
     if isinstance(alpha, Tensor) and alpha.dim() > 0:
         if alpha.shape != (heads,):
             raise RuntimeError(
@@ -443,19 +470,19 @@ def _exchange(call: _Call, query, key, value):
         call.alibi_slopes = slopes.narrow(-1, first, mine)
     # (W, …): what goes to each process, in one collective for all three.
     tensors = [x.unflatten(1, (world, -1)).transpose(0, 1) for x in (query, key, value)]
-    rows = _to_each(call, torch.cat([x.flatten(1) for x in tensors], dim=1))
+    rows = _to_each(place, torch.cat([x.flatten(1) for x in tensors], dim=1))
     whole = [
         torch.cat(in_order([row.view(x.shape[1:]).chunk(2, dim=dim) for row in rows_of_x.unbind(0)]), dim=dim)
         for x, rows_of_x in zip(tensors, rows.split([x[0].numel() for x in tensors], dim=1), strict=True)
     ]
-    out = call.attend(*whole, call.of_all(first))
+    out = call.attend(*whole, call.of_all()) if attend is None else attend(*whole)
     chunks = out.chunk(2 * world, dim=dim)
     sent = [torch.cat([chunks[c] for c in chunks_of(process, world)], dim=dim) for process in range(world)]
-    back = _to_each(call, torch.stack(sent).flatten(1))
+    back = _to_each(place, torch.stack(sent).flatten(1))
     return torch.cat([x.view_as(sent[0]) for x in back.unbind(0)], dim=1)
 
 
-def _to_each(call: _Call, rows):
+def _to_each(place: Place, rows):
     """(W, n): row p goes to process p, and what comes from it takes its place."""
-    lengths = [rows.shape[1]] * call.world
-    return exchanged(rows.flatten(), lengths, lengths, call.name)().view_as(rows)
+    lengths = [rows.shape[1]] * place.world
+    return exchanged(rows.flatten(), lengths, lengths, place.name)().view_as(rows)

@@ -1,24 +1,64 @@
 """Functional collectives, with gradients. Those that attention waits for are started first and waited for later,
 forward and backward, so that what is computed between is not held up."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from adasplash._arguments import describe
 
 
-def group_of(function: str, group: ProcessGroup | None) -> tuple[int, int, str]:
-    """This process' rank in the group, the group's size and its name."""
+class Place(NamedTuple):
+    """A process' place in a group."""
+
+    rank: int
+    world: int
+    name: str  # of the group
+
+
+def process_group(function: str, group: ProcessGroup | DeviceMesh | None) -> ProcessGroup:
+    """That of all the processes that a public function was given."""
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             f"{function}: torch.distributed has no process group yet: call torch.distributed.init_process_group first"
         )
     if group is None:
-        group = dist.group.WORLD
+        return dist.group.WORLD
+    if isinstance(group, DeviceMesh):
+        return group.get_group() if group.ndim == 1 else _flat(function, group).get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to the others
+        raise _not_in_it(function)
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"{function}: group must be a process group, a mesh or None, got {describe(group)}")
+    return group
+
+
+def _flat(function: str, mesh: DeviceMesh) -> DeviceMesh:
+    """A mesh of two dimensions as one, where a process' number is by rows, as torch numbers those of a group."""
+    if mesh.ndim != 2 or mesh.mesh_dim_names is None:
+        raise RuntimeError(
+            f"{function}: a mesh must have one dimension, or two with names, got {mesh.ndim}"
+            f"{' without names' if mesh.mesh_dim_names is None else ''}"
+        )
+    numbers = mesh.mesh.flatten().tolist()
+    if numbers != sorted(numbers):
+        raise RuntimeError(f"{function}: processes of a mesh of two dimensions must be in order, got {numbers}")
+    return mesh._flatten()
+
+
+def place_in(function: str, group: ProcessGroup) -> Place:
     rank = dist.get_rank(group)
     if rank < 0:
-        raise RuntimeError(f"{function}: this process is not in the group that it was called with")
-    return rank, dist.get_world_size(group), group.group_name
+        raise _not_in_it(function)
+    return Place(rank, dist.get_world_size(group), group.group_name)
+
+
+def _not_in_it(function: str) -> RuntimeError:
+    return RuntimeError(f"{function}: this process is not in the group that it was called with")
 
 
 def all_gather(flat: Tensor, world: int, name: str) -> Tensor:

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from adasplash._arguments import INTEGER, TENSOR, check
 from adasplash.distributed.agreement import compare
-from adasplash.distributed.collectives import all_gather, group_of
+from adasplash.distributed.collectives import all_gather, place_in, process_group
 
 
-def shard(tensor: Tensor, dim: int, group: ProcessGroup | None = None) -> Tensor:
+def shard(tensor: Tensor, dim: int, group: ProcessGroup | DeviceMesh | None = None) -> Tensor:
     """This process' part of a tensor that every process has whole: chunks r and 2W − 1 − r of 2W along `dim`.
 
     For whatever goes with the tokens of a batch: their ids, positions, labels. Nothing is sent in the forward.
@@ -20,7 +21,7 @@ def shard(tensor: Tensor, dim: int, group: ProcessGroup | None = None) -> Tensor
     Args:
         tensor: (…, N, …) of any type, the same on every process.
         dim: the dimension of N, which must be a multiple of 2W; may be negative.
-        group: the W processes; the default group unless given.
+        group: the W processes, as in ``entmax_attn_context_parallel``.
 
     Returns:
         (…, N / W, …), contiguous.
@@ -30,7 +31,7 @@ def shard(tensor: Tensor, dim: int, group: ProcessGroup | None = None) -> Tensor
     """
     check("shard", "tensor", TENSOR, tensor)
     dim = _dimension("shard", tensor, dim)
-    rank, world, name = group_of("shard", group)
+    rank, world, name = place_in("shard", process_group("shard", group))
     if tensor.shape[dim] % (2 * world):
         raise RuntimeError(
             f"shard: a dimension is cut into {2 * world} chunks, two for each of the {world} processes, so its length "
@@ -39,7 +40,7 @@ def shard(tensor: Tensor, dim: int, group: ProcessGroup | None = None) -> Tensor
     return _Shard.apply(tensor, dim, rank, world, name)
 
 
-def unshard(tensor: Tensor, dim: int, group: ProcessGroup | None = None) -> Tensor:
+def unshard(tensor: Tensor, dim: int, group: ProcessGroup | DeviceMesh | None = None) -> Tensor:
     """The inverse of ``shard``: the whole tensor, on every process.
 
     Every process is taken to go on with it in the same way, as a single process would, and its gradient to be the same
@@ -49,7 +50,7 @@ def unshard(tensor: Tensor, dim: int, group: ProcessGroup | None = None) -> Tens
     Args:
         tensor: (…, N / W, …) of any type, laid out as ``shard`` does, of the same shape on every process.
         dim: the dimension that is sharded; may be negative.
-        group: the W processes; the default group unless given.
+        group: the W processes, as in ``entmax_attn_context_parallel``.
 
     Returns:
         (…, N, …), contiguous.
@@ -59,7 +60,8 @@ def unshard(tensor: Tensor, dim: int, group: ProcessGroup | None = None) -> Tens
     """
     check("unshard", "tensor", TENSOR, tensor)
     dim = _dimension("unshard", tensor, dim)
-    rank, world, name = group_of("unshard", group)
+    group = process_group("unshard", group)
+    rank, world, name = place_in("unshard", group)
     compare("unshard", group, {"tensor": tensor, "dim": dim})
     if tensor.shape[dim] % 2:
         raise RuntimeError(

@@ -25,21 +25,23 @@ class ContextParallel(ParallelStyle):
     data and context, or DistributedDataParallel.
 
     Args:
-        method: "gather" or "exchange", as in ``entmax_attn_context_parallel``.
+        method: "gather", "exchange" or "both", as in ``entmax_attn_context_parallel``; the last one over two dimensions
+            of a mesh.
     """
 
     def __init__(self, method: str = "gather"):
         super().__init__()
         if method not in METHODS:
-            raise ValueError(f'ContextParallel: method must be "gather" or "exchange", got {method!r}')
+            raise ValueError(f'ContextParallel: method must be "gather", "exchange" or "both", got {method!r}')
         self.method = method
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, EntmaxAttention):
             raise TypeError(f"ContextParallel: a module must be EntmaxAttention, got {type(module).__name__}")
-        if device_mesh.ndim != 1:
-            raise ValueError(f"ContextParallel: the mesh must have 1 dimension, got {device_mesh.ndim}")
-        module.attend_over(device_mesh.get_group(), self.method)
+        wanted = "2 dimensions" if self.method == "both" else "1 dimension"
+        if device_mesh.ndim != int(wanted[0]):
+            raise ValueError(f"ContextParallel: the mesh must have {wanted}, got {device_mesh.ndim}")
+        module.attend_over(device_mesh, self.method)
         return module
 
 
@@ -56,7 +58,7 @@ def context_parallel(
     ``ContextParallel``.
 
     Args:
-        mesh: the dimension of a mesh over which sequences are sharded.
+        mesh: the dimension of a mesh over which sequences are sharded, or two of them.
         buffers: what goes with tokens, the same on every process: ids, labels, positions, buffers of a model. None may
             require a gradient or be a part of another tensor.
         buffer_seq_dims: the dimension of tokens of each.
@@ -76,12 +78,11 @@ def context_parallel(
         raise ValueError("context_parallel: no_restore_buffers must be among buffers, got one that is not")
     if any(buffer.requires_grad for buffer in buffers):
         raise ValueError("context_parallel: buffers must not require a gradient, got one that does")
-    group = mesh.get_group()
     # Kept, and not gathered behind the context: a process that fails would leave the others waiting for it.
     kept = [(buffer, buffer.clone()) for buffer in buffers if all(x is not buffer for x in no_restore_buffers)]
     try:
         with torch.no_grad():
-            shards = [shard(buffer, dim, group) for buffer, dim in zip(buffers, buffer_seq_dims, strict=True)]
+            shards = [shard(buffer, dim, mesh) for buffer, dim in zip(buffers, buffer_seq_dims, strict=True)]
             for buffer, own in zip(buffers, shards, strict=True):
                 _become(buffer, own)
         yield

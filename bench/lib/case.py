@@ -16,6 +16,7 @@ PASSES = (FORWARD, BACKWARD, BOTH)
 class Case:
     """One self-attention problem: query, key and value are (batch, heads, length, head_dim).
 
+    kv_heads: of key and value; 0 is as many as of query.
     input: where query and key come from, see `bench.lib.inputs`.
     threads: CPU threads; 0 is all of them.
     """
@@ -31,6 +32,11 @@ class Case:
     causal: bool = True
     threads: int = 0
     seed: int = 0
+    kv_heads: int = 0
+
+    @property
+    def heads_of_key(self) -> int:
+        return self.kv_heads or self.heads
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -40,8 +46,9 @@ class Case:
     def title(self) -> str:
         mask = "causal" if self.causal else "non-causal"
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
+        heads = f"{self.heads}/{self.kv_heads}" if self.kv_heads else self.heads
         return (
-            f"{self.input}, N={self.length}, D={self.head_dim}, B={self.batch}, H={self.heads}, {self.dtype}, "
+            f"{self.input}, N={self.length}, D={self.head_dim}, B={self.batch}, H={heads}, {self.dtype}, "
             f"α={self.alpha:g}, {mask}{threads}"
         )
 

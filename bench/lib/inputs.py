@@ -6,7 +6,8 @@
     trained           query, key and value of all heads of a GPT that `bench.capture` trained, 8 layers of 8 heads.
     captured:file     the same of another model, from a file of `bench.capture`.
 
-Values are drawn from N(0, 1), but for captured ones. The same case gives the same numbers on every device.
+Values are drawn from N(0, 1), but for captured ones. The same case gives the same numbers on every device, unless they
+are drawn on another one than the CPU, which for large cases takes seconds less.
 """
 
 import math
@@ -26,7 +27,7 @@ SPREAD = 0.75  # … and its standard deviation over those keys; other topics' k
 
 
 class Inputs(NamedTuple):
-    """(B, H, N, D) each, in the case's type and on its device."""
+    """(B, H, N, D) of query, (B, H_kv, N, D) of key and value, in the case's type and on its device."""
 
     query: Tensor
     key: Tensor
@@ -36,29 +37,34 @@ class Inputs(NamedTuple):
         return sum(x.numel() for x in self)
 
 
-def make_inputs(case: Case) -> Inputs:
+def make_inputs(case: Case, drawn_on: str = "cpu") -> Inputs:
     kind, _, setting = case.input.partition(":")
-    generator = torch.Generator().manual_seed(case.seed)
-    shape = (case.batch, case.heads, case.length, case.head_dim)
+    generator = torch.Generator(drawn_on).manual_seed(case.seed)
+    shapes = [(case.batch, heads, case.length, case.head_dim) for heads in (case.heads, case.heads_of_key)]
     if kind == "gaussian":
-        sigma = float(setting)
-        query, key = (torch.randn(shape, generator=generator) * sigma for _ in range(2))
-        value = torch.randn(shape, generator=generator)
+        query, key = (_normal(shape, generator) * float(setting) for shape in shapes)
+        value = _normal(shapes[1], generator)
     elif kind == "structured":
         query, key = _structured(case, float(setting), generator)
-        value = torch.randn(shape, generator=generator)
+        value = _normal(shapes[1], generator)
     elif is_captured(case.input):
-        query, key, value = _captured(case.input, shape)
+        if case.heads_of_key != case.heads:
+            raise ValueError(f"{case.input} has as many heads of keys as of queries, but the case asks for fewer")
+        query, key, value = _captured(case.input, shapes[0])
     else:
         raise ValueError(f"input must be gaussian:σ, structured:share, trained or captured:file, got {case.input!r}")
     return Inputs(*(x.to(case.device, case.torch_dtype) for x in (query, key, value)))
 
 
-def make_grad(case: Case) -> Tensor:
+def make_grad(case: Case, drawn_on: str = "cpu") -> Tensor:
     """A gradient of the output, (B, H, N, D), from N(0, 1)."""
-    generator = torch.Generator().manual_seed(case.seed + 1)
+    generator = torch.Generator(drawn_on).manual_seed(case.seed + 1)
     shape = (case.batch, case.heads, case.length, case.head_dim)
-    return torch.randn(shape, generator=generator).to(case.device, case.torch_dtype)
+    return _normal(shape, generator).to(case.device, case.torch_dtype)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 def topic_sizes(segments: int, empty: float, causal: bool) -> list[int]:
@@ -97,18 +103,22 @@ def _structured(case: Case, empty: float, generator: torch.Generator) -> tuple[T
     topic_dim = case.head_dim // 2
     detail_dim = case.head_dim - topic_dim
     root = math.sqrt(case.head_dim)  # the default scale is 1 / root
-    shape = (case.batch, case.heads, case.length, detail_dim)
     detail = math.sqrt(SPREAD * root / math.sqrt(detail_dim))
     codes = _codes(len(sizes), topic_dim, generator) * math.sqrt(MATCH * root)
-    topic_of_segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    order = torch.stack([torch.randperm(segments, generator=generator) for _ in range(case.batch * case.heads)]).view(
-        case.batch, case.heads, segments
-    )
-    topics = topic_of_segment[order].repeat_interleave(TILE, dim=2)[:, :, : case.length]
+    device, heads = generator.device, case.heads_of_key
+    topic_of_segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(device)
+    order = torch.stack(
+        [torch.randperm(segments, generator=generator, device=device) for _ in range(case.batch * heads)]
+    ).view(case.batch, heads, segments)
+    of_key = topic_of_segment[order].repeat_interleave(TILE, dim=2)[:, :, : case.length]
+    of_query = of_key.repeat_interleave(
+        case.heads // heads, dim=1
+    )  # a group's queries look for their key head's topics
     # Turned at random, so that no entry is zero: arithmetic on zeros draws less power, and a GPU clocks higher.
-    turn = torch.linalg.qr(torch.randn(case.head_dim, case.head_dim, generator=generator)).Q
+    turn = torch.linalg.qr(_normal((case.head_dim, case.head_dim), generator)).Q
     query, key = (
-        torch.cat((codes[topics], torch.randn(shape, generator=generator) * detail), dim=-1) @ turn for _ in range(2)
+        torch.cat((codes[topics], _normal((*topics.shape, detail_dim), generator) * detail), dim=-1) @ turn
+        for topics in (of_query, of_key)
     )
     return query, key
 
@@ -116,8 +126,8 @@ def _structured(case: Case, empty: float, generator: torch.Generator) -> tuple[T
 def _codes(count: int, dim: int, generator: torch.Generator) -> Tensor:
     """Unit vectors (count, dim) without positive products where 2·dim are enough, otherwise random ones."""
     if count <= 2 * dim:
-        return torch.cat((torch.eye(dim), -torch.eye(dim)))[:count]
-    return torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=-1)
+        return torch.cat((torch.eye(dim), -torch.eye(dim)))[:count].to(generator.device)
+    return torch.nn.functional.normalize(_normal((count, dim), generator), dim=-1)
 
 
 def is_captured(name: str) -> bool:

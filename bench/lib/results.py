@@ -45,7 +45,8 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 
 def case_of(row: Row) -> Case:
-    return Case(**{name: row[name] for name in Case.__dataclass_fields__})
+    """Fields that came later than the row have their defaults."""
+    return Case(**{name: row[name] for name in Case.__dataclass_fields__ if name in row})
 
 
 def latest(device: str, preset: str) -> Path | None:

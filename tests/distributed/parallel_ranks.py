@@ -11,9 +11,11 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import adasplash
 from adasplash.distributed import entmax_attn_context_parallel, shard, unshard
+from adasplash.distributed.attention import METHODS
 from ranks import run_cases
 
 CASES = {}
@@ -46,14 +48,20 @@ def one_process(query, key, value, alpha=1.5, cu_seqlens=None, max_seqlen=None, 
     return adasplash.entmax_attn_varlen(query, key, value, *ends, alpha, **options)
 
 
-def check(*tensors, alpha=1.5, scale=None, method="gather", **options):
+def check(*tensors, method="gather", **options):
     """A call over shards against one process with everything: outputs and gradients, and without gradients."""
+    for group in MESHES if method == "both" else [None]:
+        check_over(group, *tensors, method=method, **options)
+
+
+def check_over(group, *tensors, alpha=1.5, scale=None, method="gather", **options):
+    over = dict(method=method, group=group)
     tokens = 2 if options.get("cu_seqlens") is None else 0
     for without in (torch.no_grad, torch.inference_mode):
         with without():
             expected = one_process(*tensors, alpha, scale=scale, **options)
             shards = [shard(x, tokens) for x in tensors]
-            found = entmax_attn_context_parallel(*shards, alpha, scale=scale, method=method, **options)
+            found = entmax_attn_context_parallel(*shards, alpha, scale=scale, **over, **options)
             compare(unshard(found, tokens), expected)
 
     def leaves():
@@ -68,7 +76,7 @@ def check(*tensors, alpha=1.5, scale=None, method="gather", **options):
     expected.backward(grad)
     *whole, an_alpha, a_scale = leaves()
     shards = [shard(x, tokens) for x in whole]
-    out = entmax_attn_context_parallel(*shards, an_alpha, scale=a_scale, method=method, **options)
+    out = entmax_attn_context_parallel(*shards, an_alpha, scale=a_scale, **over, **options)
     assert out.dtype == tensors[0].dtype and out.shape[tokens] * WORLD == tensors[0].shape[tokens]
     out.backward(shard(grad, tokens))
     compare(unshard(out.detach(), tokens), expected.detach())
@@ -91,10 +99,15 @@ def refused(error, words, function, *arguments, **options):
         raise AssertionError(f"{words!r} was not said")
 
 
-def for_both_methods(function):
-    for method in ("gather", "exchange"):
+def for_both_methods(function, methods=("gather", "exchange")):
+    for method in methods:
         CASES[f"{function.__name__}_by_{method}"] = lambda method=method: function(method)
     return function
+
+
+def for_all_methods(function):
+    """And both at once."""
+    return for_both_methods(function, METHODS)
 
 
 @case
@@ -127,19 +140,19 @@ def layout_refuses():
     refused(TypeError, "tensor must be a tensor, got None", shard, None, 0)
 
 
-@for_both_methods
+@for_all_methods
 def plain(method):
     for is_causal in (False, True):
         check(*inputs(), is_causal=is_causal, method=method)
 
 
-@for_both_methods
+@for_all_methods
 def grouped_queries(method):
     for is_causal in (False, True):
         check(*inputs(heads=8, kv_heads=4, dtype=SINGLE), is_causal=is_causal, method=method)
 
 
-@for_both_methods
+@for_all_methods
 def nothing_at_all(method):
     for batch, chunk in ((0, 6), (2, 0)):
         check(*inputs(batch=batch, chunk=chunk), is_causal=True, method=method)
@@ -160,7 +173,7 @@ def windows(method):
         check(*tensors, window=(left, 2), is_causal=True, method=method)
 
 
-@for_both_methods
+@for_all_methods
 def alphas(method):
     tensors = inputs(heads=4, kv_heads=4)
     for alpha in (1.0, 1.3, 2.0, torch.tensor(1.4, dtype=DOUBLE), torch.tensor([1.2, 1.5, 1.7, 2.0])):
@@ -172,7 +185,7 @@ def scale_with_a_gradient(method):
     check(*inputs(), scale=torch.tensor([0.6], dtype=DOUBLE), window=(5, 5), method=method)
 
 
-@for_both_methods
+@for_all_methods
 def slopes(method):
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.0])
     for given in (slopes, torch.stack((slopes, slopes.flip(0)))):
@@ -251,7 +264,7 @@ def any_combination():
             return torch.tensor([drawn.randint(0, most) for _ in range(count)], dtype=torch.int64)
 
         options = dict(
-            method=drawn.choice(("gather", "exchange")), is_causal=drawn.random() < 0.5,
+            method=drawn.choice(METHODS), is_causal=drawn.random() < 0.5,
             window=drawn.choice(((-1, -1), (drawn.randint(0, tokens), drawn.choice((-1, 0, 3))))),
             alpha=drawn.choice((1.0, 1.4, 1.5, torch.linspace(1.1, 2.0, 2 * WORLD, dtype=DOUBLE))),
         )  # fmt: skip
@@ -271,7 +284,7 @@ def any_combination():
         check(*tensors, **options)
 
 
-@for_both_methods
+@for_all_methods
 def dropout(method):
     """The weights that one process drops: whatever chunk, head, entry or sequence they are in."""
     drops = dict(dropout_p=0.4, dropout_seed=torch.tensor(SEED), method=method)
@@ -302,6 +315,27 @@ def seeds_that_are_drawn(method):
     out = unshard(entmax_attn_context_parallel(*(shard(x, 2) for x in tensors), dropout_p=0.5, method=method), 2)
     torch.manual_seed(0)
     compare(out, adasplash.entmax_attn(*tensors, dropout_p=0.5))
+
+
+@case
+def nothing_is_said_of_places_where_they_do_not_count():
+    """So softmax is computed by torch's attention where one process would have it do that."""
+    tensors, called = inputs(value_dim=8), []
+    shards = [shard(x, 2) for x in tensors]
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            called.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    for options in ({}, dict(window=(3, 3))):
+        entmax_attn_context_parallel(*shards, 1.0, **options)  # compares arguments
+        called.clear()
+        with Watch():
+            out = entmax_attn_context_parallel(*shards, 1.0, **options)
+        compare(unshard(out, 2), adasplash.entmax_attn(*tensors, 1.0, **options))
+        by_torch = [name for name in called if "scaled_dot_product" in name]
+        assert len(by_torch) == (2 if not options else 0), (options, called)
 
 
 @case
@@ -446,7 +480,7 @@ def refusals():
     refused(RuntimeError, "query must have 3 dimensions (tokens", parallel, query, key, value, cu_seqlens=ends)
     refused(RuntimeError, "go with padded tensors", parallel, *tokens, cu_seqlens=ends, kv_starts=ends)
     refused(TypeError, "max_seqlen must be an integer, got 5.0", parallel, *tokens, cu_seqlens=ends, max_seqlen=5.0)
-    refused(RuntimeError, 'must be "gather" or "exchange"', parallel, query, key, value, method="ring")
+    refused(RuntimeError, 'must be "gather", "exchange" or "both"', parallel, query, key, value, method="ring")
     refused(RuntimeError, "or -1 for no limit, got (-2, 0)", parallel, query, key, value, window=(-2, 0))
     refused(TypeError, "is_causal must be True or False, got None", parallel, query, key, value, 1.5, None)
     refused(TypeError, "key must be a tensor, got 3", parallel, query, 3, value)
@@ -498,6 +532,13 @@ def other_arguments_elsewhere_are_one_error_everywhere():
         assert (
             message(lambda tensors, name=name, value=value: {name: value} if odd else {}) == f"{said}{name} is {words}"
         )
+
+    def lengths(tensors):
+        """The same numbers, which are one tensor everywhere but on the last process."""
+        both = torch.full((len(tensors["query"]),), 8)
+        return dict(q_seqlens=both, kv_seqlens=both.clone() if odd else both)
+
+    assert message(lengths) == f"{said}(q_seqlens is kv_seqlens) is True on rank 0 and False on the last"
     assert "and None on the last" in message(lambda tensors: {"key": None} if odd else {})
     assert "that requires a gradient on the last" in message(lambda x: {"query": x["query"].requires_grad_(odd)})
     said = message(lambda tensors: {}, lambda query, **_: unshard(query[:, :, : 4 if odd else 8], 2))
@@ -542,6 +583,34 @@ def arguments_are_compared_once():
 
 
 @case
+def meshes():
+    """A mesh of one dimension, and a dimension of one with two by its name, stand for their groups."""
+    mesh = init_device_mesh("cpu", (WORLD // 2, 2), mesh_dim_names=("data", "context"))
+    tensors = inputs()
+    for group, lasts in (
+        (init_device_mesh("cpu", (WORLD,)), WORLD),
+        (mesh["context"], 2),
+        (mesh["data", "context"], WORLD),
+    ):
+        mine = [x[:, :, : 12 * lasts] for x in tensors]
+        for method in ("gather", "exchange"):
+            out = entmax_attn_context_parallel(
+                *(shard(x, 2, group) for x in mine), is_causal=True, method=method, group=group
+            )
+            compare(unshard(out, 2, group), adasplash.entmax_attn(*mine, is_causal=True))
+    refused(TypeError, "group must be a process group, a mesh or None, got 'context'", shard, tensors[0], 2, "context")
+    cube = init_device_mesh("cpu", (1, WORLD // 2, 2), mesh_dim_names=("a", "b", "c"))
+    refused(RuntimeError, "must have one dimension, or two with names, got 3", shard, tensors[0], 2, cube)
+    nameless = init_device_mesh("cpu", (WORLD // 2, 2))
+    refused(RuntimeError, "got 2 without names", shard, tensors[0], 2, nameless)
+    words = 'method="both" needs a mesh of two dimensions'
+    refused(RuntimeError, words, entmax_attn_context_parallel, *(shard(x, 2) for x in tensors), method="both")
+    if WORLD == 4:
+        turned = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("turned", "around"))
+        refused(RuntimeError, "must be in order, got [0, 2, 1, 3]", shard, tensors[0], 2, turned)
+
+
+@case
 def other_group():
     """Two processes of more: the ranks of the group count."""
     group = PAIRS[RANK // 2]
@@ -562,5 +631,10 @@ if __name__ == "__main__":
     store = f"file://{FOLDER / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=wait)
     PAIRS = [dist.new_group([first, first + 1]) for first in range(0, WORLD, 2)]
+    # Of two processes, each dimension has all of them once.
+    MESHES = [
+        init_device_mesh("cpu", shape, mesh_dim_names=("hosts", "gpus"))
+        for shape in {(WORLD // 2, 2): None, (2, WORLD // 2): None}
+    ]
     run_cases(CASES, FOLDER / f"{RANK}.json")
     dist.destroy_process_group()

@@ -10,21 +10,11 @@ import common
 import ranks
 
 
-@pytest.fixture(scope="module", params=(2, pytest.param(4, marks=pytest.mark.builds)))
-def outcomes(request, tmp_path_factory) -> list[dict[str, str]]:
-    """What went wrong in each case of parallel_ranks.py, for every rank."""
-    world = request.param
-
-    def run(folder):
-        ranks.run_ranks(parallel_ranks.__file__, lambda rank: [rank, world, folder], world)
-
-    return ranks.read_outcomes(common.build_once(tmp_path_factory, f"parallel_{world}", run), world)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", parallel_ranks.CASES)
-def test_as_one_process(outcomes, name):
-    assert not any(outcome[name] for outcome in outcomes), "\n".join(outcome[name] for outcome in outcomes)
+@pytest.mark.parametrize("world", (2, pytest.param(4, marks=pytest.mark.builds)))
+def test_as_one_process(tmp_path, world):
+    ranks.run_ranks(parallel_ranks.__file__, lambda rank: [rank, world, tmp_path], world)
+    ranks.check_outcomes(tmp_path, world)
 
 
 @pytest.mark.slow

@@ -291,8 +291,8 @@ def every_option(form):
     "form, limit, forward, walking, gathering",
     (
         ("padded", 1, 6, 6, 6),
-        ("padded", 400, 6, 1, 6),
-        ("padded", 600_000, 3, 1, 1),
+        pytest.param("padded", 400, 6, 1, 6, marks=pytest.mark.builds),
+        pytest.param("padded", 600_000, 3, 1, 1, marks=pytest.mark.builds),
         ("padded", 1_200_000, 2, 1, 1),
         ("packed", 1, 2, 2, 2),
     ),

@@ -58,8 +58,8 @@ def is_right():
     """Whether an asymmetric call, forward and backward, still agrees with the reference. Never twice the same numbers:
     what is not written must not look right because it was once."""
     seed = next(seeds)
-    inputs = make_inputs(2, 4, 70, 90, size=24, kv_heads=2, value_size=16, seed=seed)
-    grad = torch.randn(2, 4, 70, 16, generator=torch.Generator().manual_seed(seed + 1000))
+    inputs = make_inputs(2, 4, 20, 30, size=24, kv_heads=2, value_size=16, seed=seed)  # a tile a head
+    grad = torch.randn(2, 4, 20, 16, generator=torch.Generator().manual_seed(seed + 1000))
 
     def run(function, dtype, prepare):
         leaves = [prepare(x.to(dtype)).requires_grad_() for x in inputs]

@@ -10,7 +10,20 @@ import torch
 
 import common
 import reference
-from bench import activation, attention, capture, decoding, overhead, report, scaling, solver
+from adasplash import attention_weights
+from bench import (
+    activation,
+    attention,
+    capture,
+    context_parallel,
+    decoding,
+    overhead,
+    report,
+    scaling,
+    solver,
+    support_pages,
+)
+from bench.context_parallel import DIFFERENCE, WEAK_SCALING
 from bench.lib import readme, results, tables
 from bench.lib.case import BOTH, FORWARD, Case
 from bench.lib.inputs import Inputs, make_grad, make_inputs
@@ -340,24 +353,68 @@ def test_what_decoding_reads_is_the_same_in_pages():
 @pytest.mark.slow
 def test_sharded_sequences_are_timed_beside_one_process(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    shape = ["--lengths", 256, 128, "--heads", 2, "--head-dim", 16, "--seconds", 0, "--inputs", "gaussian:1.5"]
+    shape = ["--lengths", 256, 128, "--heads", 4, "--kv-heads", 1, 2, "--head-dim", 16, "--seconds", 0]
     rows = tmp_path / "rows.jsonl"
     done = common.run(*torchrun, "-m", "bench.context_parallel", *shape, "--out", rows, cwd=common.ROOT)
-    assert "gaussian:1.5, N=256" in done.stderr + done.stdout
+    said = done.stderr + done.stdout
+    assert "structured:0.5, N=256" in said
+    assert "left out: heads of keys are 1, which cannot be dealt out" in said
+    assert "left out: torch passes keys round on GPUs only" in said
     found = results.read([rows])
-    whats = {BOTH, "weak scaling", results.PEAK_MEMORY}
-    cases = {(row["length"], row["peer"], row["what"]) for row in found}
-    assert cases == {(length, peer, what) for length in (256, 128) for peer in ("gather", "exchange") for what in whats}
-    assert all(row["median"] >= 0 and row["processes"] == 2 and row["goal"] is None for row in found)
+    kinds = {(2, BOTH), (1, BOTH), (2, WEAK_SCALING), (2, results.PEAK_MEMORY), (1, results.PEAK_MEMORY)}
+    expected = {
+        (length, kv_heads, peer, *kind)
+        for length in (256, 128)
+        for kv_heads, peer in ((1, "gather"), (2, "gather"), (2, "exchange"))
+        for kind in kinds | ({(2, DIFFERENCE)} if length == 128 else set())
+    }
+    names = ("length", "kv_heads", "peer", "processes", "what")
+    assert {tuple(row[name] for name in names) for row in found} == expected
+    assert all(row["median"] >= 0 and row["goal"] is None for row in found)
+    assert all(row["median"] < 1e-5 for row in found if row["what"] == DIFFERENCE)
+    table = scaling.table_of_two(found).splitlines()[2:]
+    assert len(table) == 2 + 6 and all(line.count("|") == table[0].count("|") for line in table)
+
+
+def test_what_of_sharded_sequences_is_measured():
+    options = context_parallel.options_of(["--device", "cuda", "--only", "131072", "gather", "32/8"])
+    ((case, peer),) = context_parallel.cases_of(options)
+    assert (case.length, case.heads, case.kv_heads, peer) == (131_072, 32, 8, "gather")
 
 
 def test_costs_of_many_gpus():
-    """Bytes by hand for 8 GPUs, and the page has what the program computes."""
+    """Bytes by hand for 8 GPUs and for 16, and the page has what the program computes."""
     keys = 2**20 * 8 * 256 * 2
     assert scaling.gather(8).forward == keys * 7 / 8
     assert scaling.exchange(8).forward == 2**20 * 40 * 256 * 2 * 7 / 64 and scaling.exchange(16) is None
-    assert scaling.ring(8).backward == 2 * scaling.gather(8).backward
+    assert scaling.ring(8).received == 1.5 * scaling.gather(8).received
+    assert scaling.both(8) is None
+    assert scaling.both(16).between == keys / 8 / 2
+    assert scaling.both(16).exchanged == 2**20 / 16 * 40 * 256 * 2 * 7 / 8
     for gpus in scaling.GPUS:
-        low, high = (scaling.efficiency(scaling.gather(gpus), gpus, hides) for hides in (False, True))
-        assert 0 < low <= high < 1
-    assert scaling.table() in scaling.PAGE.read_text()
+        for cost in filter(None, (scaling.gather(gpus), scaling.both(gpus))):
+            low, high = (scaling.efficiency(cost, gpus, hides) for hides in (False, True))
+            assert 0 < low <= high < 1
+    assert scaling.table() in scaling.PAGE.read_text() and scaling.two_gpus() in scaling.PAGE.read_text()
+
+
+def test_pages_that_other_processes_would_ask_for():
+    """Against a dense mask: chunks of queries by process, pages of the others' keys."""
+    case = Case(input="gaussian:2", heads=4, kv_heads=2, length=256, head_dim=8)
+    inputs = make_inputs(case)
+    found = support_pages.weighed(case, inputs)
+    weights = attention_weights(*inputs, case.alpha, case.causal).to_dense().view(4, 256, 256) > 0
+    whole = weights.view(2, 2, 256, 256).any(1).view(2, support_pages.CHUNKS, -1, 256).any(2)
+    assert torch.equal(found[0], whole)
+    # Two processes: the first has chunks 0 and 3 of 4, and of the keys between them asks for those that they weigh.
+    mine = weights.view(2, 2, 4, 64, 256)[:, :, [0, 3]].any(3).any(2).any(1)[:, 64:192]
+    assert support_pages.shares(found, 2, 1)[0] == pytest.approx(mine.double().mean().item())
+    assert support_pages.shares(found, 2, 16)[0] == pytest.approx(mine.view(2, 8, 16).any(-1).double().mean().item())
+
+
+def test_inputs_of_grouped_heads():
+    """As many heads of keys as asked for, whose topics are those of their group of queries."""
+    case = Case(input="structured:0.9", heads=4, kv_heads=2, length=1024, head_dim=32)
+    inputs = make_inputs(case)
+    assert [tuple(x.shape[1:]) for x in inputs] == [(4, 1024, 32), (2, 1024, 32), (2, 1024, 32)]
+    assert empty_tiles(case, inputs) == pytest.approx(0.9, abs=0.05)

@@ -42,6 +42,14 @@ def run_cases(cases: Mapping[str, Callable[[], None]], outcomes: Path) -> None:
     outcomes.write_text(json.dumps(outcome))
 
 
-def read_outcomes(folder: Path, world: int = 2) -> list[dict[str, str]]:
-    """What the processes wrote, as RANK.json in a folder."""
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+def check_outcomes(folder: Path, world: int = 2) -> None:
+    """An error that has what went wrong in any case of any process: what they wrote, as RANK.json in a folder."""
+    outcomes = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    wrong = [
+        f"{name} on rank {rank}: {said}"
+        for rank, outcome in enumerate(outcomes)
+        for name, said in outcome.items()
+        if said
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert all(outcomes) and all(list(outcome) == list(outcomes[0]) for outcome in outcomes)
