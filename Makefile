@@ -5,7 +5,7 @@
 # make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
 # make wheel  one wheel for several releases of torch, in dist/ (an hour of compiling from nothing; docs/installing.md)
 # make test-wheel  that wheel in environments made from nothing, one for each torch (downloads gigabytes)
-# make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
+# make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates docs/benchmarks.md
 # make examples  the experiments of examples/, quick forms (about 10 minutes); DEVICE=cuda is the full forms
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
 
@@ -126,7 +126,7 @@ lint: $(VENV)/.requirements
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.attention --preset targets lengths
 	$(BIN)/python -m bench.solver
-	$(BIN)/python -m bench.report --readme
+	$(BIN)/python -m bench.report --write
 
 clean:
 	rm -rf build dist $(VENV) adasplash/lib adasplash/include adasplash/_build.py *.egg-info
