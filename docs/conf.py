@@ -54,7 +54,7 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),
     ("py:.*", r"(torch|transformers|nn|accelerate)\..*"),
     ("py:.*", r"(Tensor|Module|Config|Trainer|DeviceMesh|ProcessGroup|Cache|StaticCache|optional|callable|.*Callback)"),
-    ("cpp:.*", r"(at|c10|std|torch)(::.*)?"),
+    ("cpp:.*", r"(adasplash|int64_t|(at|c10|std)(::.*)?)"),
 ]
 
 html_theme = "furo"
@@ -67,6 +67,9 @@ html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
 pygments_style = "default"
 pygments_dark_style = "github-dark"
+
+# docs/index.md takes in a change log where there is one.
+suppress_warnings = ["toc.empty_glob"]
 
 # Pages that need an account or refuse programs, and what is on no network.
 linkcheck_ignore = [r"https?://localhost.*"]

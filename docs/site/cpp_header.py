@@ -10,8 +10,11 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.statemachine import StringList
+from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective
 
+FUNCTION = re.compile(r"^(.+?) (\w+\()")  # its type, its name
+SHAPES = re.compile(r" {3,}")  # what stands between several on one line
 LISTED = re.compile(r"  (\S+(?: \S+)*)  +(\S.*)")  # a name, two spaces or more, what it is
 
 
@@ -71,7 +74,7 @@ def nodes_of(comment: list[str]) -> list[nodes.Node]:
         elif LISTED.fullmatch(lines[0]) and any(line.startswith(" " * 10) for line in lines):
             result.append(listed(lines))
         else:
-            result.append(nodes.literal_block("", "\n".join(line[2:] for line in lines), language="text"))
+            result.append(nodes.literal_block("", "\n".join(SHAPES.split(" ".join(lines).strip())), language="text"))
     return result
 
 
@@ -83,17 +86,22 @@ class CppHeader(SphinxDirective):
         self.env.note_dependency(str(file))
         result: list[nodes.Node] = []
         for comment, declarations in read(file.read_text()):
-            kind = "type" if declarations[0].startswith("using ") else "function"
-            first, *others = (f"adasplash::{one.removeprefix('using ')}" for one in declarations)
-            if kind == "function":
-                first, *others = (re.sub(r"^(.+?) (\w+\()", r"\1 adasplash::\2", one) for one in declarations)
-            lines = [f".. cpp:{kind}:: {first}", *(f"{' ' * (8 + len(kind))}   {one}" for one in others)]
-            holder = nodes.Element()
-            self.state.nested_parse(StringList([*lines, ""], source=str(file)), 0, holder)
-            content = next(iter(holder.findall(lambda node: node.tagname == "desc_content")))
-            content += nodes_of(comment)
-            result += holder.children
+            types = [one.replace("using ", "adasplash::") for one in declarations if one.startswith("using ")]
+            functions = [FUNCTION.sub(r"\1 adasplash::\2", one) for one in declarations if not one.startswith("using ")]
+            if types:
+                result += self.described("type", types, [])
+            result += self.described("function", functions, nodes_of(comment))
         return result
+
+    def described(self, kind: str, declarations: list[str], about: list[nodes.Node]) -> list[nodes.Node]:
+        """Sphinx's own description of declarations that share a text."""
+        begin = f".. cpp:{kind}:: "
+        lines = [(" " * len(begin) if number else begin) + one for number, one in enumerate(declarations)]
+        holder = nodes.Element()
+        self.state.nested_parse(StringList([*lines, ""], source=self.arguments[0]), 0, holder)
+        content = next(iter(holder.findall(addnodes.desc_content)))
+        content += about
+        return holder.children
 
 
 def setup(app) -> dict:

@@ -63,7 +63,7 @@ def pages(app) -> Iterator[tuple[str, dict, str]]:
         yield SHOWN + name, {"title": name, "body": listing(app, root, name, folders | files)}, "page.html"
     for name in sorted(files):
         text = (root / name).read_text()
-        code = app.builder.highlighter.highlight_block(text, language(name))
+        code = app.builder.highlighter.highlight_block(text, language(name), force=True)
         yield SHOWN + name, {"title": name, "body": f"<h1>{escape(name)}</h1>\n{code}"}, "page.html"
 
 
