@@ -52,6 +52,7 @@ default_role = "py:obj"
 # What other projects document. Their inventories would have to be fetched, and the site is built without a network.
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
+    ("py:class", r"collections\..*"),
     ("py:.*", r"(torch|transformers|nn|accelerate)\..*"),
     ("py:.*", r"(Tensor|Module|Config|Trainer|DeviceMesh|ProcessGroup|Cache|StaticCache|optional|callable|.*Callback)"),
     ("cpp:.*", r"(adasplash|int64_t|(at|c10|std)(::.*)?)"),
@@ -68,19 +69,18 @@ copybutton_exclude = ".linenos, .gp, .go"
 pygments_style = "default"
 pygments_dark_style = "github-dark"
 
-# docs/index.md takes in a change log where there is one.
-suppress_warnings = ["toc.empty_glob"]
-
 # Pages that need an account or refuse programs, and what is on no network.
 linkcheck_ignore = [r"https?://localhost.*"]
 linkcheck_timeout = 15
 
 
-def list_the_notes(app, docname, source) -> None:
-    """The notes are listed by a table of their own; here they get their place in the navigation."""
+def fill_the_navigation(app, docname, source) -> None:
+    """The notes are listed by a table of their own, and a change log need not be there."""
     if docname == "docs/notes/README":
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n2*\n```\n"
+    if docname == root_doc and not Path(app.srcdir, "CHANGELOG.md").exists():
+        source[0] = source[0].replace("/CHANGELOG\n", "")
 
 
 def setup(app) -> None:
-    app.connect("source-read", list_the_notes)
+    app.connect("source-read", fill_the_navigation)
