@@ -1,6 +1,7 @@
 """The site, built by `make docs`. Its source folder is the repository's root, so that a link between two files is the
 same in the repository and on the site; docs/index.md has the order of the pages."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -82,5 +83,11 @@ def fill_the_navigation(app, docname, source) -> None:
         source[0] = source[0].replace("/CHANGELOG\n", "")
 
 
+def link_pages(app, what, name, found, options, lines) -> None:
+    """Docstrings name pages by their file."""
+    lines[:] = [re.sub(r"docs/([\w/-]+)\.md", r":doc:`/docs/\1`", line) for line in lines]
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-docstring", link_pages)
     app.connect("source-read", fill_the_navigation)
