@@ -1,5 +1,6 @@
 """The code on the pages is run as it stands there: a page's Python in order, in one process, in an empty folder."""
 
+import os
 import re
 import sys
 import tomllib
@@ -39,7 +40,8 @@ def run_page(page, folder, remarks: set[str]) -> None:
     chosen = [block for block in BLOCKS[page] if block.language == "python" and block.remark in remarks]
     program = "".join(f"{block.code}\nprint({MARK!r}, end='', flush=True)\n" for block in chosen)
     (folder / "page.py").write_text(program)
-    printed = run(sys.executable, "page.py", cwd=folder).stdout.split(MARK)
+    # One thread: sizes are small, and threads that wait for a busy core spin.
+    printed = run(sys.executable, "page.py", cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout.split(MARK)
     for block, found in zip(chosen, printed, strict=False):
         if block.printed is not None:
             assert_alike(found, block.printed, f"{name_of(page)}:{block.line}")
