@@ -27,7 +27,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help setup demo demo-quick examples test test-all test-models wheel test-wheel sanitize lint bench docs docs-links clean
 help:
-	@sed -n '1,10s/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
