@@ -5,9 +5,10 @@
 # make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
 # make wheel  one wheel for several releases of torch, in dist/ (an hour of compiling from nothing; docs/installing.md)
 # make test-wheel  that wheel in environments made from nothing, one for each torch (downloads gigabytes)
-# make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates the README's figures
+# make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates docs/benchmarks.md
 # make examples  the experiments of examples/, quick forms (about 10 minutes); DEVICE=cuda is the full forms
 # make gallery  the pictures of docs/gallery, in build/gallery (4 minutes); IMAGES=docs/images keeps them
+# make docs  the site of docs/ in build/docs, without a warning; make docs-links asks its addresses on the web
 # Everything needed is set up in .venv first; PYTHON, TORCH, DEVICE, TEXT and ADASPLASH_ARCHS may be given.
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo demo-quick examples test test-all test-models wheel test-wheel sanitize lint bench clean
+.PHONY: help setup demo demo-quick examples test test-all test-models wheel test-wheel sanitize lint bench docs docs-links clean
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
 
@@ -127,7 +128,20 @@ lint: $(VENV)/.requirements
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.attention --preset targets lengths
 	$(BIN)/python -m bench.solver
-	$(BIN)/python -m bench.report --readme
+	$(BIN)/python -m bench.report --write
+
+$(VENV)/.docs: $(VENV)/.requirements
+	$(BIN)/python -m pip install --quiet $(call packages_of,docs)
+	touch $@
+
+# A link or a name that leads nowhere is an error. Nothing is fetched.
+SITE := $(BIN)/python -m sphinx -q -j auto -c docs -d build/doctrees
+docs: $(VENV)/.installed $(VENV)/.docs
+	$(SITE) -b html -n -W --keep-going . build/docs
+	@echo "The site is build/docs/index.html"
+
+docs-links: $(VENV)/.installed $(VENV)/.docs
+	$(SITE) -b linkcheck . build/docs-links
 
 # Most are trained for; those of long experiments on a GPU are drawn from the rows that are committed.
 IMAGES ?= build/gallery

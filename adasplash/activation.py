@@ -52,8 +52,10 @@ def entmax(input: Tensor, alpha: Union[float, Tensor] = 1.5, dim: int = -1) -> T
         if it is NaN.
 
     Raises:
-        TypeError: an argument is of another kind than said here. RuntimeError: an argument does not fit. The message
-            names it. IndexError for dim. NotImplementedError for double backward and forward-mode AD.
+        TypeError: an argument is of another kind than said here.
+        RuntimeError: an argument does not fit. The message names it.
+        IndexError: dim is out of range.
+        NotImplementedError: double backward, forward-mode AD.
     """
     if not torch.jit.is_scripting():
         return activate("entmax", input, alpha, dim)

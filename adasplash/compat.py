@@ -47,8 +47,8 @@ def adasplash(
         (B, H, N, D_v), contiguous, in q's type.
 
     Raises:
-        TypeError: an argument is of another kind than said here. RuntimeError: an argument does not fit. The message
-            names it.
+        TypeError: an argument is of another kind than said here.
+        RuntimeError: an argument does not fit. The message names it.
     """
     if not torch.jit.is_scripting():
         return _attend("adasplash", q, k, v, alpha, is_causal, varlen)

@@ -237,8 +237,8 @@ def entmax_attn(
             warns of that, once.
         window: (left, right), inclusive, −1 for no limit: query i sees the keys from i + N − M − left to
             i + N − M + right. Time grows with the window, not with N.
-        alibi_slopes: (H,) or (B, H), float32, on query's device: takes slope · |i + N − M − j| off the scaled score of
-            key j (Press, Smith and Lewis, "Train Short, Test Long", 2022). They get no gradient.
+        alibi_slopes: (H,) or (B, H), float32, on query's device: takes ``slope · |i + N − M − j|`` off the scaled score
+            of key j (Press, Smith and Lewis, "Train Short, Test Long", 2022). They get no gradient.
         kv_starts: (B,) int32 or int64, on query's device: the first key of each batch entry, each from 0 to N, for
             batches that are padded on the left and for static caches. ``kv_seqlens`` then says where its keys end (N
             without it) and is no count: N in what is said here is their difference, and j is counted from the start, so
@@ -270,9 +270,9 @@ def entmax_attn(
         query, key, value and, where they are tensors, alpha and scale.
 
     Raises:
-        TypeError: an argument is of another kind than said here, None for False for instance. RuntimeError: an argument
-            does not fit. The message names it. NotImplementedError, a RuntimeError too, for double backward and for
-            forward-mode AD.
+        TypeError: an argument is of another kind than said here, None for False for instance.
+        RuntimeError: an argument does not fit. The message names it.
+        NotImplementedError: double backward, forward-mode AD. It is a RuntimeError too.
     """
     if not torch.jit.is_scripting():
         if isinstance(query, Tensor) and query.is_nested:
@@ -396,7 +396,8 @@ def entmax_attn_varlen(
         window: (left, right), inclusive, −1 for no limit.
         alibi_slopes: (H,) or (B, H), float32, on query's device.
         dropout_p, dropout_seed: as in ``entmax_attn``; a batch entry is a sequence here.
-        q_positions, dropout_origin: (B,) and (B, 4), as in ``entmax_attn``, of each sequence.
+        q_positions: (B,), as in ``entmax_attn``, of each sequence.
+        dropout_origin: (B, 4), likewise.
 
     Returns:
         (T_q, H, D_v), contiguous, in query's type. Differentiable once in query, key, value and, where they are

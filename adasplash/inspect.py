@@ -58,8 +58,8 @@ def attention_stats(
     call that.
 
     Args:
-        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-            q_positions: as in ``entmax_attn``, under autocast too.
+        query, key, value, alpha, is_causal, scale: as in ``entmax_attn``, under autocast too.
+        q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts, q_positions: likewise.
 
     Returns:
         :class:`AttentionStats`.
@@ -98,9 +98,9 @@ def attention_weights(
     sum. They differ from those that the kernel used by its rounding of the scores.
 
     Args:
-        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-            q_positions: as in ``entmax_attn``, under autocast too. For α = 1 the result holds every weight that its
-            type can hold.
+        query, key, value, is_causal, scale: as in ``entmax_attn``, under autocast too.
+        alpha: likewise. For α = 1 the result holds every weight that its type can hold.
+        q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts, q_positions: likewise.
 
     Returns:
         Sparse CSR tensor (B·H·M, N) with int64 indices and ascending columns. Row (b·H + h)·M + i belongs to query i of

@@ -292,7 +292,8 @@ def entmax_loss(
 
     Raises:
         TypeError, ValueError: an argument is of another kind than said here, or does not fit; the message names it.
-            IndexError for classes out of range on the CPU. RuntimeError for alpha, and for double backward.
+        IndexError: a class is out of range, on the CPU.
+        RuntimeError: alpha is out of range; double backward.
     """
     return _loss("entmax_loss", input, target, alpha, ignore_index, reduction, weight, label_smoothing)
 

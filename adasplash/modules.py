@@ -43,8 +43,8 @@ class EntmaxAttention(nn.Module):
         query (B, M, E), key (B, N, kdim), value (B, N, vdim) → (B, M, E).
 
     Raises:
-        TypeError: an argument is of another kind than said here. ValueError: sizes do not fit each other, or α is out
-            of range or cannot be learned from where it starts.
+        TypeError: an argument is of another kind than said here.
+        ValueError: sizes do not fit each other, or α is out of range or cannot be learned from where it starts.
     """
 
     lowest_alpha: Final[float] = 1.05  # what learned α stay above and below; full accuracy ends there
@@ -169,9 +169,10 @@ class EntmaxAttention(nn.Module):
             (B, M, E). For padding it is out_proj's bias.
 
         Raises:
-            TypeError: an argument is no tensor. ValueError: value is given and key is not, or a tensor-parallel plan
-                splits heads of key and value otherwise than those of query. RuntimeError: an argument does not fit; the
-                message names it.
+            TypeError: an argument is no tensor.
+            ValueError: value is given and key is not, or a tensor-parallel plan splits heads of key and value otherwise
+                than those of query.
+            RuntimeError: an argument does not fit; the message names it.
         """
         if not torch.jit.is_scripting():
             if not isinstance(query, Tensor):

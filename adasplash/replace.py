@@ -152,8 +152,9 @@ def patch_sdpa(model: nn.Module, alpha: float | Tensor = 1.5) -> nn.Module:
         ValueError: a module would go on with softmax, as it computes that itself or asks FlashAttention,
             FlexAttention or the like, or has a forward that is not its class's; a part of the model is TorchScript;
             the model itself is a graph of ``torch.fx`` or ``torch.export``; or nothing in it names the function. The
-            message names the module. Nothing is changed then. NotImplementedError in a forward: a patched module
-            computes softmax after all, or checkpointing would, of a module that does not name the function.
+            message names the module. Nothing is changed then.
+        NotImplementedError: in a forward, where a patched module computes softmax after all, or checkpointing would, of
+            a module that does not name the function.
     """
     _check_model("patch_sdpa", model)
     _check_alpha("patch_sdpa", alpha)

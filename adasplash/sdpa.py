@@ -61,6 +61,8 @@ def scaled_dot_product_attention(
     - any other: dense scores and weights, M×N tensors, through :func:`adasplash.entmax`, with one warning; so are
       heads above 256 channels. Above 2²⁸ weights that is an error.
 
+    Jagged nested tensors (B, H, ragged, D) are served as by ``entmax_attn``, without attn_mask.
+
     Args:
         query: (…, H, M, D), or of two or three dimensions; float32, float16, bfloat16, or float64 on the CPU.
         key: (…, H_kv, N, D).
@@ -73,14 +75,12 @@ def scaled_dot_product_attention(
         enable_gqa: H is a multiple of H_kv, and neighbouring query heads share a head of key and value.
         alpha: as in ``entmax_attn``. Of shape (H,), heads are the dimension before the last two.
 
-        Jagged nested tensors (B, H, ragged, D) are served as by ``entmax_attn``, without attn_mask.
-
     Returns:
         (…, H, M, D_v), contiguous, in query's type.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument does not fit; the message names it. NotImplementedError: a
-            mask is dense and too large for that.
+        TypeError, ValueError, RuntimeError: an argument does not fit; the message names it.
+        NotImplementedError: a mask is dense and too large for that.
     """
     for name, kind, given in (
         ("query", TENSOR, query), ("key", TENSOR, key), ("value", TENSOR, value),

@@ -32,7 +32,7 @@ class AttentionStats(NamedTuple):
     support_size: Tensor
     #: The largest weight, in tau's type. 0 for a row that sees no key, NaN for a NaN row.
     largest_weight: Tensor
-    #: (B, H), float64: the share of tiles without any weight among the 64×64 tiles in which some query sees some key.
+    #: The share of tiles without any weight among the 64×64 tiles in which some query sees some key, (B, H) float64.
     #: 0 where no tile is visible. What a NaN row sees counts as having weight.
     empty_tiles: Tensor
 
@@ -79,8 +79,8 @@ def entmax_attn_summary(
     forward of this library beside it.
 
     Args:
-        query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts,
-            q_positions: as in ``entmax_attn``.
+        query, key, value, alpha, is_causal, scale: as in ``entmax_attn``.
+        q_seqlens, kv_seqlens, window, alibi_slopes, kv_starts, q_positions: likewise.
         dropout_p, dropout_seed, dropout_origin: as there; of the output alone.
 
     Returns:
@@ -139,8 +139,8 @@ def entmax_attn_varlen_summary(
     """``entmax_attn_varlen`` and what it attended to; see ``entmax_attn_summary``.
 
     Args:
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alpha, is_causal, scale, window,
-            alibi_slopes, q_positions: as in ``entmax_attn_varlen``.
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in ``entmax_attn_varlen``.
+        alpha, is_causal, scale, window, alibi_slopes, q_positions: likewise.
         dropout_p, dropout_seed, dropout_origin: as there; of the output alone.
 
     Returns:

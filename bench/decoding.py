@@ -3,7 +3,7 @@
     python -m bench.decoding                          the table of goals for the CPU
     python -m bench.decoding --device cuda            … for a GPU
     python -m bench.decoding --device cuda --cases 1x32768 16x4096 --inputs scores:1 flat --no-file
-    python -m bench.decoding --readme FILE …          the README's block, of these result files
+    python -m bench.decoding --write FILE …           the block of docs/benchmarks.md, of these result files
 
 scores:σ stands for scores from N(0, σ²), flat for queries that are nearly zero. Peers run in turn; ratios are medians
 over rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
@@ -37,7 +37,7 @@ from adasplash import (
 from bench.lib import machine, results, tables
 from bench.lib.case import DTYPES
 from bench.lib.timing import Effort, Spread
-from bench.report import README, replace_block
+from bench.report import BENCHMARKS, replace_block
 
 OURS = "adasplash"
 INDEXED = f"{OURS}, index"
@@ -188,7 +188,7 @@ def by_device(rows: list[results.Row]) -> list[tuple[str, list[results.Row]]]:
 
 
 def block(rows: list[results.Row]) -> str:
-    """What the README shows: a line for each case of a device."""
+    """What the page shows: a line for each case of a device."""
     peers = {"flash-attn-3": "FlashAttention-3", "sdpa": "torch's softmax"}
     head = [
         "sequences × keys",
@@ -265,10 +265,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of rounds a case (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/DATE-DEVICE-decoding.jsonl)")
     parser.add_argument("--no-file", action="store_true", help="print only")
-    parser.add_argument("--readme", nargs="+", type=Path, metavar="FILE", help="write the README's block of these")
+    parser.add_argument(
+        "--write", nargs="+", type=Path, metavar="FILE", help="write docs/benchmarks.md's block of these"
+    )
     options = parser.parse_args(arguments)
-    if options.readme:
-        README.write_text(replace_block(README.read_text(), "bench:decoding", block(results.read(options.readme))))
+    if options.write:
+        BENCHMARKS.write_text(
+            replace_block(BENCHMARKS.read_text(), "bench:decoding", block(results.read(options.write)))
+        )
         return
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():

@@ -2,11 +2,11 @@
 
     python -m bench.report                  the newest results of the goals on this project's CPUs: all tables, printed
     python -m bench.report FILE …           those of the given files together (of one device)
-    python -m bench.report --readme         rewrites the README's block, and the page with every number and its plot
+    python -m bench.report --write          rewrites the block of docs/benchmarks.md, the plot, the page of all numbers
 
-The block lies in README.md between the lines <!-- bench:cpu --> and <!-- /bench:cpu --> (or cuda), and shows what
-bench/lib/readme.py picks. Page and plot are bench/results/cpu.md and cpu.png; solver tables (`bench.solver`) are added
-to the page where there are any.
+The block lies in docs/benchmarks.md between the lines <!-- bench:cpu --> and <!-- /bench:cpu --> (or cuda), and shows
+what bench/lib/blocks.py picks. Page and plot are bench/results/cpu.md and cpu.png; solver tables (`bench.solver`) are
+added to the page where there are any.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import solver
-from bench.lib import plots, readme, results, tables
+from bench.lib import blocks, plots, results, tables
 from bench.lib.results import FOLDER, Row
 
 ROOT = FOLDER.parent.parent
-README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs/benchmarks.md"
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="result files (default: the newest with the goals)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose newest (default: %(default)s)")
-    parser.add_argument("--readme", action="store_true", help="write README.md's block, the plot and the page")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md's block, the plot and the page")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write all plots there")
     options = parser.parse_args(arguments)
     files = options.files or [file for file in [results.latest(options.device, "targets")] if file]
@@ -80,18 +80,18 @@ def main(arguments: list[str] | None = None) -> None:
     if options.plots:
         for name, picture in (("overview", plots.overview), ("empty-tiles", plots.dial)):
             print(plots.save(picture(rows), options.plots / f"{device}-{name}.png"))
-    if options.readme:
+    if options.write:
         plot = plots.save(plots.overview(rows), FOLDER / f"{device}.png")
         full = FOLDER / f"{device}.md"
         title, rest = page(rows).split("\n\n", 1)
         picture = f"![Beside the peers]({plot.name})"
         full.write_text(f"{title}\n\n{picture}\n\n{rest}" + (solver_page() if device == "cpu" else ""))
         try:
-            block = readme.block(rows, str(full.relative_to(ROOT)))
-            README.write_text(replace_block(README.read_text(), f"bench:{device}", block))
+            block = blocks.block(rows, f"../{full.relative_to(ROOT)}")
+            BENCHMARKS.write_text(replace_block(BENCHMARKS.read_text(), f"bench:{device}", block))
         except (ValueError, OSError) as error:
-            sys.exit(f"error: {README.name} was left as it is: {error}")
-        print(f"Written: {plot}, {full}, the block of {README}")
+            sys.exit(f"error: {BENCHMARKS.name} was left as it is: {error}")
+        print(f"Written: {plot}, {full}, the block of {BENCHMARKS}")
     elif not options.plots:
         print(page(rows))
 

@@ -1,7 +1,7 @@
 """Named lists of what to run.
 
 targets      the table of goals for the CPU, in one run; each goal is marked reached or missed
-lengths      time and memory against the length, for the README's plot
+lengths      time and memory against the length, for the plot
 sweep        every setting varied around the base case, on the CPU (hours)
 gpu-targets  the table of goals for a GPU
 gpu-lengths  the same inputs from 2,048 to 131,072 tokens, with heads enough to fill the GPU

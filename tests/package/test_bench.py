@@ -24,7 +24,7 @@ from bench import (
     support_pages,
 )
 from bench.context_parallel import DIFFERENCE, WEAK_SCALING
-from bench.lib import readme, results, tables
+from bench.lib import blocks, results, tables
 from bench.lib.case import BOTH, FORWARD, Case
 from bench.lib.inputs import Inputs, make_grad, make_inputs
 from bench.lib.presets import PRESETS, entries_of
@@ -238,7 +238,7 @@ def test_a_part_of_a_preset():
         attention.main(["--preset", "targets", "--head-dims", "32"])
 
 
-def test_the_readme_block_alone_is_replaced():
+def test_the_block_alone_is_replaced():
     text = "before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nafter"
     new = report.replace_block(text, "bench:cpu", "new")
     assert new == "before\n<!-- bench:cpu -->\nnew\n<!-- /bench:cpu -->\nafter"
@@ -247,7 +247,7 @@ def test_the_readme_block_alone_is_replaced():
         report.replace_block(text, "bench:cuda", "new")
 
 
-def test_the_readme_shows_a_few_cases_of_what_was_measured():
+def test_the_page_shows_a_few_cases_of_what_was_measured():
     facts = dict(device="cpu", processor="one", cores=2, instructions="AVX2", torch="2.13.0", commit="a")
     facts |= dict(date="2026-01-02", preset="own", entry=0, support=6.73, median=12.34)
     cases = (Case(), replace(Case(), head_dim=32))
@@ -257,10 +257,10 @@ def test_the_readme_shows_a_few_cases_of_what_was_measured():
         for what, ratio in ((FORWARD, 0.614), (BOTH, 0.00872))
         for peer in (OURS, "sdpa")
     ]
-    table = [line for line in readme.block(rows, "every.md").splitlines() if line.startswith("|")]
+    table = [line for line in blocks.block(rows, "every.md").splitlines() if line.startswith("|")]
     assert table[2:] == ["| random vectors | 6.7 of 4,096 | 12.3 / 12.3 | 0.61 / 0.009 | – |"]
     with pytest.raises(ValueError, match="no case that it shows"):
-        readme.block(rows[4:], "every.md")
+        blocks.block(rows[4:], "every.md")
 
 
 def test_exponents():
@@ -332,9 +332,9 @@ def test_decoding_is_timed_against_its_peers(tmp_path):
     assert 1 <= supports["scores:1"] < supports["flat"] == 128
 
 
-def test_the_readme_shows_decoding():
+def test_the_page_shows_decoding():
     rows = results.read(sorted(decoding.results.FOLDER.glob("*-decoding.jsonl")))
-    assert f"<!-- bench:decoding -->\n{decoding.block(rows)}\n<!-- /bench:decoding -->" in report.README.read_text()
+    assert f"<!-- bench:decoding -->\n{decoding.block(rows)}\n<!-- /bench:decoding -->" in report.BENCHMARKS.read_text()
 
 
 def test_what_decoding_reads_is_the_same_in_pages():

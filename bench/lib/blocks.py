@@ -1,4 +1,4 @@
-"""The README's blocks on speed: of all that was measured, a few cases that a user decides by, in plain words."""
+"""The blocks of docs/benchmarks.md: of all that was measured, a few cases that a user decides by, in plain words."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from bench.peers import OURS
 
 
 class Block(NamedTuple):
-    """What the README shows of a device. setting: what holds for all cases that do not say otherwise."""
+    """What the page shows of a device. setting: what holds for all cases that do not say otherwise."""
 
     setting: str
     peers: dict[str, str]  # peers by name: what users call them

@@ -1,0 +1,75 @@
+"""The pages as a site: links between them lead somewhere, each has its place in the navigation, and the reference has
+every public name. Nothing is built: that is `make docs`."""
+
+import importlib
+import re
+
+import pytest
+
+import pages
+from common import ROOT
+from pages import PAGES, name_of
+
+pytestmark = pytest.mark.backends("cpu")
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_links_lead_somewhere(page):
+    for target in pages.links(page):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{name_of(page)} links to {target}"
+        if anchor and file.suffix == ".md":
+            assert anchor in pages.anchors(file), f"{name_of(page)} links to {target}, of {sorted(pages.anchors(file))}"
+
+
+def test_every_page_is_in_the_navigation():
+    trees = (block.code for block in pages.blocks(ROOT / "docs/index.md") if block.language == "{toctree}")
+    lines = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    entries = [re.sub(r".*<(.*)>", r"\1", line) for line in lines]  # some have a title
+    assert len(entries) == len(set(entries))
+    places = (f"{entry[1:]}.md" if entry.startswith("/") else f"docs/{entry}.md" for entry in entries)
+    listed = {page for place in places for page in ROOT.glob(place)}
+    notes = {*(ROOT / "docs/notes").glob("2*.md")}  # docs/conf.py lists these
+    assert listed | notes == {*PAGES} - {ROOT / "README.md", ROOT / "docs/index.md"}
+
+
+def test_every_note_is_in_the_table():
+    table = (ROOT / "docs/notes/README.md").read_text()
+    assert [note.name for note in (ROOT / "docs/notes").glob("2*.md") if f"({note.name})" not in table] == []
+
+
+@pytest.mark.parametrize("module", ["adasplash", "adasplash.distributed", "adasplash.integrations.transformers"])
+def test_the_reference_has_every_public_name(module):
+    if module.endswith("transformers"):
+        pytest.importorskip("transformers")
+    described = re.findall(
+        r"^\.\. (?:auto\w+|data):: (\S+)$", (ROOT / "docs/reference/python.md").read_text(), re.MULTILINE
+    )
+    assert len(described) == len(set(described))
+    names = {name for name in importlib.import_module(module).__all__ if not name.startswith("__")}
+    assert {f"{module}.{name}" for name in names} <= set(described)
+
+
+def test_the_readme_repeats_measured_rows():
+    """What stands in its table stands so in docs/benchmarks.md."""
+    rows = {
+        cells[0]: cells[1:]
+        for cells in (
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in (ROOT / "docs/benchmarks.md").read_text().splitlines()
+            if line.startswith("|")
+        )
+    }
+    readme = (ROOT / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
+    shown = [line for line in readme.splitlines() if line.startswith("|")][2:]
+    assert shown
+    for line in shown:
+        name, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
+        assert numbers == rows[name][1 : 1 + len(numbers)], name
+
+
+def test_bug_reports_are_asked_what_is_installed():
+    assert "python -m adasplash.info" in (ROOT / ".github/ISSUE_TEMPLATE/bug.md").read_text()
