@@ -129,6 +129,16 @@ def lengths_and_dropout_over_context():
 
 
 @case
+def both_over_two_dimensions():
+    x = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
+    alone = EntmaxAttention(WIDTH, 4, is_causal=True, dtype=torch.float64)
+    for shape in ((1, 2), (2, 1)):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("hosts", "gpus"))
+        split = parallelize_module(copy.deepcopy(alone), mesh, ContextParallel("both"))
+        torch.testing.assert_close(unshard(split(shard(x, 1, mesh)), 1, mesh), alone(x), atol=1e-9, rtol=1e-9)
+
+
+@case
 def buffers_are_shards_within_the_context():
     mesh = init_device_mesh("cpu", (2,))
     tokens, positions = torch.arange(2 * TOKENS).view(2, TOKENS), torch.arange(TOKENS)
