@@ -360,7 +360,9 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
         tile_lists=torch.full((rows * shared.row_tiles,), 1 << 30, dtype=torch.int32),
         listed_scores=torch.full((all_rows * few.LISTED.value,), torch.nan),
         listed_keys=torch.full((all_rows * few.LISTED.value,), 1 << 30, dtype=torch.int32),
-        is_long=torch.full((all_rows,), 1, dtype=torch.int32),
+        long_tiles=torch.full((all_rows,), 1, dtype=torch.int32),
+        sums=torch.full((all_rows * few.SHARED.value,), torch.nan),
+        solvers=1,
         weighted=torch.full((all_rows * splits * block_d,), torch.nan),
         weight_sums=torch.full((all_rows * splits,), torch.nan),
     )
@@ -395,7 +397,9 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
         given = {argument: given[argument] for argument in spec.arguments if argument in given}
         code = variants.ALPHAS[alpha_code if alpha_code in spec.alphas else "any"]
         size = padded_dim(call.head_dim) if indexed and name.startswith(("turn", "scan")) else block_d
-        constants = dict(BLOCK_M=8 if name.startswith("scan") else 16, BLOCK_N=TILE, BLOCK_D=size, ALPHA=code)
+        constants = dict(
+            BLOCK_M=8 if name.startswith("scan") else 16, BLOCK_N=TILE, BLOCK_D=size, STAGES=3, ALPHA=code, ARCH=90
+        )
         used = {name: value for name, value in constants.items() if name in spec.constants}
         if count:
             with patched_once():

@@ -9,8 +9,9 @@ each row's scores and the largest of each tile. The rest is about one row, with 
     a list      the keys above it, in tiles whose largest score is above it: a superset of the support
     gap, out    from that list
 
-That is `solve_few`. A row with more than LISTED keys on its list, and any row at alpha = 1, is long: its values are
-summed by `weigh_few`, split over programs again, and `join_few` adds up what they found.
+That is `solve_few`. A row with more than LISTED keys on its list, and any row at alpha = 1, is long: programs beside each
+other, where an architecture has clusters, share the sums that its gap is found by; its values are summed by `weigh_few`,
+split over programs again, and `join_few` adds up what they found.
 """
 
 from typing import NamedTuple
@@ -33,13 +34,17 @@ from ..lib.matrices import any_row, cast, dot, load_rows, max_or_nan, rows_from
 from ..lib.scores import ScoreRules, scores_of
 from ..lib.tile_lists import WORD, append, first_tile_row
 from ..lib.visibility import LENGTHS_PACKED, TILE, UNLIMITED, Span, visible_keys
+from ..lib.waiting import follow, lead, meet
 from ..spec import CALL, FEW, MATRIX, Spec
 
 LISTED = tl.constexpr(1024)  # keys that a row's list has room for
 TOGETHER = tl.constexpr(1024)  # keys of a row that are looked at together
 TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
+TILES_AT_ONCE = tl.constexpr(1024 // 64)  # tiles of TOGETHER keys
 KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
 SPLIT = tl.constexpr(16)  # tiles whose values one program sums
+SHARES = tl.constexpr(8)  # parts of a long row's sums, which up to so many programs share
+SHARED = tl.constexpr(4 * 8)  # numbers of a row through which they do: two for each part, of this step and the next
 # Newton steps towards the bound; any number of them gives one.
 BOUND_STEPS_1_5 = tl.constexpr(3)
 BOUND_STEPS = tl.constexpr(5)
@@ -164,10 +169,11 @@ def load_queries(query, rows, call, at, BLOCK_D: tl.constexpr):
 @triton.jit
 def score_few(
     query, key, scores, tile_max, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """The largest z of each row in each tile, and all z of tiles that may hold weight. How many programs share the
     tiles, few.scorers, changes no bit."""
+    lead(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     index, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
     at = head_in_sequence(call, batch, kv_head * call.group)
@@ -204,7 +210,7 @@ SCORE_FEW = Spec(
     score_few,
     arguments=dict(query=MATRIX, key=MATRIX, scores="*fp32", tile_max="*fp32", call=CALL, few=FEW),
     writes=("scores", "tile_max"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
     programs="a block of BLOCK_M rows and one of few.scorers shares of its tiles, for all rows of all key heads and "
     "sequences",
     scratch=dict(
@@ -223,11 +229,16 @@ SCORE_FEW_EVEN = SCORE_FEW.over_even_pages(types=("bf16", "fp16"))
 
 @triton.jit
 def solve_few(
-    value, out, row_state, tiles, scores, tile_max, tile_lists, listed_scores, listed_keys, is_long, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+    value, out, row_state, tiles, scores, tile_max, tile_lists, listed_scores, listed_keys, long_tiles, sums, solvers,
+    call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """row_state of a row; and, unless it is long, its output and the bits of tiles in which it weighs keys."""
-    position, head, batch = block_of_program(few.queries, call.heads)
+    """row_state of a row; and, unless it is long, its output and the bits of tiles in which it weighs keys. How many
+    programs share a long row, `solvers`, changes no bit."""
+    follow(ARCH)
+    index, head, batch = block_of_program(few.queries * solvers, call.heads)
+    position = index // solvers
+    member = index % solvers
     at = head_in_sequence(call, batch, head)
     if has_many_queries(call, at.queries) | (position >= at.queries.extent):
         return
@@ -240,72 +251,91 @@ def solve_few(
     maxima = tile_max + tile_place(call, few, at, kv_head, place)
     bits = tiles + tile_row_of(call, at, position) * call.tile_words
     number = list_place(call, few, at, kv_head, place)
-
-    first_maxima = load_maxima(maxima, tiles_seen, tiles_seen.first)
-    row_max = largest_of(first_maxima, maxima, tiles_seen)
-    sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
-    broken = sees & ~sound
-    row_max = tl.where(sound, row_max, 0.0)
-    gap = tl.where(sound, -1.0, float("inf"))
-    long = 0
-    count = 0
+    state = row_state + 2 * (first_state_row(call, at) + position)
     entries = tile_lists + tile_place(call, few, at, kv_head, place)
     to_z = listed_scores + number * LISTED
     to_keys = listed_keys + number * LISTED
-    if sound:
-        if is_softmax(scale.alpha, ALPHA):
-            long = 1
-            gap = log_sum(z_row, visible, row_max)
-        else:
-            gap = bound_of(first_maxima, maxima, tiles_seen, row_max, scale.alpha, ALPHA)
-            candidates = list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap)
-            count = list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max, gap)
-            long = (count > LISTED).to(tl.int32)
-            if long > 0:
-                gap = solve_tiles(z_row, entries, candidates, visible, row_max, gap, scale.alpha, ALPHA)
+
+    row_max = 0.0
+    gap = float("inf")
+    broken = sees
+    long = 0
+    count = 0
+    if member == 0:
+        first_maxima = load_maxima(maxima, tiles_seen, tiles_seen.first)
+        row_max = largest_of(first_maxima, maxima, tiles_seen)
+        sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
+        broken = sees & ~sound
+        row_max = tl.where(sound, row_max, 0.0)
+        if sound:
+            if is_softmax(scale.alpha, ALPHA):
+                long = 1
+                gap = log_sum(z_row, visible, row_max)
             else:
-                gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA)
-    tl.store(is_long + number, long)
-    state = row_state + 2 * (first_state_row(call, at) + position)
-    tl.store(state, tl.where(broken, float("nan"), row_max))
-    tl.store(state + 1, tl.where(broken, float("nan"), gap))
+                gap = bound_of(first_maxima, maxima, tiles_seen, row_max, scale.alpha, ALPHA)
+                candidates = list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap)
+                count = list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max, gap)
+                if count > LISTED:
+                    long = candidates
+                else:
+                    gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA)
+        tl.store(long_tiles + number, long)
+        tl.store(state, tl.where(broken, float("nan"), row_max))
+        tl.store(state + 1, tl.where(broken, float("nan"), gap))
+    meet(solvers, ARCH)
+    if member > 0:
+        long = tl.load(long_tiles + number)
+        if long > 0:
+            row_max = tl.load(state)
+            gap = tl.load(state + 1)
+    if long > 0:
+        if not is_softmax(scale.alpha, ALPHA):
+            to_sums = sums + number * SHARED
+            gap = solve_tiles(
+                z_row, entries, long, visible, row_max, gap, scale.alpha, to_sums, member, solvers, ALPHA, ARCH
+            )
+            if member == 0:
+                tl.store(state + 1, gap)
+    if (member > 0) | (long > 0):
+        return
+
     if broken & (few.marks_tiles > 0):  # NaN goes back to all keys that are seen
         for start in range(tiles_seen.first, tiles_seen.end, TOGETHER):
             tile = start + tl.arange(0, TOGETHER)
             mark_tiles(bits, tile, tile < tiles_seen.end)
-    if long == 0:
-        value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
-        weighted = tl.zeros([BLOCK_D], tl.float32)
-        sum_p = 0.0
-        for start in range(0, count, KEYS_AT_ONCE):
-            entry = start + tl.arange(0, KEYS_AT_ONCE)
-            z = tl.load(to_z + entry, mask=entry < count, other=float("-inf"))
-            keys = tl.load(to_keys + entry, mask=entry < count, other=0)
-            p, _ = weights(excess(z, row_max, gap), scale.alpha, ALPHA, True)
-            weigh = p > 0.0
-            if few.marks_tiles > 0:
-                mark_tiles(bits, keys // TILE, weigh)
-            v = load_rows(value_rows, tl.where(weigh, keys, at.keys.length), KEYS_AT_ONCE, BLOCK_D, True)
-            weighted += tl.sum(p[:, None] * v.to(tl.float32), 0)
-            sum_p += tl.sum(p, 0)
-        weighted /= tl.where(sound, sum_p, 1.0)
-        store_row(out, at, position, tl.where(broken, float("nan"), weighted), call, BLOCK_D)
+    value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
+    weighted = tl.zeros([BLOCK_D], tl.float32)
+    sum_p = 0.0
+    for start in range(0, count, KEYS_AT_ONCE):
+        entry = start + tl.arange(0, KEYS_AT_ONCE)
+        z = tl.load(to_z + entry, mask=entry < count, other=float("-inf"))
+        keys = tl.load(to_keys + entry, mask=entry < count, other=0)
+        p, _ = weights(excess(z, row_max, gap), scale.alpha, ALPHA, True)
+        weigh = p > 0.0
+        if few.marks_tiles > 0:
+            mark_tiles(bits, keys // TILE, weigh)
+        v = load_rows(value_rows, tl.where(weigh, keys, at.keys.length), KEYS_AT_ONCE, BLOCK_D, True)
+        weighted += tl.sum(p[:, None] * v.to(tl.float32), 0)
+        sum_p += tl.sum(p, 0)
+    weighted /= tl.where(sees & ~broken, sum_p, 1.0)
+    store_row(out, at, position, tl.where(broken, float("nan"), weighted), call, BLOCK_D)
 
 
 SOLVE_FEW = Spec(
     solve_few,
     arguments=dict(
         value=MATRIX, out=MATRIX, row_state="*fp32", tiles="*i32", scores="*fp32", tile_max="*fp32", tile_lists="*i32",
-        listed_scores="*fp32", listed_keys="*i32", is_long="*i32", call=CALL, few=FEW,
+        listed_scores="*fp32", listed_keys="*i32", long_tiles="*i32", sums="*fp32", solvers="i32", call=CALL, few=FEW,
     ),
-    writes=("out", "row_state", "tiles", "tile_lists", "listed_scores", "listed_keys", "is_long"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
-    programs="a row, for few.queries * heads * batch",
+    writes=("out", "row_state", "tiles", "tile_lists", "listed_scores", "listed_keys", "long_tiles", "sums"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
+    programs="a row, for few.queries * heads * batch; or `solvers` for each, beside each other",
     scratch=dict(
         tile_lists="an entry for each row of a key head and each tile of its keys",
         listed_scores="LISTED numbers for each such row",
         listed_keys="LISTED numbers for each such row",
-        is_long="a number for each such row",
+        long_tiles="a number for each such row: how many tiles a long one has listed, at alpha = 1 one; else none",
+        sums="SHARED numbers for each such row",
     ),
     shapes="attention",
 )  # fmt: skip
@@ -408,7 +438,7 @@ def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max,
         tl.store(to_z + place, z, mask=room)
         tl.store(to_keys + place, keys, mask=room)
         count += tl.sum(wanted.to(tl.int32), 0)
-        first += TOGETHER // TILE
+        first += TILES_AT_ONCE
     tl.debug_barrier()  # as above
     return count
 
@@ -431,20 +461,30 @@ def solve_list(listed_z, count, row_max, gap, alpha, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def solve_tiles(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.constexpr):
-    """gap of the scores of `count` listed tiles, from a lower bound of it."""
+def solve_tiles(
+    z_row, entries, count, visible, row_max, gap, alpha, sums, member, solvers, ALPHA: tl.constexpr, ARCH: tl.constexpr
+):
+    """gap of the scores of `count` listed tiles, from a lower bound of it. A step's sums are those of SHARES parts,
+    whoever of the `solvers` adds up which; all of them then take the same step."""
     attempts = 0
     moving = 1
     while moving > 0:
-        part_p = tl.zeros([TOGETHER], tl.float32)
-        part_u = tl.zeros([TOGETHER], tl.float32)
-        for first in range(0, count, TOGETHER // TILE):
-            z, _ = scores_of_tiles(z_row, entries, first, count, visible)
-            p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
-            part_p += p
-            part_u += u
-        sum_p = tl.sum(part_p, 0)
-        step = newton_step(sum_p, tl.sum(part_u, 0), alpha, ALPHA)
+        # Those of the step before may still be read.
+        of_step = sums + attempts % 2 * (2 * SHARES)
+        for share in range(member, SHARES, solvers):
+            part_p = tl.zeros([TOGETHER], tl.float32)
+            part_u = tl.zeros([TOGETHER], tl.float32)
+            for first in range(share * TILES_AT_ONCE, count, SHARES * TILES_AT_ONCE):
+                z, _ = scores_of_tiles(z_row, entries, first, count, visible)
+                p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
+                part_p += p
+                part_u += u
+            tl.store(of_step + share, tl.sum(part_p, 0))
+            tl.store(of_step + SHARES + share, tl.sum(part_u, 0))
+        meet(solvers, ARCH)
+        share = tl.arange(0, SHARES)
+        sum_p = tl.sum(tl.load(of_step + share, volatile=True), 0)
+        step = newton_step(sum_p, tl.sum(tl.load(of_step + SHARES + share, volatile=True), 0), alpha, ALPHA)
         attempts += 1
         moving = goes_on(sum_p, gap, step, attempts, NEAR_LONG)
         gap += step
@@ -473,11 +513,13 @@ def log_sum(z_row, visible, row_max):
 
 @triton.jit
 def weigh_few(
-    value, row_state, tiles, scores, tile_max, is_long, weighted, weight_sums, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+    value, row_state, tiles, scores, tile_max, long_tiles, weighted, weight_sums, call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ALPHA: tl.constexpr,
+    ARCH: tl.constexpr,
 ):  # fmt: skip
     """Of long rows: weighted values and weights, summed over SPLIT tiles of keys. How many programs share the splits,
     few.weighers, changes no bit."""
+    follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     splits = tl.cdiv(tl.cdiv(call.keys.max_seqlen, TILE), SPLIT)
     index, kv_head, batch = block_of_program(few.weighers * row_blocks, call.heads // call.group)
@@ -486,7 +528,7 @@ def weigh_few(
         return
     rows = few_rows(index % row_blocks * BLOCK_M, call, few, kv_head, at.queries, BLOCK_M)
     number = list_place(call, few, at, kv_head, rows.place)
-    long = rows.real & (tl.load(is_long + number, mask=rows.real, other=0) != 0)
+    long = rows.real & (tl.load(long_tiles + number, mask=rows.real, other=0) > 0)
     if not any_row(long):
         return
     visible = visible_of(rows, at.band)
@@ -509,20 +551,20 @@ def weigh_few(
         sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         sum_p = tl.zeros([BLOCK_M], tl.float32)
         mine = some_of(tiles_seen, split, SPLIT)
-        for step in tl.range(mine.end - mine.first):
+        for step in tl.range(mine.end - mine.first, num_stages=STAGES):  # said here, all loads are pipelined
             tile = mine.first + step
             keys = tile * TILE + tl.arange(0, BLOCK_N)
             largest = tl.load(maxima + tile, mask=long, other=float("-inf"))
             weigh = long & (softmax | (largest - row_max > gap))
             seen = (keys[None, :] >= visible.first[:, None]) & (keys[None, :] < visible.end[:, None])
-            z = tl.load(z_rows[:, None] + keys[None, :], mask=weigh[:, None] & seen, other=float("-inf"))
+            # Loaded in any case, also what was not written: a load that waits for another would not be pipelined.
+            z = tl.load(z_rows[:, None] + keys[None, :], mask=long[:, None] & seen, other=float("-inf"))
             p, _ = weights(excess(z, row_max[:, None], gap[:, None]), scale.alpha[:, None], ALPHA, True)
             p = tl.where(softmax[:, None], tl.exp2(((z - row_max[:, None]) - gap[:, None]) * LOG2_E), p)
             p = tl.where(weigh[:, None], p, 0.0)
             here = tl.sum(p, 1)
             sum_p += here
-            if few.marks_tiles > 0:
-                mark_tiles(bits, tile, here > 0.0)
+            mark_tiles(bits, tile, (here > 0.0) & (few.marks_tiles > 0))  # a branch would not be pipelined either
             v = load_rows(value_rows, tile * TILE, BLOCK_N, BLOCK_D, True)
             sums = dot(cast(p, v.dtype), v, sums)
         part = part_place(call, few, at, kv_head, splits, split, rows.place)
@@ -533,11 +575,11 @@ def weigh_few(
 WEIGH_FEW = Spec(
     weigh_few,
     arguments=dict(
-        value=MATRIX, row_state="*fp32", tiles="*i32", scores="*fp32", tile_max="*fp32", is_long="*i32",
+        value=MATRIX, row_state="*fp32", tiles="*i32", scores="*fp32", tile_max="*fp32", long_tiles="*i32",
         weighted="*fp32", weight_sums="*fp32", call=CALL, few=FEW,
     ),
     writes=("tiles", "weighted", "weight_sums"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STAGES", "ALPHA", "ARCH"),
     programs="a block of BLOCK_M rows and every few.weighers-th split, for all rows of all key heads and sequences",
     scratch=dict(
         weighted="BLOCK_D numbers for each row of a key head and each SPLIT tiles of its keys",
@@ -552,16 +594,17 @@ WEIGH_FEW_EVEN = WEIGH_FEW.over_even_pages(types=("bf16", "fp16"))
 
 @triton.jit
 def join_few(
-    weighted, weight_sums, is_long, out, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    weighted, weight_sums, long_tiles, out, call, few,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """The output of a long row, from what weigh_few found in its splits."""
+    follow(ARCH)
     position, head, batch = block_of_program(few.queries, call.heads)
     at = head_in_sequence(call, batch, head)
     if has_many_queries(call, at.queries) | (position >= at.queries.length):
         return
     kv_head, place = row_of(call, few, head, position)
-    if tl.load(is_long + list_place(call, few, at, kv_head, place)) == 0:
+    if tl.load(long_tiles + list_place(call, few, at, kv_head, place)) == 0:
         return
     visible = visible_keys(position, at.band)
     splits = tl.cdiv(tl.cdiv(call.keys.max_seqlen, TILE), SPLIT)
@@ -581,9 +624,9 @@ def join_few(
 
 JOIN_FEW = Spec(
     join_few,
-    arguments=dict(weighted="*fp32", weight_sums="*fp32", is_long="*i32", out=MATRIX, call=CALL, few=FEW),
+    arguments=dict(weighted="*fp32", weight_sums="*fp32", long_tiles="*i32", out=MATRIX, call=CALL, few=FEW),
     writes=("out",),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ARCH"),
     programs="a row, for few.queries * heads * batch",
     shapes="attention",
     alphas=("any",),

@@ -28,6 +28,7 @@ from ..lib.matrices import dot, load_rows, offsets_together, pages_of
 from ..lib.scores import ScoreRules, scores_of
 from ..lib.tile_lists import append
 from ..lib.visibility import TILE
+from ..lib.waiting import follow, lead
 from ..spec import CALL, FEW, KEY_INDEX, MATRIX, Spec
 from .few import (
     ROUNDING,
@@ -61,10 +62,11 @@ SPLITS_TOGETHER = tl.constexpr(128)  # splits whose floors are
 
 
 @triton.jit
-def turn_queries(query, index, planes, terms, call, few, BLOCK_D: tl.constexpr):
+def turn_queries(query, index, planes, terms, call, few, BLOCK_D: tl.constexpr, ARCH: tl.constexpr):
     """The planes of a turned query, the first before the second, and the terms by which bounds of q.k are made of
     products with a code's numbers: scale * (unit * product + offset) + norm * error. Where the index is not one for
     these keys they are such that no bound says anything."""
+    lead(ARCH)
     position, head, batch = block_of_program(few.queries, call.heads)
     at = head_in_sequence(call, batch, head)
     if has_many_queries(call, at.queries) | (position >= at.queries.length):
@@ -105,7 +107,7 @@ TURN_QUERIES = Spec(
     turn_queries,
     arguments=dict(query=MATRIX, index=KEY_INDEX, planes="*i8", terms="*fp32", call=CALL, few=FEW),
     writes=("planes", "terms"),
-    constants=("BLOCK_D",),
+    constants=("BLOCK_D", "ARCH"),
     programs="a row, for few.queries * heads * batch",
     scratch=dict(
         planes="PLANES * BLOCK_D bytes for each row of a key head",
@@ -123,9 +125,10 @@ TURN_QUERIES = Spec(
 @triton.jit
 def scan_index(
     query, key, index, planes, terms, scores, tile_max, floors, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """An upper bound of each z, -inf for each tile's largest, and each row's floor in a split."""
+    follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
     at = head_in_sequence(call, batch, kv_head * call.group)
@@ -221,7 +224,7 @@ SCAN_INDEX = Spec(
         floors="*fp32", call=CALL, few=FEW,
     ),
     writes=("scores", "tile_max", "floors"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
     programs="as of score_few",
     scratch=dict(
         scores="as of score_few",
@@ -241,10 +244,11 @@ SCAN_INDEX_EVEN = SCAN_INDEX.over_even_pages()
 @triton.jit
 def score_found(
     query, key, floors, found, scores, tile_max, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """What score_few leaves, but for keys without weight: those of a split's keys whose bound reaches the row's floor
     for any row are listed and scored, 64 at a time. All others keep their bounds, which are as weightless."""
+    follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
     at = head_in_sequence(call, batch, kv_head * call.group)
@@ -327,7 +331,7 @@ SCORE_FOUND = Spec(
         query=MATRIX, key=MATRIX, floors="*fp32", found="*i32", scores="*fp32", tile_max="*fp32", call=CALL, few=FEW,
     ),
     writes=("found", "scores", "tile_max"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
     programs="as of score_few",
     scratch=dict(
         found="a number for each block of rows of a key head and each key",
