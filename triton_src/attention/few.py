@@ -546,6 +546,7 @@ def weigh_few(
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
     bits = tiles + tile_row_of(call, heads, rows.position) * call.tile_words
 
+    least_marked = tl.where(few.marks_tiles > 0, 0.0, float("inf"))  # a branch in the loop would not be pipelined
     first_split = tiles_seen.first // SPLIT
     for split in range(first_split + index // row_blocks, tl.cdiv(tiles_seen.end, SPLIT), few.weighers):
         sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -564,7 +565,7 @@ def weigh_few(
             p = tl.where(weigh[:, None], p, 0.0)
             here = tl.sum(p, 1)
             sum_p += here
-            mark_tiles(bits, tile, (here > 0.0) & (few.marks_tiles > 0))  # a branch would not be pipelined either
+            mark_tiles(bits, tile, here > least_marked)
             v = load_rows(value_rows, tile * TILE, BLOCK_N, BLOCK_D, True)
             sums = dot(cast(p, v.dtype), v, sums)
         part = part_place(call, few, at, kv_head, splits, split, rows.place)
