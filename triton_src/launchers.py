@@ -8,7 +8,7 @@ that are named tuples are structs inside it, of the same name, with Mutable befo
 
 import struct
 
-from .attention.few import LISTED, SHARED, SHARES, SPLIT
+from .attention.few import LISTED, SPLIT
 from .attention.few_indexed import PLANES, TERMS
 from .lib.marks import GATHER_ROOM, PROBE_EVERY
 from .spec import APPENDED, Aligned, is_group
@@ -123,17 +123,15 @@ def header():
         text.append(group_struct(name, argument, written) + "\n")
     text.append("// Of the kernels that gather, see triton_src/lib/marks.py.\n")
     text.append(f"constexpr int64_t kProbeEvery = {PROBE_EVERY.value}, kGatherRoom = {GATHER_ROOM.value};\n")
-    text.append("// Of attention/few.py: keys that a row's list has room for, tiles of keys that make a split, parts that a long\n")
-    text.append("// row's sums have, and numbers through which programs share them.\n")
-    text.append(f"constexpr int64_t kListed = {LISTED.value}, kSplitTiles = {SPLIT.value}, ")
-    text.append(f"kShares = {SHARES.value}, kShared = {SHARED.value};\n")
+    text.append("// Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.\n")
+    text.append(f"constexpr int64_t kListed = {LISTED.value}, kSplitTiles = {SPLIT.value};\n")
     text.append("// Of attention/few_indexed.py: planes of a turned query, and numbers that are kept of it.\n")
     text.append(f"constexpr int64_t kPlanes = {PLANES.value}, kTerms = {TERMS.value};\n")
     for kernel, spec in KERNELS.items():
         name, definition = arguments_struct(spec)
         text.append(
             f"\n{definition}"
-            f"inline void {kernel}(const Variant& variant, const Place& place, Programs programs,\n"
+            f"inline void {kernel}(const Variant& variant, const Place& place, int64_t programs,\n"
             f"{' ' * (13 + len(kernel))}const {name}& arguments) {{\n"
             f"  launch(Kernel::k{camel(kernel)}, variant, place, programs, &arguments, sizeof arguments);\n}}\n"
         )

@@ -14,26 +14,24 @@ using Function = void*;  // CUkernel, which launches as a CUfunction
 
 // CUlaunchAttribute: an id, and a value of 64 bytes.
 struct LaunchAttribute {
-  int id;
-  int unused = 0;
+  int id, unused = 0;
   union {
-    unsigned cluster[3];
     int allowed;
     char size[64];
   } value;
 };
 static_assert(sizeof(LaunchAttribute) == 72);
-constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
+constexpr int kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID: may begin while the launch before runs
 
 // CUlaunchConfig
 struct LaunchConfig {
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  LaunchAttribute* attributes = nullptr;
+  const LaunchAttribute* attributes = nullptr;
   unsigned attribute_count = 0;
 };
 
-constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76, kClusterLaunch = 120;  // CUdevice_attribute
+constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CUdevice_attribute
 constexpr int kMaxDynamicSharedBytes = 8;                                  // CUfunction_attribute
 constexpr int kSharedBytesByDefault = 48 * 1024;  // more is to be asked for, kernel by kernel and device by device
 

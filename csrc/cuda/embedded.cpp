@@ -18,8 +18,6 @@
 namespace adasplash::cuda {
 namespace {
 
-constexpr int kClustersFrom = 90;  // WAITS_FROM of triton_src/lib/waiting.py
-
 // What an error is about.
 std::string on_device(const char* kernel, int device) {
   return std::string(kernel) + " on device " + std::to_string(device);
@@ -39,10 +37,10 @@ std::string built_archs() {
   return kBuiltArchs.empty() ? "none" : text.str();
 }
 
-// Which code runs on a device, and whether that launches clusters.
+// Which code runs on a device.
 struct Code {
   int arch = 0;
-  bool ptx = false, clusters = false;
+  bool ptx = false;
 };
 
 // Code for sm_90 and above runs on exactly that architecture; below, on the same major with an equal or higher minor.
@@ -55,24 +53,24 @@ Code choose_code(const char* kernel, int device) {
     if (arch == found || (arch < 90 && arch / 10 == found / 10 && arch < found && arch > best)) best = arch;
     if (best == found) break;
   }
-  if (best) return {best, false, best >= kClustersFrom && device_attribute(kernel, device, kClusterLaunch) != 0};
+  if (best) return {best, false};
   TORCH_CHECK(kPtxArch && kPtxArch <= found, "adasplash: this build has no GPU kernels for the architecture of device ",
               device, ", sm_", found, "; it was built for: ", built_archs(), ". Build with -DADASPLASH_ARCHS=", found,
               " (several are separated by ;)");
-  return {kPtxArch, true, false};
+  return {kPtxArch, true};
 }
 
 Code code_for(const char* kernel, int device) {
   constexpr int kRemembered = 64;
-  static std::array<std::atomic<int>, kRemembered> memory{};  // 0: not known; else 4 * arch + 2 * clusters + ptx
+  static std::array<std::atomic<int>, kRemembered> memory{};  // 0: not known; else 2 * arch + ptx
   if (device < 0 || device >= kRemembered) return choose_code(kernel, device);
   int known = memory[device].load(std::memory_order_relaxed);
   if (!known) {
     const Code code = choose_code(kernel, device);
-    known = 4 * code.arch + 2 * code.clusters + code.ptx;
+    known = 2 * code.arch + code.ptx;
     memory[device].store(known, std::memory_order_relaxed);
   }
-  return {known / 4, known % 2 == 1, known / 2 % 2 == 1};
+  return {known / 2, known % 2 == 1};
 }
 
 // A variant's code in the driver: loaded by the first launch, for all devices and threads.
@@ -156,30 +154,22 @@ const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_si
   return *best;
 }
 
-bool has_clusters(const Variant& variant, int device) { return code_for(variant.name, device).clusters; }
-
-void launch(Kernel kernel, const Variant& variant, const Place& place, Programs programs, const void* arguments,
+void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t programs, const void* arguments,
             size_t size) {
   TORCH_INTERNAL_ASSERT(variant.kernel == kernel, variant.name);
-  TORCH_CHECK(programs.count <= std::numeric_limits<int32_t>::max(), "adasplash: ", variant.name, " would need ",
-              programs.count, " programs, more than a launch takes; split the batch");
-  if (programs.count == 0) return;  // which lengths of zero ask for; the driver refuses it
+  TORCH_CHECK(programs <= std::numeric_limits<int32_t>::max(), "adasplash: ", variant.name, " would need ", programs,
+              " programs, more than a launch takes; split the batch");
+  if (programs == 0) return;  // which lengths of zero ask for; the driver refuses it
   ensure_context(variant.name, place.device);
   const bool ptx = code_for(variant.name, place.device).ptx;
   const Function function = loaded(variant, ptx).function(variant, ptx, place.device);
-  LaunchAttribute attributes[2];
-  LaunchConfig config{{static_cast<unsigned>(programs.count), 1, 1},
-                      {static_cast<unsigned>(variant.warps) * 32, 1, 1},
-                      static_cast<unsigned>(variant.shared_bytes),
-                      place.stream,
-                      attributes};
-  if (variant.follows) {
-    attributes[config.attribute_count++] = {.id = kProgrammaticStreamSerialization, .value = {.allowed = 1}};
-  }
-  if (programs.cluster > 1) {
-    const auto cluster = static_cast<unsigned>(programs.cluster);
-    attributes[config.attribute_count++] = {.id = kClusterDimension, .value = {.cluster = {cluster, 1, 1}}};
-  }
+  const LaunchAttribute overlap{.id = kProgrammaticStreamSerialization, .value = {.allowed = 1}};
+  const LaunchConfig config{{static_cast<unsigned>(programs), 1, 1},
+                            {static_cast<unsigned>(variant.warps) * 32, 1, 1},
+                            static_cast<unsigned>(variant.shared_bytes),
+                            place.stream,
+                            &overlap,
+                            variant.follows ? 1U : 0U};
   // CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE and CU_LAUNCH_PARAM_END
   void* extra[] = {reinterpret_cast<void*>(1), const_cast<void*>(arguments), reinterpret_cast<void*>(2), &size,
                    nullptr};

@@ -124,20 +124,8 @@ inline AlphaCode alpha_code(double alpha) {
   return alpha == 1.5 ? AlphaCode::k15 : alpha == 2 ? AlphaCode::k2 : AlphaCode::kAny;
 }
 
-// How many programs a launch has, of which so many beside each other are a cluster: they run at the same time and may
-// wait for each other (`meet` of triton_src/lib/waiting.py).
-struct Programs {
-  Programs(int64_t count, int cluster = 1) : count(count), cluster(cluster) {}  // NOLINT(google-explicit-constructor)
-  int64_t count;  // a multiple of `cluster`
-  int cluster;
-};
-// The largest cluster that every device with clusters takes.
-constexpr int kLargestCluster = 8;
-// Whether a variant can be launched in clusters on this device.
-bool has_clusters(const Variant& variant, int device);
-
-// Launches with packed arguments. Use the typed functions of launchers.h.
-void launch(Kernel kernel, const Variant& variant, const Place& place, Programs programs, const void* arguments,
+// Launches `programs` programs with packed arguments. Use the typed functions of launchers.h.
+void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t programs, const void* arguments,
             size_t size);
 
 }  // namespace adasplash::cuda

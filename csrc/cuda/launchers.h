@@ -143,9 +143,8 @@ struct MutableKeyIndex {
 
 // Of the kernels that gather, see triton_src/lib/marks.py.
 constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
-// Of attention/few.py: keys that a row's list has room for, tiles of keys that make a split, parts that a long
-// row's sums have, and numbers through which programs share them.
-constexpr int64_t kListed = 1024, kSplitTiles = 16, kShares = 8, kShared = 32;
+// Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.
+constexpr int64_t kListed = 1024, kSplitTiles = 16;
 // Of attention/few_indexed.py: planes of a turned query, and numbers that are kept of it.
 constexpr int64_t kPlanes = 2, kTerms = 3;
 
@@ -163,7 +162,7 @@ struct AttendArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(AttendArguments) == 360);
-inline void attend(const Variant& variant, const Place& place, Programs programs,
+inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -184,7 +183,7 @@ struct MarkArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(MarkArguments) == 320);
-inline void mark(const Variant& variant, const Place& place, Programs programs,
+inline void mark(const Variant& variant, const Place& place, int64_t programs,
                  const MarkArguments& arguments) {
   launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -211,7 +210,7 @@ struct GradQueryArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(GradQueryArguments) == 472);
-inline void grad_query(const Variant& variant, const Place& place, Programs programs,
+inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -236,7 +235,7 @@ struct GradKeyValueArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(GradKeyValueArguments) == 456);
-inline void grad_key_value(const Variant& variant, const Place& place, Programs programs,
+inline void grad_key_value(const Variant& variant, const Place& place, int64_t programs,
                            const GradKeyValueArguments& arguments) {
   launch(Kernel::kGradKeyValue, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -256,7 +255,7 @@ struct CountSupportArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(CountSupportArguments) == 320);
-inline void count_support(const Variant& variant, const Place& place, Programs programs,
+inline void count_support(const Variant& variant, const Place& place, int64_t programs,
                           const CountSupportArguments& arguments) {
   launch(Kernel::kCountSupport, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -272,7 +271,7 @@ struct ScoreFewArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ScoreFewArguments) == 312);
-inline void score_few(const Variant& variant, const Place& place, Programs programs,
+inline void score_few(const Variant& variant, const Place& place, int64_t programs,
                       const ScoreFewArguments& arguments) {
   launch(Kernel::kScoreFew, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -287,16 +286,14 @@ struct SolveFewArguments {
   Exactly<int32_t*> tile_lists;
   Exactly<float*> listed_scores;
   Exactly<int32_t*> listed_keys;
-  Exactly<int32_t*> long_tiles;
-  Exactly<float*> sums;
-  Exactly<int32_t> solvers;
+  Exactly<int32_t*> is_long;
   Call call;
   Few few;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewArguments) == 376);
-inline void solve_few(const Variant& variant, const Place& place, Programs programs,
+static_assert(sizeof(SolveFewArguments) == 360);
+inline void solve_few(const Variant& variant, const Place& place, int64_t programs,
                       const SolveFewArguments& arguments) {
   launch(Kernel::kSolveFew, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -307,7 +304,7 @@ struct WeighFewArguments {
   Exactly<int32_t*> tiles;
   Exactly<const float*> scores;
   Exactly<const float*> tile_max;
-  Exactly<const int32_t*> long_tiles;
+  Exactly<const int32_t*> is_long;
   Exactly<float*> weighted;
   Exactly<float*> weight_sums;
   Call call;
@@ -316,7 +313,7 @@ struct WeighFewArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(WeighFewArguments) == 320);
-inline void weigh_few(const Variant& variant, const Place& place, Programs programs,
+inline void weigh_few(const Variant& variant, const Place& place, int64_t programs,
                       const WeighFewArguments& arguments) {
   launch(Kernel::kWeighFew, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -324,7 +321,7 @@ inline void weigh_few(const Variant& variant, const Place& place, Programs progr
 struct JoinFewArguments {
   Exactly<const float*> weighted;
   Exactly<const float*> weight_sums;
-  Exactly<const int32_t*> long_tiles;
+  Exactly<const int32_t*> is_long;
   MutableMatrix out;
   Call call;
   Few few;
@@ -332,7 +329,7 @@ struct JoinFewArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(JoinFewArguments) == 288);
-inline void join_few(const Variant& variant, const Place& place, Programs programs,
+inline void join_few(const Variant& variant, const Place& place, int64_t programs,
                      const JoinFewArguments& arguments) {
   launch(Kernel::kJoinFew, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -351,7 +348,7 @@ struct AttendPagedArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(AttendPagedArguments) == 424);
-inline void attend_paged(const Variant& variant, const Place& place, Programs programs,
+inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -367,7 +364,7 @@ struct ScoreFewPagedArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ScoreFewPagedArguments) == 344);
-inline void score_few_paged(const Variant& variant, const Place& place, Programs programs,
+inline void score_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const ScoreFewPagedArguments& arguments) {
   launch(Kernel::kScoreFewPaged, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -382,16 +379,14 @@ struct SolveFewPagedArguments {
   Exactly<int32_t*> tile_lists;
   Exactly<float*> listed_scores;
   Exactly<int32_t*> listed_keys;
-  Exactly<int32_t*> long_tiles;
-  Exactly<float*> sums;
-  Exactly<int32_t> solvers;
+  Exactly<int32_t*> is_long;
   Call call;
   Few few;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(SolveFewPagedArguments) == 408);
-inline void solve_few_paged(const Variant& variant, const Place& place, Programs programs,
+static_assert(sizeof(SolveFewPagedArguments) == 392);
+inline void solve_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const SolveFewPagedArguments& arguments) {
   launch(Kernel::kSolveFewPaged, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -402,7 +397,7 @@ struct WeighFewPagedArguments {
   Exactly<int32_t*> tiles;
   Exactly<const float*> scores;
   Exactly<const float*> tile_max;
-  Exactly<const int32_t*> long_tiles;
+  Exactly<const int32_t*> is_long;
   Exactly<float*> weighted;
   Exactly<float*> weight_sums;
   Call call;
@@ -411,7 +406,7 @@ struct WeighFewPagedArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(WeighFewPagedArguments) == 352);
-inline void weigh_few_paged(const Variant& variant, const Place& place, Programs programs,
+inline void weigh_few_paged(const Variant& variant, const Place& place, int64_t programs,
                             const WeighFewPagedArguments& arguments) {
   launch(Kernel::kWeighFewPaged, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -427,7 +422,7 @@ struct ScoreFewEvenArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ScoreFewEvenArguments) == 336);
-inline void score_few_even(const Variant& variant, const Place& place, Programs programs,
+inline void score_few_even(const Variant& variant, const Place& place, int64_t programs,
                            const ScoreFewEvenArguments& arguments) {
   launch(Kernel::kScoreFewEven, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -438,7 +433,7 @@ struct WeighFewEvenArguments {
   Exactly<int32_t*> tiles;
   Exactly<const float*> scores;
   Exactly<const float*> tile_max;
-  Exactly<const int32_t*> long_tiles;
+  Exactly<const int32_t*> is_long;
   Exactly<float*> weighted;
   Exactly<float*> weight_sums;
   Call call;
@@ -447,7 +442,7 @@ struct WeighFewEvenArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(WeighFewEvenArguments) == 344);
-inline void weigh_few_even(const Variant& variant, const Place& place, Programs programs,
+inline void weigh_few_even(const Variant& variant, const Place& place, int64_t programs,
                            const WeighFewEvenArguments& arguments) {
   launch(Kernel::kWeighFewEven, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -463,7 +458,7 @@ struct TurnQueriesArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(TurnQueriesArguments) == 344);
-inline void turn_queries(const Variant& variant, const Place& place, Programs programs,
+inline void turn_queries(const Variant& variant, const Place& place, int64_t programs,
                          const TurnQueriesArguments& arguments) {
   launch(Kernel::kTurnQueries, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -483,7 +478,7 @@ struct ScanIndexArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ScanIndexArguments) == 400);
-inline void scan_index(const Variant& variant, const Place& place, Programs programs,
+inline void scan_index(const Variant& variant, const Place& place, int64_t programs,
                        const ScanIndexArguments& arguments) {
   launch(Kernel::kScanIndex, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -503,7 +498,7 @@ struct ScanIndexEvenArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ScanIndexEvenArguments) == 424);
-inline void scan_index_even(const Variant& variant, const Place& place, Programs programs,
+inline void scan_index_even(const Variant& variant, const Place& place, int64_t programs,
                             const ScanIndexEvenArguments& arguments) {
   launch(Kernel::kScanIndexEven, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -521,7 +516,7 @@ struct ScoreFoundArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ScoreFoundArguments) == 328);
-inline void score_found(const Variant& variant, const Place& place, Programs programs,
+inline void score_found(const Variant& variant, const Place& place, int64_t programs,
                         const ScoreFoundArguments& arguments) {
   launch(Kernel::kScoreFound, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -539,7 +534,7 @@ struct ScoreFoundEvenArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ScoreFoundEvenArguments) == 352);
-inline void score_found_even(const Variant& variant, const Place& place, Programs programs,
+inline void score_found_even(const Variant& variant, const Place& place, int64_t programs,
                              const ScoreFoundEvenArguments& arguments) {
   launch(Kernel::kScoreFoundEven, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -560,7 +555,7 @@ struct AppendArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(AppendArguments) == 176);
-inline void append(const Variant& variant, const Place& place, Programs programs,
+inline void append(const Variant& variant, const Place& place, int64_t programs,
                    const AppendArguments& arguments) {
   launch(Kernel::kAppend, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -573,7 +568,7 @@ struct IndexKeysArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(IndexKeysArguments) == 120);
-inline void index_keys(const Variant& variant, const Place& place, Programs programs,
+inline void index_keys(const Variant& variant, const Place& place, int64_t programs,
                        const IndexKeysArguments& arguments) {
   launch(Kernel::kIndexKeys, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -590,7 +585,7 @@ struct ActivateArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ActivateArguments) == 64);
-inline void activate(const Variant& variant, const Place& place, Programs programs,
+inline void activate(const Variant& variant, const Place& place, int64_t programs,
                      const ActivateArguments& arguments) {
   launch(Kernel::kActivate, variant, place, programs, &arguments, sizeof arguments);
 }
@@ -609,7 +604,7 @@ struct ActivateGradArguments {
   int8_t* profile_scratch = nullptr;
 };
 static_assert(sizeof(ActivateGradArguments) == 80);
-inline void activate_grad(const Variant& variant, const Place& place, Programs programs,
+inline void activate_grad(const Variant& variant, const Place& place, int64_t programs,
                           const ActivateGradArguments& arguments) {
   launch(Kernel::kActivateGrad, variant, place, programs, &arguments, sizeof arguments);
 }

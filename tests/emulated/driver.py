@@ -164,7 +164,7 @@ class EmulatedDriver:
                 if (threads, shared) != (variant["warps"] * 32, variant["shared"]):
                     raise ValueError(f"{threads} threads and {shared} bytes of shared memory are not the manifest's")
                 if bool(early) != variant["follows"]:
-                    raise ValueError(f"launched early: {early}, but it waits: {variant['follows']}")
+                    raise ValueError(f"may begin early: {bool(early)}, but it waits: {variant['follows']}")
                 values = {name: value for name, (_, value) in arguments.items()}
                 self.launches.append(LaunchRecord(variant, device, stream, programs, values))
                 if self.run_kernels:

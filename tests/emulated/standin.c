@@ -20,8 +20,8 @@ enum { MAX_DEVICES = 16, MAX_KERNELS = 4096, MAX_CALLS = 16, SHARED_BY_DEFAULT =
 typedef struct {
   int (*load)(const void* code, int device);
   int (*find)(int library, const char* name);
-  int (*launch)(int kernel, int device, uint64_t stream, unsigned programs, unsigned threads, unsigned shared, int early,
-                const void* arguments, uint64_t size);
+  int (*launch)(int kernel, int device, uint64_t stream, unsigned programs, unsigned threads, unsigned shared,
+                int early, const void* arguments, uint64_t size);
 } Handlers;
 
 static struct {
@@ -134,12 +134,9 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   BEGIN();
   INITIALIZED();
   if (device < 0 || device >= state.devices) return INVALID_DEVICE;
-  switch (attribute) {
-    case 75: *value = state.capability[device] / 10; return SUCCESS;
-    case 76: *value = state.capability[device] % 10; return SUCCESS;
-    case 120: *value = 0; return SUCCESS;  // no clusters: programs are run one after the other
-    default: return INVALID_VALUE;
-  }
+  if (attribute != 75 && attribute != 76) return INVALID_VALUE;
+  *value = attribute == 75 ? state.capability[device] / 10 : state.capability[device] % 10;
+  return SUCCESS;
 }
 int cuCtxGetCurrent(void** current) {
   BEGIN();
@@ -217,7 +214,7 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* kernel, void** parameters
     return INVALID_VALUE;
   if (!config->block[0] || config->block[0] > 1024 || config->block[1] != 1 || config->block[2] != 1)
     return INVALID_VALUE;
-  // The only attribute that there may be: that the kernel may begin before the one ahead has ended.
+  // The only attribute that there may be: that the kernel may begin while the one ahead runs.
   const int early = config->attribute_count == 1;
   if (early && (config->attributes[0].id != 6 || config->attributes[0].value.allowed != 1)) return INVALID_VALUE;
   const unsigned allowed = state.shared_allowed[device][handle];

@@ -355,14 +355,12 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
     shared = Few(most, rows, stored * keys.tile_rows, min(sharers, tiles), sharers, 1)
     row_blocks, all_rows = math.ceil(rows / 16), batch * kv_heads * rows
     numbers = dict(
-        scores=torch.full((stored * rows * keys.rows,), torch.nan),
+        scores=torch.full((rows * shared.row_tiles * TILE,), torch.nan),
         tile_max=torch.full((rows * shared.row_tiles,), torch.nan),
         tile_lists=torch.full((rows * shared.row_tiles,), 1 << 30, dtype=torch.int32),
         listed_scores=torch.full((all_rows * few.LISTED.value,), torch.nan),
         listed_keys=torch.full((all_rows * few.LISTED.value,), 1 << 30, dtype=torch.int32),
-        long_tiles=torch.full((all_rows,), 1, dtype=torch.int32),
-        sums=torch.full((all_rows * few.SHARED.value,), torch.nan),
-        solvers=1,
+        is_long=torch.full((all_rows,), 1, dtype=torch.int32),
         weighted=torch.full((all_rows * splits * block_d,), torch.nan),
         weight_sums=torch.full((all_rows * splits,), torch.nan),
     )

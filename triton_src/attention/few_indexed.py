@@ -32,6 +32,7 @@ from ..lib.waiting import follow, lead
 from ..spec import CALL, FEW, KEY_INDEX, MATRIX, Spec
 from .few import (
     ROUNDING,
+    SCORES,
     few_rows,
     few_rows_at,
     keys_of_rows,
@@ -39,7 +40,7 @@ from .few import (
     list_place,
     load_queries,
     row_of,
-    score_row,
+    score_place,
     share_of,
     tile_place,
     tiles_of,
@@ -128,6 +129,7 @@ def scan_index(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """An upper bound of each z, -inf for each tile's largest, and each row's floor in a split."""
+    lead(ARCH)
     follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
@@ -161,7 +163,7 @@ def scan_index(
     codes = index.codes + kv_head * index.head_stride
     norms = index.norms + kv_head * (index.head_stride // 4)
 
-    to_scores = scores + score_row(call, few, at, kv_head, rows.place)
+    to_scores = scores + score_place(call, few, at, kv_head, rows.place)
     to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     best_key = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -181,7 +183,7 @@ def scan_index(
         # Errors are not negative; what stands there in an index of something else may be, times an infinite norm.
         bound = key_scale * (unit * product + offset) + norm[:, None] * tl.abs(error)
         z = scores_of(bound, rules, keys, 0, ALPHA, True) * scale.z[:, None]
-        tl.store(to_scores[:, None] + keys[None, :], z, mask=rows.real[:, None] & there[None, :])
+        tl.store(to_scores[:, None] + keys[None, :], z, mask=rows.real[:, None])
         tl.store(to_maxima + mine.first + step, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=rows.real)
         better = z > best
         best = tl.where(better, z, best)
@@ -220,7 +222,7 @@ def offsets_in_index(key, at, first, ROWS: tl.constexpr, page_stride, row_stride
 SCAN_INDEX = Spec(
     scan_index,
     arguments=dict(
-        query=MATRIX, key=MATRIX, index=KEY_INDEX, planes="*i8", terms="*fp32", scores="*fp32", tile_max="*fp32",
+        query=MATRIX, key=MATRIX, index=KEY_INDEX, planes="*i8", terms="*fp32", scores=SCORES, tile_max="*fp32",
         floors="*fp32", call=CALL, few=FEW,
     ),
     writes=("scores", "tile_max", "floors"),
@@ -248,6 +250,7 @@ def score_found(
 ):  # fmt: skip
     """What score_few leaves, but for keys without weight: those of a split's keys whose bound reaches the row's floor
     for any row are listed and scored, 64 at a time. All others keep their bounds, which are as weightless."""
+    lead(ARCH)
     follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
@@ -282,7 +285,7 @@ def score_found(
                 place = block * BLOCK_M + row + other
                 least = floor_of(floor, row + other, BLOCK_M)
                 last = tl.where((place < few.rows) & (least < float("inf")), end, 0)
-                bounds = scores + score_row(call, few, at, kv_head, place) + keys
+                bounds = scores + score_place(call, few, at, kv_head, place) + keys
                 bound = tl.load(bounds, mask=keys < last, other=float("-inf"))
                 # What is not finite compares as if it had weight; hidden keys have -inf and none.
                 wanted = wanted | (~(bound < least) & (bound != float("-inf")))
@@ -292,7 +295,7 @@ def score_found(
     q = load_queries(query, rows, call, at, BLOCK_D)
     rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
     key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
-    to_scores = scores + score_row(call, few, at, kv_head, rows.place)
+    to_scores = scores + score_place(call, few, at, kv_head, rows.place)
     to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
     for first in tl.range(0, count, BLOCK_N):
         entry = first + tl.arange(0, BLOCK_N)
@@ -328,7 +331,7 @@ def largest_floor(floors, real, splits, BLOCK_M: tl.constexpr):
 SCORE_FOUND = Spec(
     score_found,
     arguments=dict(
-        query=MATRIX, key=MATRIX, floors="*fp32", found="*i32", scores="*fp32", tile_max="*fp32", call=CALL, few=FEW,
+        query=MATRIX, key=MATRIX, floors="*fp32", found="*i32", scores=SCORES, tile_max="*fp32", call=CALL, few=FEW,
     ),
     writes=("found", "scores", "tile_max"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),

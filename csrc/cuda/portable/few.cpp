@@ -8,20 +8,16 @@ constexpr int64_t kManyPrograms = 1024;
 constexpr int64_t kMostScored = 32;  // tiles for one program, of a sequence as long as there is room for
 // Of weigh_few about two for each multiprocessor: mostly they find no long row and end.
 constexpr int64_t kWeighing = 264;
-constexpr int64_t kSolving = 512;  // of solve_few, where programs share a row: as many as fit a large GPU together
 
 constexpr int64_t in_blocks(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
 // How the work on a call's sequences of few queries is shared.
 struct Shares {
-  Shares(const PreparedCall& call, const FewQueries& few, const Variant& score, const Variant& solve,
-         const Variant& weigh, bool marks_tiles)
+  Shares(const PreparedCall& call, const FewQueries& few, const Variant& score, const Variant& weigh, bool marks_tiles)
       : rows(few.queries() * call.arguments.group.value),
         key_tiles(count_tiles(call.arguments.keys.max_seqlen.value)),
         score_blocks(in_blocks(rows, score.block_m) * call.kv_heads),
         weigh_blocks(in_blocks(rows, weigh.block_m) * call.kv_heads),
-        query_rows(few.queries() * call.heads),
-        solvers(has_clusters(solve, call.place.device) ? solvers_for(query_rows) : 1),
         argument{
             .queries = static_cast<int32_t>(few.queries()),
             .rows = static_cast<int32_t>(rows),
@@ -37,20 +33,10 @@ struct Shares {
   const int64_t rows, key_tiles;
   // How many blocks of rows there are of all key heads, each of which all keys are split for.
   const int64_t score_blocks, weigh_blocks;
-  const int64_t query_rows;
-  const int32_t solvers;  // programs of solve_few for each of these
   const Few argument;
 
   int64_t scoring() const { return argument.scorers.value * score_blocks; }
-  Programs solving() const { return {query_rows * solvers, solvers}; }
   int64_t weighing() const { return argument.weighers.value * weigh_blocks; }
-
- private:
-  static int32_t solvers_for(int64_t query_rows) {
-    int32_t solvers = kLargestCluster;
-    while (solvers > 1 && query_rows * solvers > kSolving) solvers /= 2;
-    return solvers;
-  }
 };
 
 // Scores, of all keys.
@@ -71,9 +57,9 @@ void score(const PreparedCall& call, const Shares& shares, const Workspace& work
 // Scores, of the keys that an index leaves.
 template <typename KeyMatrix>
 void score_indexed(const PreparedCall& call, const Shares& shares, const Workspace& workspace, const KeyMatrix& key,
-                   const KeyIndex& index) {
+                   const KeyIndex& index, int64_t query_rows) {
   using Kernels = KeyKernels<KeyMatrix>;
-  turn_queries(call.variant_of_turns(Kernel::kTurnQueries), call.place, shares.query_rows,
+  turn_queries(call.variant_of_turns(Kernel::kTurnQueries), call.place, query_rows,
                {
                    .query = matrix_of(call.query),
                    .index = index,
@@ -112,9 +98,9 @@ void score_indexed(const PreparedCall& call, const Shares& shares, const Workspa
 
 template <typename KeyMatrix>
 void solve(const PreparedCall& call, const Shares& shares, const Workspace& workspace, const KeyMatrix& value,
-           const at::Tensor& out, float* row_state, int32_t* tiles) {
+           const at::Tensor& out, float* row_state, int32_t* tiles, int64_t query_rows) {
   using Kernels = KeyKernels<KeyMatrix>;
-  Kernels::solve_few(call.variant(Kernels::kSolveFew), call.place, shares.solving(),
+  Kernels::solve_few(call.variant(Kernels::kSolveFew), call.place, query_rows,
                      {
                          .value = value,
                          .out = mutable_matrix_of(out),
@@ -125,9 +111,7 @@ void solve(const PreparedCall& call, const Shares& shares, const Workspace& work
                          .tile_lists = workspace.write(kFewTileLists),
                          .listed_scores = workspace.write(kListedScores),
                          .listed_keys = workspace.write(kListedKeys),
-                         .long_tiles = workspace.write(kLongTiles),
-                         .sums = workspace.write(kSums),
-                         .solvers = shares.solvers,
+                         .is_long = workspace.write(kIsLong),
                          .call = call.arguments,
                          .few = shares.argument,
                      });
@@ -144,7 +128,7 @@ void weigh(const PreparedCall& call, const Shares& shares, const Workspace& work
                          .tiles = tiles,
                          .scores = workspace.read(kScores),
                          .tile_max = workspace.read(kTileMax),
-                         .long_tiles = workspace.read(kLongTiles),
+                         .is_long = workspace.read(kIsLong),
                          .weighted = workspace.write(kWeighted),
                          .weight_sums = workspace.write(kWeightSums),
                          .call = call.arguments,
@@ -156,14 +140,15 @@ void weigh(const PreparedCall& call, const Shares& shares, const Workspace& work
 
 void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace& workspace, const at::Tensor& out,
                 float* row_state, int32_t* tiles) {
+  const int64_t query_rows = few.queries() * call.heads;
   const auto index = call.key_index();
   call.over_keys_of_few([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
     using Kernels = KeyKernels<KeyMatrix>;
-    const Shares shares(call, few, call.variant(Kernels::kScoreFew), call.variant(Kernel::kSolveFew),
-                        call.variant(Kernels::kWeighFew), tiles != nullptr);
+    const Shares shares(call, few, call.variant(Kernels::kScoreFew), call.variant(Kernels::kWeighFew),
+                        tiles != nullptr);
     if constexpr (Kernels::kReadsIndex) {
       if (index) {
-        score_indexed(call, shares, workspace, key, *index);
+        score_indexed(call, shares, workspace, key, *index, query_rows);
       } else {
         score(call, shares, workspace, key);
       }
@@ -171,14 +156,14 @@ void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace
       score(call, shares, workspace, key);
     }
     call.over_keys([&](const auto&, const auto& rows) {
-      solve(call, shares, workspace, rows, out, row_state, tiles);
+      solve(call, shares, workspace, rows, out, row_state, tiles, query_rows);
     });
     weigh(call, shares, workspace, value, row_state, tiles);
-    join_few(call.variant(Kernel::kJoinFew), call.place, shares.query_rows,
+    join_few(call.variant(Kernel::kJoinFew), call.place, query_rows,
              {
                  .weighted = workspace.read(kWeighted),
                  .weight_sums = workspace.read(kWeightSums),
-                 .long_tiles = workspace.read(kLongTiles),
+                 .is_long = workspace.read(kIsLong),
                  .out = mutable_matrix_of(out),
                  .call = call.arguments,
                  .few = shares.argument,

@@ -6,13 +6,12 @@
 
 namespace adasplash::cuda::portable {
 
-constexpr Piece<float> kScores{"few_scores", 1, &Extents::few_scores};
+constexpr Piece<float> kScores{"few_scores", kTile, &Extents::few_tiles};
 constexpr Piece<float> kTileMax{"few_tile_max", 1, &Extents::few_tiles};
 constexpr Piece<int32_t> kFewTileLists{"few_tile_lists", 1, &Extents::few_tiles};
 constexpr Piece<float> kListedScores{"few_listed_scores", kListed, &Extents::few_rows};
 constexpr Piece<int32_t> kListedKeys{"few_listed_keys", kListed, &Extents::few_rows};
-constexpr Piece<int32_t> kLongTiles{"few_long_tiles", 1, &Extents::few_rows};
-constexpr Piece<float> kSums{"few_sums", kShared, &Extents::few_rows};
+constexpr Piece<int32_t> kIsLong{"few_is_long", 1, &Extents::few_rows};
 constexpr Piece<float> kWeighted{"few_weighted", 1, &Extents::few_values};
 constexpr Piece<float> kWeightSums{"few_weight_sums", 1, &Extents::few_splits};
 

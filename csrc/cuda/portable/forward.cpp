@@ -15,19 +15,19 @@ constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
 constexpr Scratch kTrainingScratch = {kTileMargins, kTileLists};
 constexpr Scratch kInferenceScratch = {kTileMargins, kRowState, kTileLists, kTiles};
 constexpr Scratch kFewTrainingScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,
-                                         kListedKeys, kLongTiles, kSums,  kWeighted,     kWeightSums};
+                                         kListedKeys, kIsLong,  kWeighted,     kWeightSums};
 constexpr Scratch kFewInferenceScratch = {kRowState,   kScores, kTileMax,  kFewTileLists, kListedScores,
-                                          kListedKeys, kLongTiles, kSums, kWeighted, kWeightSums};
+                                          kListedKeys, kIsLong, kWeighted, kWeightSums};
 constexpr Scratch kFewIndexedScratch = {kRowState,    kScores, kTileMax,  kFewTileLists, kListedScores,
-                                        kListedKeys,  kLongTiles, kSums, kWeighted, kWeightSums,   kTurned,
+                                        kListedKeys,  kIsLong, kWeighted, kWeightSums,   kTurned,
                                         kTurnedTerms, kFloors, kFound};
 // Where the lengths that the GPU has decide.
 constexpr Scratch kBothTrainingScratch = {kTileMargins,  kTileLists,  kScores, kTileMax,  kFewTileLists,
-                                          kListedScores, kListedKeys, kLongTiles, kSums, kWeighted, kWeightSums};
+                                          kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
 constexpr Scratch kBothInferenceScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
-                                           kFewTileLists, kListedScores, kListedKeys, kLongTiles, kSums, kWeighted, kWeightSums};
+                                           kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
 constexpr Scratch kBothIndexedScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
-                                         kFewTileLists, kListedScores, kListedKeys, kLongTiles, kSums, kWeighted, kWeightSums,
+                                         kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums,
                                          kTurned,       kTurnedTerms,  kFloors,     kFound};
 
 }  // namespace
