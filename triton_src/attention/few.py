@@ -554,11 +554,13 @@ def weigh_few(
     )
     value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
+    # There powers would be most of the work, which for other types and sizes are products.
+    WITHOUT_POWERS: tl.constexpr = value.data.dtype.element_ty != tl.float32 and BLOCK_D <= 128
+    without_powers = (call.alpha.source == ALPHA_NUMBER) & (call.alpha.number == 1.5)
     first_split = tiles_seen.first // SPLIT
     for split in range(first_split + index // row_blocks, tl.cdiv(tiles_seen.end, SPLIT), few.weighers):
         mine = some_of(tiles_seen, split, SPLIT)
-        # Powers would be most of the work.
-        if (call.alpha.source == ALPHA_NUMBER) & (call.alpha.number == 1.5):
+        if WITHOUT_POWERS and without_powers:
             sums, sum_p = weigh_tiles(seen, value_rows, mine, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALPHA_1_5)
         else:
             sums, sum_p = weigh_tiles(seen, value_rows, mine, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALPHA)
