@@ -94,7 +94,7 @@ class Scratch {
     }
   };
 
-  static constexpr size_t kMostPieces = 17;
+  static constexpr size_t kMostPieces = 18;
   static constexpr int64_t kAlignedWords = 4;  // ALIGNMENT of triton_src/spec.py
   std::array<Entry, kMostPieces> entries_;
 };

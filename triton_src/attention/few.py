@@ -38,7 +38,8 @@ from ..spec import CALL, FEW, MATRIX, Aligned, Spec
 
 LISTED = tl.constexpr(1024)  # keys that a row's list has room for
 LISTED_TILES = tl.constexpr(16)  # listed tiles of a row that are looked at together
-ROW_TILES = tl.constexpr(64)  # tiles of a long row that are
+ROW_TILES = tl.constexpr(32)  # tiles of a long row that are
+ROW_STAGES = tl.constexpr(4)
 TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
 KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
 SPLIT = tl.constexpr(16)  # tiles whose values one program sums
@@ -464,7 +465,7 @@ def solve_row(z_row, maxima, tiles_seen, visible, row_max, gap, alpha, ALPHA: tl
     while moving > 0:
         part_p = tl.zeros([ROW_TILES, TILE], tl.float32)
         part_u = tl.zeros([ROW_TILES, TILE], tl.float32)
-        for start in range(tiles_seen.first, tiles_seen.end, ROW_TILES):
+        for start in tl.range(tiles_seen.first, tiles_seen.end, ROW_TILES, num_stages=ROW_STAGES):
             tile = start + tl.arange(0, ROW_TILES)
             there = tile < tiles_seen.end
             largest = tl.load(maxima + tile, mask=there, other=float("-inf"))
