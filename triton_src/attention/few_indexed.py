@@ -53,7 +53,7 @@ PLANE_STEPS = tl.constexpr(127.0)  # to each side of zero
 BETWEEN = tl.constexpr(254.0)  # steps of the second plane in one of the first
 TERMS = tl.constexpr(4)  # numbers that are kept of a turned query, by which bounds are made: unit, middle, slack, norm
 NEAR_ONE = tl.constexpr(1 + 2.0**-18)  # by which a norm is certainly not too small
-SCAN_STAGES = tl.constexpr(4)
+SCAN_STAGES = tl.constexpr(3)
 TILES_SIEVED = tl.constexpr(16)  # tiles whose bounds of a row are looked at together
 KEYS_SIEVED = tl.constexpr(16 * 64)  # their keys
 ROWS_SIEVED = tl.constexpr(4)  # rows that are
@@ -261,11 +261,7 @@ def score_found(
         return
 
     scale = head_scale(call, batch, rows.head, ALPHA)
-    number = list_place(call, few, at, kv_head, rows.place)
-    least = least_weighed(largest_floor(floors + number * few.scorers, rows.real, few.scorers, BLOCK_M))
-    least = tl.where(scale.alpha == 1.0, float("-inf"), least)  # where all keys have weight
-    least = tl.where(rows.real, least, float("inf"))
-
+    least = tl.full([BLOCK_M], float("inf"), tl.float32)
     entries = found + (kv_number(call, at, kv_head) * row_blocks + block) * call.keys.rows + mine.first * TILE
     here = tl.minimum(few.rows - block * BLOCK_M, BLOCK_M)
     count = 0
@@ -275,15 +271,19 @@ def score_found(
         wanted = tl.zeros([TILES_SIEVED, TILE], tl.int1)
         for row in range(0, here, ROWS_SIEVED):
             for other in tl.static_range(ROWS_SIEVED):
-                place = block * BLOCK_M + row + other
-                least_here = number_of(least, row + other, BLOCK_M)
-                last = tl.where((place < few.rows) & (least_here < float("inf")), mine.end, 0)
-                bounds = tile_bounds + tile_place(call, few, at, kv_head, place) + tile
+                one = few_rows_at(block * BLOCK_M + row + other, call, few, kv_head, at.queries)
+                floor = largest_floor(floors + list_place(call, few, at, kv_head, one.place) * few.scorers, one, few)
+                # At alpha = 1 all keys have weight.
+                softmax = head_scale(call, batch, one.head, ALPHA).alpha == 1.0
+                bar = tl.where(softmax, float("-inf"), least_weighed(floor))
+                least = tl.where(rows.place == one.place, bar, least)
                 # What is not finite compares as if it had weight; hidden keys have -inf and none.
-                some = ~(tl.load(bounds, mask=tile < last, other=float("-inf")) < least_here) & (tile < last)
-                bounds = scores + score_place(call, few, at, kv_head, place) + keys
+                bounds = tile_bounds + tile_place(call, few, at, kv_head, one.place) + tile
+                end = tl.where(one.real, mine.end, 0)
+                some = ~(tl.load(bounds, mask=tile < end, other=float("-inf")) < bar) & (tile < end)
+                bounds = scores + score_place(call, few, at, kv_head, one.place) + keys
                 bound = tl.load(bounds, mask=some[:, None], other=float("-inf"))
-                wanted = wanted | (~(bound < least_here) & (bound != float("-inf")) & some[:, None])
+                wanted = wanted | (~(bound < bar) & (bound != float("-inf")))
         wanted = wanted & (keys < at.keys.length)
         count = append(entries, count, tl.reshape(keys, [KEYS_SIEVED]), tl.reshape(wanted, [KEYS_SIEVED]))
     tl.debug_barrier()  # what other threads wrote is read from here on
@@ -308,20 +308,14 @@ def score_found(
 
 
 @triton.jit
-def number_of(numbers, row, BLOCK_M: tl.constexpr):
-    """One of the rows' numbers; -inf where it is not a number."""
-    return tl.max(tl.where(tl.arange(0, BLOCK_M) == row, numbers, float("-inf")), 0)
-
-
-@triton.jit
-def largest_floor(floors, real, splits, BLOCK_M: tl.constexpr):
-    """(BLOCK_M,) the largest of the rows' floors in all splits."""
-    largest = tl.full([BLOCK_M, SPLITS_TOGETHER], float("-inf"), tl.float32)
-    for first in range(0, splits, SPLITS_TOGETHER):
+def largest_floor(floors, row, few):
+    """The largest of one row's floors in all splits."""
+    largest = tl.full([SPLITS_TOGETHER], float("-inf"), tl.float32)
+    for first in range(0, few.scorers, SPLITS_TOGETHER):
         split = first + tl.arange(0, SPLITS_TOGETHER)
-        known = real[:, None] & (split < splits)[None, :]
-        largest = tl.maximum(largest, tl.load(floors[:, None] + split[None, :], mask=known, other=float("-inf")))
-    return tl.max(largest, 1)
+        end = tl.where(row.real, few.scorers, 0)
+        largest = tl.maximum(largest, tl.load(floors + split, mask=split < end, other=float("-inf")))
+    return tl.max(largest, 0)
 
 
 SCORE_FOUND = Spec(
