@@ -145,8 +145,9 @@ struct MutableKeyIndex {
 constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
 // Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.
 constexpr int64_t kListed = 1024, kSplitTiles = 16;
-// Of attention/few_indexed.py: planes of a turned query, and numbers that are kept of it.
-constexpr int64_t kPlanes = 2, kTerms = 4;
+// Of attention/few_indexed.py: planes of a turned query, numbers that are kept of it, and shares of
+// the scan whose found keys a program scores.
+constexpr int64_t kPlanes = 2, kTerms = 4, kScorersTogether = 2;
 
 struct AttendArguments {
   Matrix query;

@@ -375,9 +375,14 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
             floors=torch.full((all_rows * shared.scorers,), torch.nan),
             found=torch.full((batch * kv_heads * row_blocks * keys.rows,), 1 << 30, dtype=torch.int32),
         )
-        scored = programs.pop("score_few")
+        programs.pop("score_few")
         scanned = shared.scorers * math.ceil(rows / 8) * kv_heads * batch
-        programs |= dict(turn_queries=most * call.heads * batch, scan_index=scanned, score_found=scored)
+        together = math.ceil(shared.scorers / few_indexed.SCORERS_TOGETHER.value)
+        programs |= dict(
+            turn_queries=most * call.heads * batch,
+            scan_index=scanned,
+            score_found=together * row_blocks * kv_heads * batch,
+        )
     programs |= dict(
         solve_few=most * call.heads * batch,
         weigh_few=shared.weighers * row_blocks * kv_heads * batch,

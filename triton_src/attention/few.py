@@ -39,7 +39,7 @@ from ..spec import CALL, FEW, MATRIX, Aligned, Spec
 LISTED = tl.constexpr(1024)  # keys that a row's list has room for
 LISTED_TILES = tl.constexpr(16)  # listed tiles of a row that are looked at together
 ROW_TILES = tl.constexpr(32)  # tiles of a long row that are
-ROW_STAGES = tl.constexpr(4)
+ROW_STAGES = tl.constexpr(6)  # as many times that are on their way
 TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
 KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
 SPLIT = tl.constexpr(16)  # tiles whose values one program sums
@@ -52,6 +52,9 @@ ROUNDING = tl.constexpr(2.0**-21)  # how much a bound of gap may be off, relativ
 # list, which are in registers, and of long rows, which are read again for every step.
 NEAR = tl.constexpr(4e-6)
 NEAR_LONG = tl.constexpr(1e-4)
+
+
+SCORES = Aligned("*fp32")  # of tiles, whole
 
 
 class FewRows(NamedTuple):
@@ -157,9 +160,6 @@ def load_queries(query, rows, call, at, BLOCK_D: tl.constexpr):
     row_start = rows.head * query.head_stride + rows.position.to(tl.int64) * query.row_stride
     inside = rows.real[:, None] & (column < call.head_dim)[None, :]
     return tl.load(start + row_start[:, None] + column[None, :], mask=inside, other=0.0)
-
-
-SCORES = Aligned("*fp32")
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def solve_list(listed_z, count, row_max, gap, alpha, ALPHA: tl.constexpr):
 
 @triton.jit
 def solve_row(z_row, maxima, tiles_seen, visible, row_max, gap, alpha, ALPHA: tl.constexpr):
-    """gap of all scores of a row, from a lower bound of it. The scores of tiles below that are not known, nor needed."""
+    """gap of all scores of a row, from a lower bound of it. Scores of tiles below that are not known, nor needed."""
     bound = gap
     attempts = 0
     moving = 1
@@ -581,7 +581,7 @@ def weigh_tiles(
     for step in tl.range(tiles.end - tiles.first, num_stages=STAGES):  # said here, all loads are pipelined
         tile = tiles.first + step
         keys = tile * TILE + tl.arange(0, BLOCK_N)
-        # A load that waited for another would not be pipelined, nor would a branch: z is read where it is not known too.
+        # A load that waited for another would not be pipelined, nor would a branch: z is read where it is unknown too.
         z = tl.load(rows.scores[:, None] + keys[None, :], mask=rows.long[:, None], other=float("-inf"))
         largest = tl.load(rows.maxima + tile, mask=rows.long, other=float("-inf"))
         known = largest - rows.row_max > rows.gap

@@ -53,6 +53,7 @@ PLANE_STEPS = tl.constexpr(127.0)  # to each side of zero
 BETWEEN = tl.constexpr(254.0)  # steps of the second plane in one of the first
 TERMS = tl.constexpr(4)  # numbers that are kept of a turned query, by which bounds are made: unit, middle, slack, norm
 NEAR_ONE = tl.constexpr(1 + 2.0**-18)  # by which a norm is certainly not too small
+SCORERS_TOGETHER = tl.constexpr(2)  # shares of scan_index that one program of score_found has: it mostly waits
 SCAN_STAGES = tl.constexpr(3)
 TILES_SIEVED = tl.constexpr(16)  # tiles whose bounds of a row are looked at together
 KEYS_SIEVED = tl.constexpr(16 * 64)  # their keys
@@ -130,8 +131,8 @@ def scan_index(
     key, index, planes, terms, scores, tile_max, tile_bounds, floors, call, few,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Upper bounds of z in tiles that may hold weight, the largest of each tile, -inf for the largest z itself, and each
-    row's floor in a split."""
+    """Upper bounds of z in tiles that may hold weight, the largest of each tile, -inf for the largest z itself, and
+    each row's floor in a split."""
     follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
@@ -196,8 +197,8 @@ def scan_index(
 
 @triton.jit
 def least_weighed(floor):
-    """What a z is at least that has weight in a row whose largest is `floor` or more, but for rounding: solve_few's bound
-    may begin this much below row_max - 1."""
+    """What a z is at least that has weight in a row whose largest is `floor` or more; and a little less, as solve_few's
+    bound may begin this much below row_max - 1."""
     return floor - 1.0 - (1.0 + tl.abs(floor)) * (2 * ROUNDING)
 
 
@@ -248,7 +249,8 @@ def score_found(
     lead(ARCH)
     follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
-    program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
+    scorers = tl.cdiv(few.scorers, SCORERS_TOGETHER)
+    program, kv_head, batch = block_of_program(scorers * row_blocks, call.heads // call.group)
     at = head_in_sequence(call, batch, kv_head * call.group)
     if has_many_queries(call, at.queries):
         return
@@ -256,7 +258,7 @@ def score_found(
     block = program % row_blocks
     rows = few_rows(block * BLOCK_M, call, few, kv_head, at.queries, BLOCK_M)
     visible = visible_of(rows, at.band)
-    mine = share_of(tiles_of(keys_of_rows(visible)), scorer, few.scorers)
+    mine = share_of(tiles_of(keys_of_rows(visible)), scorer, scorers)
     if mine.first >= mine.end:
         return
 
@@ -326,7 +328,7 @@ SCORE_FOUND = Spec(
     ),
     writes=("found", "scores", "tile_max"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
-    programs="as of score_few",
+    programs="as of score_few, but for every SCORERS_TOGETHER of few.scorers",
     scratch=dict(
         found="a number for each block of rows of a key head and each key",
         scores="as of score_few",

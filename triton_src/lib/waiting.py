@@ -17,14 +17,12 @@ OVERLAPS_FROM = tl.constexpr(90)  # the first architecture that can
 @triton.jit
 def lead(ARCH: tl.constexpr):
     """The next launch may begin once all programs of this one have come here or have ended, if its kernel follows."""
-    if not INTERPRETED:
-        if ARCH >= OVERLAPS_FROM:
-            gdc_launch_dependents()
+    if not INTERPRETED and ARCH >= OVERLAPS_FROM:
+        gdc_launch_dependents()
 
 
 @triton.jit
 def follow(ARCH: tl.constexpr):
     """Waits until the launch before has ended."""
-    if not INTERPRETED:
-        if ARCH >= OVERLAPS_FROM:
-            gdc_wait()
+    if not INTERPRETED and ARCH >= OVERLAPS_FROM:
+        gdc_wait()

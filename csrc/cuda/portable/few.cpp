@@ -83,7 +83,8 @@ void score_indexed(const PreparedCall& call, const Shares& shares, const Workspa
                           .call = call.arguments,
                           .few = shares.argument,
                       });
-  Kernels::score_found(call.variant(Kernels::kScoreFound), call.place, shares.scoring(),
+  const int64_t scorers = in_blocks(shares.argument.scorers.value, kScorersTogether);
+  Kernels::score_found(call.variant(Kernels::kScoreFound), call.place, scorers * shares.score_blocks,
                        {
                            .query = matrix_of(call.query),
                            .key = key,
