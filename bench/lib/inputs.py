@@ -48,7 +48,7 @@ def make_inputs(case: Case) -> Inputs:
         query, key = _structured(case, float(setting), generator)
         value = torch.randn(shape, generator=generator)
     elif is_captured(case.input):
-        query, key, value = _captured(case.input, shape)
+        query, key, value = captured(case.input, shape)
     else:
         raise ValueError(f"input must be gaussian:σ, structured:share, trained or captured:file, got {case.input!r}")
     return Inputs(*(x.to(case.device, case.torch_dtype) for x in (query, key, value)))
@@ -129,7 +129,9 @@ def _load(name: str) -> dict:
     return torch.load(name.partition(":")[2] or TRAINED, map_location="cpu", weights_only=True)
 
 
-def _captured(name: str, shape: tuple[int, ...]) -> list[Tensor]:
+def captured(name: str, shape: tuple[int, ...]) -> list[Tensor]:
+    """Query, key and value (batch, heads, length, head_dim) of such an input, float32 on the CPU: the first of what it
+    holds."""
     saved = _load(name)
     tensors = [saved[name] for name in ("query", "key", "value")]
     held = tuple(tensors[0].shape)
