@@ -5,7 +5,7 @@ A cache is two tensors, keys (blocks, page, H_kv, D) and values (blocks, page, H
 sequence need not be neighbours: a block table (B, W) names them in order. A slot is a place for one key, as one number:
 page number · page + row.
 
-A key index is one uint8 tensor beside a cache: a code of 4 bits a channel of each key, by which attention of few
+A key index is one uint8 tensor beside a cache: a code of 8 bits a channel of each key, by which attention of few
 queries need not read most keys. It changes no bit of a result.
 
 None of it has a gradient, waits for a GPU or plans on the host, so one captured CUDA graph serves every length.
@@ -180,7 +180,7 @@ def make_key_index(key_cache: Tensor) -> Tensor:
             holds is not read.
 
     Returns:
-        (1 + blocks, width) uint8: width is H_kv times page · (R / 2 + 8) rounded up to 16, at least 64, and R the least
+        (1 + blocks, width) uint8: width is H_kv times page · (R + 8) rounded up to 16, at least 64, and R the least
         power of two from 64 on that is not less than D. Row 1 + b belongs to page b, and is copied where that page is
         copied; the rest is the library's own.
 

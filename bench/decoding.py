@@ -5,10 +5,11 @@
     python -m bench.decoding --device cuda --cases 1x32768 16x4096 --inputs scores:1 flat --no-file
     python -m bench.decoding --write FILE …           the block of docs/benchmarks.md, of these result files
 
-scores:σ stands for scores from N(0, σ²), flat for queries that are nearly zero. Peers run in turn; ratios are medians
-over rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the host does is not timed.
-`flash-attn-3` is FlashAttention-3's flash_attn_with_kvcache, where it is installed (pip install fa3-fwd); `sdpa` is
-torch's attention with grouped heads.
+scores:σ stands for scores from N(0, σ²), flat for queries that are nearly zero, trained for the last query of each head
+of the GPT that `bench.capture` trained, a layer a sequence (--cases 8x8192 --heads 8 8 --head-dim 64). Peers run in
+turn; ratios are medians over rounds of ours / theirs. On a GPU each step is a captured CUDA graph, so that what the
+host does is not timed. `flash-attn-3` is FlashAttention-3's flash_attn_with_kvcache, where it is installed (pip install
+fa3-fwd); `sdpa` is torch's attention with grouped heads.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from adasplash import (
 )
 from bench.lib import machine, results, tables
 from bench.lib.case import DTYPES
+from bench.lib.inputs import captured, is_captured
 from bench.lib.timing import Effort, Spread
 from bench.report import BENCHMARKS, replace_block
 
@@ -50,15 +52,22 @@ class Cache:
     """A batch of sequences of one length: a query of each, keys and values behind each other and in pages."""
 
     def __init__(self, device: str, batch: int, length: int, heads: tuple[int, int], size: int, dtype: str, input: str):
-        kind, _, sigma = input.partition(":")
-        spread = {"query": FLAT, "key": 1.0} if kind == "flat" else dict.fromkeys(("query", "key"), float(sigma) ** 0.5)
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
 
-        self.query = draw(batch, 1, heads[0], size) * spread["query"]
-        self.key, self.value = draw(batch, length, heads[1], size) * spread["key"], draw(batch, length, heads[1], size)
+        if is_captured(input):
+            if heads[0] != heads[1]:
+                raise ValueError(f"{input} has as many heads of keys as of queries, got {heads[0]} and {heads[1]}")
+            held = (x.transpose(1, 2) for x in captured(input, (batch, heads[0], length, size)))
+            query, self.key, self.value = (x.contiguous().to(device, DTYPES[dtype]) for x in held)
+            self.query = query[:, -1:]
+        else:
+            kind, _, sigma = input.partition(":")
+            query_spread, key_spread = (FLAT, 1.0) if kind == "flat" else (float(sigma) ** 0.5,) * 2
+            self.query = draw(batch, 1, heads[0], size) * query_spread
+            self.key, self.value = draw(batch, length, heads[1], size) * key_spread, draw(batch, length, heads[1], size)
         self.lengths = torch.full((batch,), length, device=device, dtype=torch.int32)
         pages = batch * length // PAGE
         order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).to(device)
@@ -124,7 +133,7 @@ def flash_attn_3() -> Callable | None:
     return None
 
 
-def captured(step: Step) -> Step:
+def replayed(step: Step) -> Step:
     """A replay of the step."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -170,7 +179,7 @@ def bench(cache: Cache, alpha: float, device: str, effort: Effort) -> Iterator[r
     support = attention_stats(*cache.dense(), alpha=alpha).support_size.double().mean().item()
     steps = peers(cache, alpha)
     if device == "cuda":
-        steps = {name: captured(step) for name, step in steps.items()}
+        steps = {name: replayed(step) for name, step in steps.items()}
     times = measure(steps, device, effort)
     for peer, spent in times.items():
         ours = peer.startswith(OURS)
@@ -212,7 +221,7 @@ def block(rows: list[results.Row]) -> str:
                 f"{batch} × {length:,}" + (" on the CPU" if device == "cpu" else ""),
                 f"{heads}/{kv_heads}, {size}",
                 dtype,
-                "flat" if input == "flat" else f"N(0, {input.partition(':')[2]}²)",
+                scores_of(input),
                 tables.number(found[OURS]["support"]),
                 f"{tables.number(ours)} ms",
                 f"{tables.number(pages)} ms",
@@ -230,6 +239,12 @@ def block(rows: list[results.Row]) -> str:
         "there.\n\n"
         f"{tables.markdown(table)}\n\nMeasured on: {' '.join(where)} `python -m bench.decoding`."
     )
+
+
+def scores_of(input: str) -> str:
+    if is_captured(input):
+        return "a trained GPT's"
+    return "flat" if input == "flat" else f"N(0, {input.partition(':')[2]}²)"
 
 
 def line_of(row: results.Row) -> str:

@@ -74,8 +74,7 @@ def index_keys(key_cache, slots, index, BLOCK_D: tl.constexpr):
     key = key_cache.data + block * key_cache.batch_stride + head * key_cache.head_stride + row * key_cache.row_stride
     code, scale, error = code_of(key, index.head_dim, BLOCK_D)
     chunk = block * index.page_stride + head * index.head_stride
-    HALF: tl.constexpr = BLOCK_D // 2
-    tl.store(index.codes + chunk + row * HALF + tl.arange(0, HALF), code)
+    tl.store(index.codes + chunk + row * BLOCK_D + tl.arange(0, BLOCK_D), code)
     norms = index.norms + chunk // 4 + row
     tl.store(norms, scale)
     tl.store(norms + index.page_size, error)

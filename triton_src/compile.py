@@ -43,6 +43,8 @@ from . import launchers  # noqa: E402
 from .spec import APPENDED  # noqa: E402
 from .variants import ARCHS, DEFAULT_ARCHS, SHARED_KIB, variants  # noqa: E402
 
+WAIT = "griddepcontrol.wait"  # in PTX: what a kernel begins with that may be launched early, see lib/waiting.py
+
 FORMAT = "2"  # of what the cache holds; raise it when `compile_variant` changes what it makes of the same variant
 
 # The lowest PTX version that knows an architecture; a driver translates PTX up to its own version. 8.0 is CUDA 12.0,
@@ -98,7 +100,7 @@ def imported_modules(text, package):
 def cache_key(variant, arch):
     """All that decides what a variant is compiled to. Its tile shape is in `options` and `constants`."""
     parts = [FORMAT, triton.__version__, knobs.nvidia.ptxas.version, repr(variant), arch, options(variant, arch)]
-    parts += [variant.arguments(), variant.divisibility(), variant.constants]
+    parts += [variant.arguments(), variant.divisibility(), variant.constants(arch)]
     parts += [path.read_text() for path in sources(variant.spec.kernel.__module__)]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
@@ -124,7 +126,7 @@ def compile_variant(variant, arch, cache):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(log):
         knobs.cache.dir = folder
         kernel._repr = lambda _: f"adasplash_{variant.name}"  # the symbol, which profilers show
-        source = ASTSource(kernel, signature(variant), constexprs=variant.constants, attrs=attributes)
+        source = ASTSource(kernel, signature(variant), constexprs=variant.constants(arch), attrs=attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(variant, arch))
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -140,7 +142,7 @@ def compile_variant(variant, arch, cache):
         "symbol": metadata.name,
         "arguments": [*variant.arguments(), *APPENDED],
         "divisibility": variant.divisibility(),
-        "constants": variant.constants,
+        "constants": variant.constants(arch),
         "dtype": variant.dtype,
         "block_d": variant.block_d,
         "alpha": variant.alpha,
@@ -247,6 +249,7 @@ def write_outputs(descriptions, out):
         stored = Path(one.pop("stored"))
         one["code"] = code_name(one["arch"])
         one["offset"], one["size"] = append(stored.with_suffix(".cubin"))
+        one["follows"] = WAIT in stored.with_suffix(".ptx").read_text()
         if one["arch"] == portable:
             one["ptx_offset"], one["ptx_size"] = append(stored.with_suffix(".ptx"), b"\0")  # the driver reads a string
     manifest = {

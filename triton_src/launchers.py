@@ -9,7 +9,7 @@ that are named tuples are structs inside it, of the same name, with Mutable befo
 import struct
 
 from .attention.few import LISTED, SPLIT
-from .attention.few_indexed import PLANES, TERMS
+from .attention.few_indexed import PLANES, SCORERS_TOGETHER, TERMS
 from .lib.marks import GATHER_ROOM, PROBE_EVERY
 from .spec import APPENDED, Aligned, is_group
 from .variants import KERNELS
@@ -125,8 +125,12 @@ def header():
     text.append(f"constexpr int64_t kProbeEvery = {PROBE_EVERY.value}, kGatherRoom = {GATHER_ROOM.value};\n")
     text.append("// Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.\n")
     text.append(f"constexpr int64_t kListed = {LISTED.value}, kSplitTiles = {SPLIT.value};\n")
-    text.append("// Of attention/few_indexed.py: planes of a turned query, and numbers that are kept of it.\n")
-    text.append(f"constexpr int64_t kPlanes = {PLANES.value}, kTerms = {TERMS.value};\n")
+    text.append(
+        "// Of attention/few_indexed.py: planes of a turned query, numbers that are kept of it, and shares of\n"
+    )
+    text.append("// the scan whose found keys a program scores.\n")
+    text.append(f"constexpr int64_t kPlanes = {PLANES.value}, kTerms = {TERMS.value}, ")
+    text.append(f"kScorersTogether = {SCORERS_TOGETHER.value};\n")
     for kernel, spec in KERNELS.items():
         name, definition = arguments_struct(spec)
         text.append(
@@ -148,7 +152,8 @@ def source(manifest):
             f'    {{"{one["name"]}", "{one["symbol"]}", Kernel::k{camel(one["kernel"])}, {element}, '
             f"{one['block_d']}, AlphaCode::k{camel(one['alpha'])}, {str(one['gather']).lower()}, {one['arch']}, "
             f"{constants.get('BLOCK_M', 1)}, {constants.get('BLOCK_N', 1)}, {one['warps']}, {one['shared']}, "
-            f"{one['offset']}, {one['size']}, {one.get('ptx_offset', 0)}, {one.get('ptx_size', 0)}}},\n"
+            f"{str(one['follows']).lower()}, {one['offset']}, {one['size']}, "
+            f"{one.get('ptx_offset', 0)}, {one.get('ptx_size', 0)}}},\n"
         )
     archs = ", ".join(map(str, manifest["archs"]))
     return (

@@ -104,17 +104,18 @@ class Variant:
         """What limits.json calls the kernel's code: that which gathers has a name of its own."""
         return f"{self.kernel}_marked" if self.gather else self.kernel
 
-    @property
-    def constants(self) -> dict:
+    def constants(self, arch: int) -> dict:
         known = dict(
             BLOCK_M=self.shape.block_m,
             BLOCK_N=self.shape.block_n,
             BLOCK_D=self.block_d,
             STEP_D=self.shape.step_d,
             SCAN_N=self.shape.scan_n,
+            STAGES=self.shape.stages,
             ALPHA=ALPHAS[self.alpha],
             GATHER=self.gather,
             LONG=self.block_d == LONGEST_ROW,
+            ARCH=arch,
         )
         return {name: known[name] for name in self.spec.constants}
 

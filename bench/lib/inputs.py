@@ -50,7 +50,7 @@ def make_inputs(case: Case, drawn_on: str = "cpu") -> Inputs:
     elif is_captured(case.input):
         if case.heads_of_key != case.heads:
             raise ValueError(f"{case.input} has as many heads of keys as of queries, but the case asks for fewer")
-        query, key, value = _captured(case.input, shapes[0])
+        query, key, value = captured(case.input, shapes[0])
     else:
         raise ValueError(f"input must be gaussian:σ, structured:share, trained or captured:file, got {case.input!r}")
     return Inputs(*(x.to(case.device, case.torch_dtype) for x in (query, key, value)))
@@ -139,7 +139,9 @@ def _load(name: str) -> dict:
     return torch.load(name.partition(":")[2] or TRAINED, map_location="cpu", weights_only=True)
 
 
-def _captured(name: str, shape: tuple[int, ...]) -> list[Tensor]:
+def captured(name: str, shape: tuple[int, ...]) -> list[Tensor]:
+    """Query, key and value (batch, heads, length, head_dim) of such an input, float32 on the CPU: the first of what it
+    holds."""
     saved = _load(name)
     tensors = [saved[name] for name in ("query", "key", "value")]
     held = tuple(tensors[0].shape)

@@ -39,7 +39,7 @@ float rounded_up(double x) {
 }
 
 struct Entry {
-  uint8_t numbers[kMaxIndexedDim];  // n, of which each half byte of a code is one
+  int8_t code[kMaxIndexedDim];
   float scale, error;
 };
 
@@ -55,7 +55,7 @@ Entry entry_of(const T* key, int64_t size, int64_t step, int64_t turned) {
   }
   const double norm = std::sqrt(squares), room = kKeyIndexRoom * norm;
   Entry entry;
-  std::fill_n(entry.numbers, turned, uint8_t{8});
+  std::fill_n(entry.code, turned, int8_t{0});
   entry.scale = 0;
   if (!(norm < kLargestIndexedNorm)) {  // NaN too
     entry.error = std::numeric_limits<float>::infinity();
@@ -68,14 +68,14 @@ Entry entry_of(const T* key, int64_t size, int64_t step, int64_t turned) {
     entry.error = rounded_up(std::sqrt(static_cast<double>(turned)) * largest + room);
     return entry;
   }
-  entry.scale = static_cast<float>(largest / 8);
+  entry.scale = static_cast<float>(largest / 128);
   double error = 0;
   for (int64_t i = 0; i < turned; ++i) {
     const A steps = x[i] / entry.scale;
-    // From -8 to 8 but for roundings, which the ends take: towards zero is down here.
-    const int number = std::clamp(static_cast<int>(steps + 8), 0, 15);
-    const double left = steps - (number - A(7.5));
-    entry.numbers[i] = static_cast<uint8_t>(number);
+    // From -128 to 128 but for roundings, which the ends take.
+    const int number = std::clamp(static_cast<int>(std::floor(steps)), -128, 127);
+    const double left = steps - (number + A(0.5));
+    entry.code[i] = static_cast<int8_t>(number);
     error += left * left;
   }
   entry.error = rounded_up(entry.scale * std::sqrt(error) + room);
@@ -83,9 +83,7 @@ Entry entry_of(const T* key, int64_t size, int64_t step, int64_t turned) {
 }
 
 void store(const Entry& entry, const KeyIndexLayout& layout, int64_t row, uint8_t* chunk) {
-  const int64_t half = layout.code_bytes();
-  uint8_t* const code = chunk + row * half;
-  for (int64_t i = 0; i < half; ++i) code[i] = entry.numbers[i] | entry.numbers[i + half] << 4;
+  std::memcpy(chunk + row * layout.code_bytes(), entry.code, layout.code_bytes());
   std::memcpy(chunk + layout.scales() + row * sizeof(float), &entry.scale, sizeof(float));
   std::memcpy(chunk + layout.errors() + row * sizeof(float), &entry.error, sizeof(float));
 }

@@ -12,11 +12,22 @@ using Context = void*;   // CUcontext
 using Library = void*;   // CUlibrary: code loaded once, valid on every device
 using Function = void*;  // CUkernel, which launches as a CUfunction
 
+// CUlaunchAttribute: an id, and a value of 64 bytes.
+struct LaunchAttribute {
+  int id, unused = 0;
+  union {
+    int allowed;
+    char size[64];
+  } value;
+};
+static_assert(sizeof(LaunchAttribute) == 72);
+constexpr int kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID: may begin while the launch before runs
+
 // CUlaunchConfig
 struct LaunchConfig {
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  void* attributes = nullptr;
+  const LaunchAttribute* attributes = nullptr;
   unsigned attribute_count = 0;
 };
 

@@ -163,10 +163,13 @@ void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t p
   ensure_context(variant.name, place.device);
   const bool ptx = code_for(variant.name, place.device).ptx;
   const Function function = loaded(variant, ptx).function(variant, ptx, place.device);
+  const LaunchAttribute overlap{.id = kProgrammaticStreamSerialization, .value = {.allowed = 1}};
   const LaunchConfig config{{static_cast<unsigned>(programs), 1, 1},
                             {static_cast<unsigned>(variant.warps) * 32, 1, 1},
                             static_cast<unsigned>(variant.shared_bytes),
-                            place.stream};
+                            place.stream,
+                            &overlap,
+                            variant.follows ? 1U : 0U};
   // CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE and CU_LAUNCH_PARAM_END
   void* extra[] = {reinterpret_cast<void*>(1), const_cast<void*>(arguments), reinterpret_cast<void*>(2), &size,
                    nullptr};

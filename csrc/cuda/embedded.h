@@ -83,6 +83,7 @@ struct Variant {
   int arch;
   int block_m, block_n;  // rows of query (or of an activation), and keys, that a program works on
   int warps, shared_bytes;
+  bool follows;  // waits for the launch before to end, so that it may be launched before that has
   uint64_t offset, size, ptx_offset, ptx_size;  // in the embedded code; no PTX where ptx_size is 0
 };
 

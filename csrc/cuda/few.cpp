@@ -56,7 +56,6 @@ void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, 
   const auto block_d = static_cast<int64_t>(std::bit_ceil(
       static_cast<uint64_t>(std::max<int64_t>({query.sizes().back(), value.sizes().back(), kLeastBlock}))));
   extents.few_rows = kv_heads * rows;
-  extents.few_scores = stored_kv_heads * rows * keys.rows;
   extents.few_tiles = stored_kv_heads * rows * keys.tile_rows;
   extents.few_splits = extents.few_rows * ((count_tiles(keys.max_seqlen) + kSplitTiles - 1) / kSplitTiles);
   extents.few_values = extents.few_splits * block_d;

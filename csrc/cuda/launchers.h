@@ -145,8 +145,9 @@ struct MutableKeyIndex {
 constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
 // Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.
 constexpr int64_t kListed = 1024, kSplitTiles = 16;
-// Of attention/few_indexed.py: planes of a turned query, and numbers that are kept of it.
-constexpr int64_t kPlanes = 2, kTerms = 3;
+// Of attention/few_indexed.py: planes of a turned query, numbers that are kept of it, and shares of
+// the scan whose found keys a program scores.
+constexpr int64_t kPlanes = 2, kTerms = 4, kScorersTogether = 2;
 
 struct AttendArguments {
   Matrix query;
@@ -464,40 +465,40 @@ inline void turn_queries(const Variant& variant, const Place& place, int64_t pro
 }
 
 struct ScanIndexArguments {
-  Matrix query;
   Matrix key;
   KeyIndex index;
   Exactly<const int8_t*> planes;
   Exactly<const float*> terms;
   Exactly<float*> scores;
   Exactly<float*> tile_max;
+  Exactly<float*> tile_bounds;
   Exactly<float*> floors;
   Call call;
   Few few;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScanIndexArguments) == 400);
+static_assert(sizeof(ScanIndexArguments) == 376);
 inline void scan_index(const Variant& variant, const Place& place, int64_t programs,
                        const ScanIndexArguments& arguments) {
   launch(Kernel::kScanIndex, variant, place, programs, &arguments, sizeof arguments);
 }
 
 struct ScanIndexEvenArguments {
-  Matrix query;
   EvenPagedMatrix key;
   KeyIndex index;
   Exactly<const int8_t*> planes;
   Exactly<const float*> terms;
   Exactly<float*> scores;
   Exactly<float*> tile_max;
+  Exactly<float*> tile_bounds;
   Exactly<float*> floors;
   Call call;
   Few few;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScanIndexEvenArguments) == 424);
+static_assert(sizeof(ScanIndexEvenArguments) == 400);
 inline void scan_index_even(const Variant& variant, const Place& place, int64_t programs,
                             const ScanIndexEvenArguments& arguments) {
   launch(Kernel::kScanIndexEven, variant, place, programs, &arguments, sizeof arguments);
@@ -510,12 +511,13 @@ struct ScoreFoundArguments {
   Exactly<int32_t*> found;
   Exactly<float*> scores;
   Exactly<float*> tile_max;
+  Exactly<const float*> tile_bounds;
   Call call;
   Few few;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFoundArguments) == 328);
+static_assert(sizeof(ScoreFoundArguments) == 336);
 inline void score_found(const Variant& variant, const Place& place, int64_t programs,
                         const ScoreFoundArguments& arguments) {
   launch(Kernel::kScoreFound, variant, place, programs, &arguments, sizeof arguments);
@@ -528,12 +530,13 @@ struct ScoreFoundEvenArguments {
   Exactly<int32_t*> found;
   Exactly<float*> scores;
   Exactly<float*> tile_max;
+  Exactly<const float*> tile_bounds;
   Call call;
   Few few;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(ScoreFoundEvenArguments) == 352);
+static_assert(sizeof(ScoreFoundEvenArguments) == 360);
 inline void score_found_even(const Variant& variant, const Place& place, int64_t programs,
                              const ScoreFoundEvenArguments& arguments) {
   launch(Kernel::kScoreFoundEven, variant, place, programs, &arguments, sizeof arguments);

@@ -26,9 +26,9 @@ struct Extents {
   int64_t kv_heads = 0;
 
   // Of the sequences of few queries that there may be (portable/few.h), with rows of key heads as attention/few.py
-  // counts them: rows; numbers for each row and each of its keys; for each row and tile of keys; for each row and split
-  // of its keys; and block_d numbers for each of these; and numbers for each block of rows and each of its keys.
-  int64_t few_rows = 0, few_scores = 0, few_tiles = 0, few_splits = 0, few_values = 0, few_found = 0;
+  // counts them: rows; numbers for each row and tile of keys; for each row and split of its keys; and block_d numbers
+  // for each of these; and numbers for each block of rows and each of its keys.
+  int64_t few_rows = 0, few_tiles = 0, few_splits = 0, few_values = 0, few_found = 0;
 
   // Of the queries, or of the keys, of all heads: how many tile rows they have, and the most rows of one sequence.
   struct Side {
@@ -61,7 +61,7 @@ class Scratch {
   constexpr Scratch(const Piece<T>&... pieces)
       : entries_{Entry{pieces.name, static_cast<int64_t>(sizeof(T)) * pieces.count, pieces.per}...} {}
 
-  // Its size in words of 32 bits. Every piece starts at a word.
+  // Its size in words of 32 bits. Every piece starts at a multiple of kAlignedWords.
   int64_t words(const Extents& extents) const {
     int64_t sum = 0;
     for (const Entry& entry : entries_) sum += entry.words(extents);
@@ -88,10 +88,14 @@ class Scratch {
     int64_t bytes_each = 0;
     int64_t Extents::* per = nullptr;  // null for entries after the last piece
 
-    int64_t words(const Extents& extents) const { return per ? (bytes_each * extents.*per + 3) / 4 : 0; }
+    int64_t words(const Extents& extents) const {
+      constexpr int64_t kBytes = 4 * kAlignedWords;
+      return per ? (bytes_each * extents.*per + kBytes - 1) / kBytes * kAlignedWords : 0;
+    }
   };
 
-  static constexpr size_t kMostPieces = 17;
+  static constexpr size_t kMostPieces = 18;
+  static constexpr int64_t kAlignedWords = 4;  // ALIGNMENT of triton_src/spec.py
   std::array<Entry, kMostPieces> entries_;
 };
 

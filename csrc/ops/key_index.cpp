@@ -14,7 +14,7 @@ namespace adasplash {
 namespace {
 
 // What each word of the header says, after the magic number, in which no other tensor is likely to start.
-constexpr int32_t kMagic = 0x494B6441, kVersion = 1;
+constexpr int32_t kMagic = 0x494B6441, kVersion = 2;
 constexpr std::array<const char*, kHeaderWords> kWords = {"",
                                                           "version",
                                                           "the keys' number of pages",

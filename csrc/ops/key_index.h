@@ -1,16 +1,16 @@
-// The index of a cache's keys: a code of 4 bits a channel for each key, from which attention of few queries bounds
+// The index of a cache's keys: a code of 8 bits a channel for each key, from which attention of few queries bounds
 // scores, so that it need not read most keys. Results have the same bits as without it.
 //
 // An index of a cache (blocks, page, H_kv, D) is one uint8 tensor (1 + blocks, width). Row 0 is the header. Row 1 + b
-// is page b: for each key head a chunk, with the codes of the page's keys (page, R / 2), then their scales (page,) and
+// is page b: for each key head a chunk, with the codes of the page's keys (page, R), then their scales (page,) and
 // then their errors (page,), both float32. So a page's row may be copied with the page.
 //
 // The code of a key k is of k' = H k / sqrt(R), where H is the Hadamard matrix H[i][j] = (-1)^popcount(i & j) and k has
-// zeros behind its D elements: turned so, one large channel is spread over all. Its R elements n are from 0 to 15 and
-// stand for (n - 7.5) * scale; byte i of a code is n[i] | n[i + R / 2] << 4.
+// zeros behind its D elements: turned so, one large channel is spread over all. Its R bytes n are from -128 to 127 and
+// stand for (n + 1/2) * scale.
 // For every query q, with q' = H q / sqrt(R),
 //
-//     |q.k - sum over j of q'[j] * (n[j] - 7.5) * scale| <= ||q|| * (error - kKeyIndexRoom * ||k||)
+//     |q.k - sum over j of q'[j] * (n[j] + 1/2) * scale| <= ||q|| * (error - kKeyIndexRoom * ||k||)
 //
 // in real arithmetic; ||k|| * kKeyIndexRoom is room for all roundings: of the turns, of products on tensor cores and of
 // the bound itself. An error of infinity says nothing of its key, which is always read: of a key that is not finite, or
@@ -51,7 +51,7 @@ struct BasicKeyIndexLayout {
     return {size(0), size(1), size(2), size(3), size(3) > 128 ? 256 : size(3) > 64 ? 128 : 64};
   }
 
-  int64_t code_bytes() const { return turned / 2; }
+  int64_t code_bytes() const { return turned; }
   // Within a chunk; the codes stand in front.
   Int scales() const { return page * code_bytes(); }
   Int errors() const { return scales() + page * 4; }

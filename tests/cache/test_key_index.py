@@ -118,11 +118,11 @@ def stale_codes(parts, keys):
 
 
 def coarser_codes(parts, keys):
-    parts.codes.bitwise_and_(0xEE)
+    parts.codes.bitwise_and_(~1)
 
 
 def swapped_halves(parts, keys):
-    parts.codes.copy_(parts.codes >> 4 | parts.codes << 4)
+    parts.codes.copy_(torch.cat(parts.codes.chunk(2, dim=-1)[::-1], dim=-1))
 
 
 def larger_errors(parts, keys):

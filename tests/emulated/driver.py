@@ -35,6 +35,7 @@ Launch = ctypes.CFUNCTYPE(
     ctypes.c_uint,
     ctypes.c_uint,
     ctypes.c_uint,
+    ctypes.c_int,
     ctypes.c_void_p,
     ctypes.c_uint64,
 )
@@ -155,13 +156,15 @@ class EmulatedDriver:
                     return len(self.kernels)
             return self._say(NOT_FOUND, f"the manifest has no {name.decode()} for sm_{arch}")
 
-    def _launch(self, kernel, device, stream, programs, threads, shared, buffer, size):
+    def _launch(self, kernel, device, stream, programs, threads, shared, early, buffer, size):
         with self.lock:
             variant = self.kernels[kernel - 1]
             try:
                 arguments = unpack(variant, buffer, size)
                 if (threads, shared) != (variant["warps"] * 32, variant["shared"]):
                     raise ValueError(f"{threads} threads and {shared} bytes of shared memory are not the manifest's")
+                if bool(early) != variant["follows"]:
+                    raise ValueError(f"may begin early: {bool(early)}, but it waits: {variant['follows']}")
                 values = {name: value for name, (_, value) in arguments.items()}
                 self.launches.append(LaunchRecord(variant, device, stream, programs, values))
                 if self.run_kernels:

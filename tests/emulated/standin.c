@@ -21,7 +21,7 @@ typedef struct {
   int (*load)(const void* code, int device);
   int (*find)(int library, const char* name);
   int (*launch)(int kernel, int device, uint64_t stream, unsigned programs, unsigned threads, unsigned shared,
-                const void* arguments, uint64_t size);
+                int early, const void* arguments, uint64_t size);
 } Handlers;
 
 static struct {
@@ -189,8 +189,17 @@ int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
 }
 
 typedef struct {
+  int id, unused;
+  union {
+    int allowed;
+    char size[64];
+  } value;
+} LaunchAttribute;
+
+typedef struct {
   unsigned grid[3], block[3], shared;
-  void *stream, *attributes;
+  void* stream;
+  const LaunchAttribute* attributes;
   unsigned attribute_count;
 } LaunchConfig;
 
@@ -200,16 +209,19 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* kernel, void** parameters
   if (!context) return INVALID_CONTEXT;
   const int device = context - 1;
   const intptr_t handle = (intptr_t)kernel;
-  if (handle <= 0 || handle >= MAX_KERNELS || config->attribute_count || parameters || !extra) return INVALID_VALUE;
+  if (handle <= 0 || handle >= MAX_KERNELS || config->attribute_count > 1 || parameters || !extra) return INVALID_VALUE;
   if (!config->grid[0] || config->grid[0] > INT32_MAX || config->grid[1] != 1 || config->grid[2] != 1)
     return INVALID_VALUE;
   if (!config->block[0] || config->block[0] > 1024 || config->block[1] != 1 || config->block[2] != 1)
     return INVALID_VALUE;
+  // The only attribute that there may be: that the kernel may begin while the one ahead runs.
+  const int early = config->attribute_count == 1;
+  if (early && (config->attributes[0].id != 6 || config->attributes[0].value.allowed != 1)) return INVALID_VALUE;
   const unsigned allowed = state.shared_allowed[device][handle];
   if (config->shared > (allowed > SHARED_BY_DEFAULT ? allowed : SHARED_BY_DEFAULT)) return LAUNCH_OUT_OF_RESOURCES;
   if (extra[0] != (void*)1 || extra[2] != (void*)2 || extra[4] != 0) return INVALID_VALUE;
   const int result =
       state.handlers.launch((int)handle, device, (uint64_t)(uintptr_t)config->stream, config->grid[0],
-                            config->block[0], config->shared, extra[1], *(const uint64_t*)extra[3]);
+                            config->block[0], config->shared, early, extra[1], *(const uint64_t*)extra[3]);
   return result < 0 ? -result : SUCCESS;
 }

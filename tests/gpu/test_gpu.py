@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adasplash import entmax_attn, entmax_attn_summary
+from adasplash import entmax_attn, entmax_attn_summary, make_key_index
 from common import ROOT, Inputs, assert_same_bits, gradients, make_inputs, normal_like
 
 pytestmark = pytest.mark.backends("cuda")
@@ -193,6 +193,20 @@ def test_scratch_grows_no_further(backend):
     assert used < 2**29 + out.nbytes, f"{used / 2**20:.0f} MiB"
     head = slice(5, 6)
     assert torch.equal(out[:, head], entmax_attn(*(x[:, head] for x in inputs), is_causal=True))
+
+
+@pytest.mark.parametrize("indexed", (False, True), ids=("every key read", "by an index"))
+def test_a_step_takes_at_most_8_bytes_a_key_and_query_head(backend, indexed, monkeypatch):
+    monkeypatch.setenv("ADASPLASH_KEY_INDEX", "read")
+    keys, heads, kv_heads = 65536, 32, 8
+    cache = torch.randn(1, keys, kv_heads, 64, device=backend.device, dtype=torch.bfloat16)
+    query = torch.randn(1, heads, 1, 64, device=backend.device, dtype=torch.bfloat16)
+    key = cache.transpose(1, 2)
+    index = make_key_index(cache) if indexed else None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    entmax_attn(query, key, key, key_index=index)
+    assert torch.cuda.max_memory_allocated() - before <= 8 * keys * heads
 
 
 # In a process of its own, as a failed assertion on the device is the end of CUDA there.

@@ -91,9 +91,9 @@ def padded_dim(head_dim: int) -> int:
 def key_index_argument(index: Tensor, cache: Tensor) -> KeyIndex:
     """A key index (csrc/ops/key_index.h) of a cache (blocks, heads, page, size) as the kernels take it."""
     blocks, heads, page, head_dim = cache.shape
-    chunk = -(-page * (padded_dim(head_dim) // 2 + 8) // 16) * 16
+    chunk = -(-page * (padded_dim(head_dim) + 8) // 16) * 16
     element = {torch.float32: 6, torch.float16: 5, torch.bfloat16: 15}[cache.dtype]
-    norms = index.view(torch.float32)[1][page * padded_dim(head_dim) // 8 :]
+    norms = index.view(torch.float32)[1][page * padded_dim(head_dim) // 4 :]
     header = index[0].view(torch.int32)
     return KeyIndex(index[1], norms, header, index.stride(0), chunk, blocks, page, heads, head_dim, element)
 
@@ -101,10 +101,10 @@ def key_index_argument(index: Tensor, cache: Tensor) -> KeyIndex:
 def make_index(cache: Tensor, slots: Tensor | None = None) -> Tensor:
     """The key index of a cache (blocks, heads, page, size), of all of it or of some slots; the rest was not written."""
     blocks, heads, page, head_dim = cache.shape
-    chunk = -(-page * (padded_dim(head_dim) // 2 + 8) // 16) * 16
+    chunk = -(-page * (padded_dim(head_dim) + 8) // 16) * 16
     index = torch.full((1 + blocks, max(64, heads * chunk)), 0x7F, dtype=torch.uint8)
     argument = key_index_argument(index, cache)
-    errors = index[1:, : heads * chunk].view(blocks, heads, chunk)[..., page * (padded_dim(head_dim) // 2 + 4) :]
+    errors = index[1:, : heads * chunk].view(blocks, heads, chunk)[..., page * (padded_dim(head_dim) + 4) :]
     errors[..., : 4 * page].view(torch.float32).fill_(torch.inf)
     header = [codes.MAGIC.value, codes.VERSION.value, *argument[5:]]
     argument.header[: len(header)] = torch.tensor(header, dtype=torch.int32)
@@ -355,7 +355,7 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
     shared = Few(most, rows, stored * keys.tile_rows, min(sharers, tiles), sharers, 1)
     row_blocks, all_rows = math.ceil(rows / 16), batch * kv_heads * rows
     numbers = dict(
-        scores=torch.full((stored * rows * keys.rows,), torch.nan),
+        scores=torch.full((rows * shared.row_tiles * TILE,), torch.nan),
         tile_max=torch.full((rows * shared.row_tiles,), torch.nan),
         tile_lists=torch.full((rows * shared.row_tiles,), 1 << 30, dtype=torch.int32),
         listed_scores=torch.full((all_rows * few.LISTED.value,), torch.nan),
@@ -371,12 +371,18 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
         numbers |= dict(
             planes=torch.full((all_rows * few_indexed.PLANES.value * width,), 99, dtype=torch.int8),
             terms=torch.full((all_rows * few_indexed.TERMS.value,), torch.nan),
+            tile_bounds=torch.full((rows * shared.row_tiles,), torch.nan),
             floors=torch.full((all_rows * shared.scorers,), torch.nan),
             found=torch.full((batch * kv_heads * row_blocks * keys.rows,), 1 << 30, dtype=torch.int32),
         )
-        scored = programs.pop("score_few")
+        programs.pop("score_few")
         scanned = shared.scorers * math.ceil(rows / 8) * kv_heads * batch
-        programs |= dict(turn_queries=most * call.heads * batch, scan_index=scanned, score_found=scored)
+        together = math.ceil(shared.scorers / few_indexed.SCORERS_TOGETHER.value)
+        programs |= dict(
+            turn_queries=most * call.heads * batch,
+            scan_index=scanned,
+            score_found=together * row_blocks * kv_heads * batch,
+        )
     programs |= dict(
         solve_few=most * call.heads * batch,
         weigh_few=shared.weighers * row_blocks * kv_heads * batch,
@@ -395,7 +401,9 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
         given = {argument: given[argument] for argument in spec.arguments if argument in given}
         code = variants.ALPHAS[alpha_code if alpha_code in spec.alphas else "any"]
         size = padded_dim(call.head_dim) if indexed and name.startswith(("turn", "scan")) else block_d
-        constants = dict(BLOCK_M=8 if name.startswith("scan") else 16, BLOCK_N=TILE, BLOCK_D=size, ALPHA=code)
+        constants = dict(
+            BLOCK_M=8 if name.startswith("scan") else 16, BLOCK_N=TILE, BLOCK_D=size, STAGES=3, ALPHA=code, ARCH=90
+        )
         used = {name: value for name, value in constants.items() if name in spec.constants}
         if count:
             with patched_once():

@@ -28,28 +28,24 @@ class Parts(NamedTuple):
     """Views of an index's bytes: changing one changes the index."""
 
     header: Tensor  # (width / 4,) int32
-    codes: Tensor  # (blocks, H_kv, page, R / 2) uint8
+    codes: Tensor  # (blocks, H_kv, page, R) int8
     scales: Tensor  # (blocks, H_kv, page) float32
     errors: Tensor
 
     @staticmethod
     def of(index: Tensor, key_cache: Tensor) -> "Parts":
         blocks, page, heads, size = key_cache.shape
-        half = turned_size(size) // 2
-        chunk = -(-page * (half + 8) // 16) * 16
+        turned = turned_size(size)
+        chunk = -(-page * (turned + 8) // 16) * 16
         assert index.shape == (1 + blocks, max(64, heads * chunk))
         chunks = index[1:, : heads * chunk].unflatten(1, (heads, chunk))
-        codes, scales, errors = chunks[..., : page * (half + 8)].split((page * half, page * 4, page * 4), dim=2)
+        codes, scales, errors = chunks[..., : page * (turned + 8)].split((page * turned, page * 4, page * 4), dim=2)
         return Parts(
             index[0].view(torch.int32),
-            codes.unflatten(2, (page, half)),
+            codes.unflatten(2, (page, turned)).view(torch.int8),
             scales.view(torch.float32),
             errors.view(torch.float32),
         )
-
-    def numbers(self) -> Tensor:
-        """(blocks, H_kv, page, R), from 0 to 15."""
-        return torch.cat((self.codes & 15, self.codes >> 4), dim=-1)
 
 
 def check_entries(index: Tensor, key_cache: Tensor, slots: Tensor, queries: int = 20) -> None:
@@ -63,7 +59,7 @@ def check_entries(index: Tensor, key_cache: Tensor, slots: Tensor, queries: int 
 
     keys = key_cache[slots // page, slots % page].double()
     norm = keys.square().sum(-1).sqrt()
-    codes, scale, error = (of_slots(x).double() for x in (parts.numbers() - 7.5, parts.scales, parts.errors))
+    codes, scale, error = (of_slots(x).double() for x in (parts.codes + 0.5, parts.scales, parts.errors))
     silent = ~(norm < LARGEST_NORM)
     assert torch.equal(error == torch.inf, silent), "which keys have no code"
     assert (scale[silent] == 0).all()
@@ -85,7 +81,7 @@ def check_entries(index: Tensor, key_cache: Tensor, slots: Tensor, queries: int 
     small = largest < SMALLEST
     assert (scale[small] == 0).all() and (codes[small] == 0.5).all()
     scale, largest, left, norm, error = (x[~small] for x in (scale, largest, left, norm, error))
-    torch.testing.assert_close(scale, largest / 8, rtol=2e-6, atol=0)
+    torch.testing.assert_close(scale, largest / 128, rtol=2e-6, atol=0)
     assert (error <= left.square().sum(-1).sqrt() + norm * (ROOM + ROUNDING)).all(), (
         "an error is larger than it must be"
     )

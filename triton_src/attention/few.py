@@ -28,15 +28,18 @@ from ..lib.call import (
     key_rows_of,
     tile_row_of,
 )
-from ..lib.entmax import ALPHA_1_5, LOG2_E, fixed_alpha, newton_step, weights
-from ..lib.matrices import any_row, cast, dot, load_rows, max_or_nan, rows_from
+from ..lib.entmax import ALPHA_1_5, ALPHA_NUMBER, LOG2_E, fixed_alpha, newton_step, weights
+from ..lib.matrices import INTERPRETED, any_row, cast, dot, load_rows, max_or_nan, rows_from
 from ..lib.scores import ScoreRules, scores_of
 from ..lib.tile_lists import WORD, append, first_tile_row
-from ..lib.visibility import LENGTHS_PACKED, TILE, UNLIMITED, Span, visible_keys
-from ..spec import CALL, FEW, MATRIX, Spec
+from ..lib.visibility import TILE, UNLIMITED, Span, visible_keys
+from ..lib.waiting import follow, lead
+from ..spec import CALL, FEW, MATRIX, Aligned, Spec
 
 LISTED = tl.constexpr(1024)  # keys that a row's list has room for
-TOGETHER = tl.constexpr(1024)  # keys of a row that are looked at together
+LISTED_TILES = tl.constexpr(16)  # listed tiles of a row that are looked at together
+ROW_TILES = tl.constexpr(32)  # tiles of a long row that are
+ROW_STAGES = tl.constexpr(6)  # as many times that are on their way
 TILES_TOGETHER = tl.constexpr(2048)  # tiles of a row that are; the first so many stay in registers
 KEYS_AT_ONCE = tl.constexpr(64)  # keys of a list whose values are added together
 SPLIT = tl.constexpr(16)  # tiles whose values one program sums
@@ -49,6 +52,9 @@ ROUNDING = tl.constexpr(2.0**-21)  # how much a bound of gap may be off, relativ
 # list, which are in registers, and of long rows, which are read again for every step.
 NEAR = tl.constexpr(4e-6)
 NEAR_LONG = tl.constexpr(1e-4)
+
+
+SCORES = Aligned("*fp32")  # of tiles, whole
 
 
 class FewRows(NamedTuple):
@@ -122,18 +128,16 @@ def kv_number(call, at, kv_head):
 
 
 @triton.jit
-def score_row(call, few, at, kv_head, place):
-    """Where the scores of a row are, by its place among those of a key head: that of the sequence's first key."""
-    packed = call.keys.lengths_kind == LENGTHS_PACKED
-    stored = tl.where(packed, kv_head, kv_number(call, at, kv_head))
-    return (stored * few.rows + place) * call.keys.rows + at.keys.offset
+def tile_place(call, few, at, kv_head, place):
+    """Where the numbers of a row's tiles are, by its place among those of a key head: that of tile 0."""
+    kv_heads = call.heads // call.group
+    return place * few.row_tiles + first_tile_row(call.keys, kv_heads, at.batch, kv_head, at.keys.offset)
 
 
 @triton.jit
-def tile_place(call, few, at, kv_head, place):
-    """Where the numbers of a row's tiles are: that of tile 0."""
-    kv_heads = call.heads // call.group
-    return place * few.row_tiles + first_tile_row(call.keys, kv_heads, at.batch, kv_head, at.keys.offset)
+def score_place(call, few, at, kv_head, place):
+    """Where a row's scores are: that of key 0. Tiles are stored whole, so that threads read several numbers at once."""
+    return tile_place(call, few, at, kv_head, place) * TILE
 
 
 @triton.jit
@@ -164,7 +168,7 @@ def load_queries(query, rows, call, at, BLOCK_D: tl.constexpr):
 @triton.jit
 def score_few(
     query, key, scores, tile_max, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """The largest z of each row in each tile, and all z of tiles that may hold weight. How many programs share the
     tiles, few.scorers, changes no bit."""
@@ -183,7 +187,7 @@ def score_few(
     rules = ScoreRules(rows.position, at.band, visible, scale.qk_slope[:, None])
     key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
     softmax = scale.alpha == 1.0
-    to_scores = scores + score_row(call, few, at, kv_head, rows.place)
+    to_scores = scores + score_place(call, few, at, kv_head, rows.place)
     to_maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -197,18 +201,19 @@ def score_few(
         tl.store(to_maxima + tile, largest, mask=rows.real)
         row_max = tl.maximum(row_max, largest)
         worth = rows.real & (softmax | (largest >= row_max - 1.0) | (largest != largest))
-        tl.store(to_scores[:, None] + keys[None, :], z, mask=worth[:, None] & (keys < at.keys.length)[None, :])
+        tl.store(to_scores[:, None] + keys[None, :], z, mask=worth[:, None])
+    lead(ARCH)
 
 
 SCORE_FEW = Spec(
     score_few,
-    arguments=dict(query=MATRIX, key=MATRIX, scores="*fp32", tile_max="*fp32", call=CALL, few=FEW),
+    arguments=dict(query=MATRIX, key=MATRIX, scores=SCORES, tile_max="*fp32", call=CALL, few=FEW),
     writes=("scores", "tile_max"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
     programs="a block of BLOCK_M rows and one of few.scorers shares of its tiles, for all rows of all key heads and "
     "sequences",
     scratch=dict(
-        scores="a number for each row of a key head and each of its keys",
+        scores="TILE numbers for each row of a key head and each tile of its keys",
         tile_max="one for each of these rows and each tile",
     ),
     shapes="attention",
@@ -224,9 +229,11 @@ SCORE_FEW_EVEN = SCORE_FEW.over_even_pages(types=("bf16", "fp16"))
 @triton.jit
 def solve_few(
     value, out, row_state, tiles, scores, tile_max, tile_lists, listed_scores, listed_keys, is_long, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """row_state of a row; and, unless it is long, its output and the bits of tiles in which it weighs keys."""
+    lead(ARCH)
+    follow(ARCH)
     position, head, batch = block_of_program(few.queries, call.heads)
     at = head_in_sequence(call, batch, head)
     if has_many_queries(call, at.queries) | (position >= at.queries.extent):
@@ -236,7 +243,7 @@ def solve_few(
     visible = visible_keys(position, at.band)
     sees = visible.first < visible.end
     tiles_seen = tiles_of(Span(visible.first, tl.where(sees, visible.end, 0)))
-    z_row = scores + score_row(call, few, at, kv_head, place)
+    z_row = scores + score_place(call, few, at, kv_head, place)
     maxima = tile_max + tile_place(call, few, at, kv_head, place)
     bits = tiles + tile_row_of(call, at, position) * call.tile_words
     number = list_place(call, few, at, kv_head, place)
@@ -255,14 +262,14 @@ def solve_few(
     if sound:
         if is_softmax(scale.alpha, ALPHA):
             long = 1
-            gap = log_sum(z_row, visible, row_max)
+            gap = log_sum(z_row, tiles_seen, visible, row_max)
         else:
             gap = bound_of(first_maxima, maxima, tiles_seen, row_max, scale.alpha, ALPHA)
             candidates = list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap)
             count = list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max, gap)
             long = (count > LISTED).to(tl.int32)
             if long > 0:
-                gap = solve_tiles(z_row, entries, candidates, visible, row_max, gap, scale.alpha, ALPHA)
+                gap = solve_row(z_row, maxima, tiles_seen, visible, row_max, gap, scale.alpha, ALPHA)
             else:
                 gap = solve_list(to_z, count, row_max, gap, scale.alpha, ALPHA)
     tl.store(is_long + number, long)
@@ -270,8 +277,8 @@ def solve_few(
     tl.store(state, tl.where(broken, float("nan"), row_max))
     tl.store(state + 1, tl.where(broken, float("nan"), gap))
     if broken & (few.marks_tiles > 0):  # NaN goes back to all keys that are seen
-        for start in range(tiles_seen.first, tiles_seen.end, TOGETHER):
-            tile = start + tl.arange(0, TOGETHER)
+        for start in range(tiles_seen.first, tiles_seen.end, TILES_TOGETHER):
+            tile = start + tl.arange(0, TILES_TOGETHER)
             mark_tiles(bits, tile, tile < tiles_seen.end)
     if long == 0:
         value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
@@ -295,11 +302,11 @@ def solve_few(
 SOLVE_FEW = Spec(
     solve_few,
     arguments=dict(
-        value=MATRIX, out=MATRIX, row_state="*fp32", tiles="*i32", scores="*fp32", tile_max="*fp32", tile_lists="*i32",
+        value=MATRIX, out=MATRIX, row_state="*fp32", tiles="*i32", scores=SCORES, tile_max="*fp32", tile_lists="*i32",
         listed_scores="*fp32", listed_keys="*i32", is_long="*i32", call=CALL, few=FEW,
     ),
     writes=("out", "row_state", "tiles", "tile_lists", "listed_scores", "listed_keys", "is_long"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
     programs="a row, for few.queries * heads * batch",
     scratch=dict(
         tile_lists="an entry for each row of a key head and each tile of its keys",
@@ -342,6 +349,20 @@ def excess(z, row_max, gap):
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def two_sums(a, b):
+    """The sums of two vectors, which threads exchange together."""
+    if INTERPRETED:  # a reduction with its own combine function is a Python loop there
+        return tl.sum(a, 0), tl.sum(b, 0)
+    else:
+        return tl.reduce((a, b), 0, _add_both)
+
+
+@triton.jit
 def load_maxima(maxima, tiles_seen, first):
     """The largest scores of TILES_TOGETHER tiles from `first` on, -inf behind the last."""
     tile = first + tl.arange(0, TILES_TOGETHER)
@@ -362,12 +383,13 @@ def bound_of(first_maxima, maxima, tiles_seen, row_max, alpha, ALPHA: tl.constex
     """A lower bound of gap: that of the tiles' largest scores, less what rounding may do."""
     gap = -1.0
     for _ in range(BOUND_STEPS_1_5 if ALPHA == ALPHA_1_5 else BOUND_STEPS):
-        sum_p, sum_u = weights(excess(first_maxima, row_max, gap), alpha, ALPHA, True)
+        part_p, part_u = weights(excess(first_maxima, row_max, gap), alpha, ALPHA, True)
         for start in range(tiles_seen.first + TILES_TOGETHER, tiles_seen.end, TILES_TOGETHER):
             p, u = weights(excess(load_maxima(maxima, tiles_seen, start), row_max, gap), alpha, ALPHA, True)
-            sum_p += p
-            sum_u += u
-        gap += tl.maximum(newton_step(tl.sum(sum_p, 0), tl.sum(sum_u, 0), alpha, ALPHA), 0.0)
+            part_p += p
+            part_u += u
+        sum_p, sum_u = two_sums(part_p, part_u)
+        gap += tl.maximum(newton_step(sum_p, sum_u, alpha, ALPHA), 0.0)
     return gap - (1.0 + tl.abs(row_max)) * ROUNDING
 
 
@@ -384,14 +406,14 @@ def list_tiles_above(entries, first_maxima, maxima, tiles_seen, row_max, gap):
 
 
 @triton.jit
-def scores_of_tiles(z_row, entries, first, count, visible):
-    """(z, keys) of the listed tiles from `first` on that fit TOGETHER keys; -inf behind the list and for keys that are
-    not seen."""
-    entry = first * TILE + tl.arange(0, TOGETHER)
-    tile = tl.load(entries + entry // TILE, mask=entry < count * TILE, other=0)
-    keys = tile * TILE + entry % TILE
-    seen = (entry < count * TILE) & (keys >= visible.first) & (keys < visible.end)
-    return tl.load(z_row + keys, mask=seen, other=float("-inf")), keys
+def scores_of_tiles(z_row, tile, wanted, visible):
+    """(z, keys) of some tiles of a row, in their order; -inf where a tile is not wanted and for keys that are not
+    seen."""
+    keys = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    # Without the row's own borders: a thread reads several numbers at once where all or none of them are wanted.
+    z = tl.load(z_row + keys, mask=wanted[:, None], other=float("-inf"))
+    z = tl.where((keys >= visible.first) & (keys < visible.end) & wanted[:, None], z, float("-inf"))
+    return z, keys
 
 
 @triton.jit
@@ -401,14 +423,18 @@ def list_keys_above(to_z, to_keys, z_row, entries, candidates, visible, row_max,
     count = 0
     first = 0
     while (first < candidates) & (count <= LISTED):
-        z, keys = scores_of_tiles(z_row, entries, first, candidates, visible)
+        entry = first + tl.arange(0, LISTED_TILES)
+        tile = tl.load(entries + entry, mask=entry < candidates, other=0)
+        z, keys = scores_of_tiles(z_row, tile, entry < candidates, visible)
+        z = tl.reshape(z, [LISTED_TILES * TILE])
+        keys = tl.reshape(keys, [LISTED_TILES * TILE])
         wanted = z - row_max > gap
         place = count + tl.cumsum(wanted.to(tl.int32), 0) - 1
         room = wanted & (place < LISTED)
         tl.store(to_z + place, z, mask=room)
         tl.store(to_keys + place, keys, mask=room)
         count += tl.sum(wanted.to(tl.int32), 0)
-        first += TOGETHER // TILE
+        first += LISTED_TILES
     tl.debug_barrier()  # as above
     return count
 
@@ -422,8 +448,8 @@ def solve_list(listed_z, count, row_max, gap, alpha, ALPHA: tl.constexpr):
     moving = 1
     while moving > 0:
         p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
-        sum_p = tl.sum(p, 0)
-        step = newton_step(sum_p, tl.sum(u, 0), alpha, ALPHA)
+        sum_p, sum_u = two_sums(p, u)
+        step = newton_step(sum_p, sum_u, alpha, ALPHA)
         attempts += 1
         moving = goes_on(sum_p, gap, step, attempts, NEAR)
         gap += step
@@ -431,20 +457,25 @@ def solve_list(listed_z, count, row_max, gap, alpha, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def solve_tiles(z_row, entries, count, visible, row_max, gap, alpha, ALPHA: tl.constexpr):
-    """gap of the scores of `count` listed tiles, from a lower bound of it."""
+def solve_row(z_row, maxima, tiles_seen, visible, row_max, gap, alpha, ALPHA: tl.constexpr):
+    """gap of all scores of a row, from a lower bound of it. Scores of tiles below that are not known, nor needed."""
+    bound = gap
     attempts = 0
     moving = 1
     while moving > 0:
-        part_p = tl.zeros([TOGETHER], tl.float32)
-        part_u = tl.zeros([TOGETHER], tl.float32)
-        for first in range(0, count, TOGETHER // TILE):
-            z, _ = scores_of_tiles(z_row, entries, first, count, visible)
+        part_p = tl.zeros([ROW_TILES, TILE], tl.float32)
+        part_u = tl.zeros([ROW_TILES, TILE], tl.float32)
+        for start in tl.range(tiles_seen.first, tiles_seen.end, ROW_TILES, num_stages=ROW_STAGES):
+            tile = start + tl.arange(0, ROW_TILES)
+            there = tile < tiles_seen.end
+            largest = tl.load(maxima + tile, mask=there, other=float("-inf"))
+            z, _ = scores_of_tiles(z_row, tile, there, visible)
+            z = tl.where((largest - row_max > bound)[:, None], z, float("-inf"))
             p, u = weights(excess(z, row_max, gap), alpha, ALPHA, True)
             part_p += p
             part_u += u
-        sum_p = tl.sum(part_p, 0)
-        step = newton_step(sum_p, tl.sum(part_u, 0), alpha, ALPHA)
+        sum_p, sum_u = two_sums(tl.ravel(part_p), tl.ravel(part_u))
+        step = newton_step(sum_p, sum_u, alpha, ALPHA)
         attempts += 1
         moving = goes_on(sum_p, gap, step, attempts, NEAR_LONG)
         gap += step
@@ -458,26 +489,43 @@ def goes_on(sum_p, gap, step, attempts, near):
 
 
 @triton.jit
-def log_sum(z_row, visible, row_max):
+def log_sum(z_row, tiles_seen, visible, row_max):
     """ln sum e^(z - row_max) over the keys that are seen."""
-    sums = tl.zeros([TOGETHER], tl.float32)
-    for start in range(visible.first, visible.end, TOGETHER):
-        keys = start + tl.arange(0, TOGETHER)
-        z = tl.load(z_row + keys, mask=keys < visible.end, other=float("-inf"))
+    sums = tl.zeros([ROW_TILES, TILE], tl.float32)
+    for start in range(tiles_seen.first, tiles_seen.end, ROW_TILES):
+        tile = start + tl.arange(0, ROW_TILES)
+        z, _ = scores_of_tiles(z_row, tile, tile < tiles_seen.end, visible)
         sums += tl.exp2((z - row_max) * LOG2_E)
-    return tl.maximum(tl.log(tl.sum(sums, 0)), 0.0)
+    return tl.maximum(tl.log(tl.sum(tl.ravel(sums), 0)), 0.0)
 
 
 # ---- long rows -------------------------------------------------------------------------------------------------------
 
 
+class LongRows(NamedTuple):
+    """What weigh_few knows of some rows, of which some are long."""
+
+    long: tl.tensor
+    visible: Span
+    alpha: tl.tensor
+    row_max: tl.tensor
+    gap: tl.tensor
+    scores: tl.tensor  # where they are
+    maxima: tl.tensor  # where those of their tiles are
+    bits: tl.tensor  # where those of their tiles are
+    least_marked: tl.tensor  # the weight of a tile above which its bit is set
+
+
 @triton.jit
 def weigh_few(
     value, row_state, tiles, scores, tile_max, is_long, weighted, weight_sums, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ALPHA: tl.constexpr,
+    ARCH: tl.constexpr,
 ):  # fmt: skip
     """Of long rows: weighted values and weights, summed over SPLIT tiles of keys. How many programs share the splits,
     few.weighers, changes no bit."""
+    lead(ARCH)
+    follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     splits = tl.cdiv(tl.cdiv(call.keys.max_seqlen, TILE), SPLIT)
     index, kv_head, batch = block_of_program(few.weighers * row_blocks, call.heads // call.group)
@@ -492,52 +540,74 @@ def weigh_few(
     visible = visible_of(rows, at.band)
     keys_seen = keys_of_rows(visible)
     tiles_seen = tiles_of(keys_seen)
-    scale = head_scale(call, batch, rows.head, ALPHA)
-    softmax = scale.alpha == 1.0
     heads = Head(batch, rows.head, call.group, at.queries, at.keys, at.band)
     state = row_state + 2 * (first_state_row(call, heads) + rows.position)
-    row_max = tl.load(state, mask=long, other=0.0)
-    gap = tl.load(state + 1, mask=long, other=float("inf"))
-    z_rows = scores + score_row(call, few, at, kv_head, rows.place)
-    maxima = tile_max + tile_place(call, few, at, kv_head, rows.place)
+    seen = LongRows(
+        long,
+        visible,
+        head_scale(call, batch, rows.head, ALPHA).alpha,
+        tl.load(state, mask=long, other=0.0),
+        tl.load(state + 1, mask=long, other=float("inf")),
+        scores + score_place(call, few, at, kv_head, rows.place),
+        tile_max + tile_place(call, few, at, kv_head, rows.place),
+        tiles + tile_row_of(call, heads, rows.position) * call.tile_words,
+        tl.where(few.marks_tiles > 0, 0.0, float("inf")),
+    )
     value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
-    bits = tiles + tile_row_of(call, heads, rows.position) * call.tile_words
-
+    # There powers would be most of the work, which for other types and sizes are products.
+    WITHOUT_POWERS: tl.constexpr = value.data.dtype.element_ty != tl.float32 and BLOCK_D <= 128
+    without_powers = (call.alpha.source == ALPHA_NUMBER) & (call.alpha.number == 1.5)
     first_split = tiles_seen.first // SPLIT
     for split in range(first_split + index // row_blocks, tl.cdiv(tiles_seen.end, SPLIT), few.weighers):
-        sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        sum_p = tl.zeros([BLOCK_M], tl.float32)
         mine = some_of(tiles_seen, split, SPLIT)
-        for step in tl.range(mine.end - mine.first):
-            tile = mine.first + step
-            keys = tile * TILE + tl.arange(0, BLOCK_N)
-            largest = tl.load(maxima + tile, mask=long, other=float("-inf"))
-            weigh = long & (softmax | (largest - row_max > gap))
-            seen = (keys[None, :] >= visible.first[:, None]) & (keys[None, :] < visible.end[:, None])
-            z = tl.load(z_rows[:, None] + keys[None, :], mask=weigh[:, None] & seen, other=float("-inf"))
-            p, _ = weights(excess(z, row_max[:, None], gap[:, None]), scale.alpha[:, None], ALPHA, True)
-            p = tl.where(softmax[:, None], tl.exp2(((z - row_max[:, None]) - gap[:, None]) * LOG2_E), p)
-            p = tl.where(weigh[:, None], p, 0.0)
-            here = tl.sum(p, 1)
-            sum_p += here
-            if few.marks_tiles > 0:
-                mark_tiles(bits, tile, here > 0.0)
-            v = load_rows(value_rows, tile * TILE, BLOCK_N, BLOCK_D, True)
-            sums = dot(cast(p, v.dtype), v, sums)
+        if WITHOUT_POWERS and without_powers:
+            sums, sum_p = weigh_tiles(seen, value_rows, mine, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALPHA_1_5)
+        else:
+            sums, sum_p = weigh_tiles(seen, value_rows, mine, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALPHA)
         part = part_place(call, few, at, kv_head, splits, split, rows.place)
         tl.store(weight_sums + part, sum_p, mask=long)
         tl.store(weighted + part[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], sums, mask=long[:, None])
 
 
+@triton.jit
+def weigh_tiles(
+    rows, value_rows, tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr, ALPHA: tl.constexpr,
+):  # fmt: skip
+    """(weighted values, weights) of LongRows, summed over some tiles."""
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sum_p = tl.zeros([BLOCK_M], tl.float32)
+    for step in tl.range(tiles.end - tiles.first, num_stages=STAGES):  # said here, all loads are pipelined
+        tile = tiles.first + step
+        keys = tile * TILE + tl.arange(0, BLOCK_N)
+        # A load that waited for another would not be pipelined, nor would a branch: z is read where it is unknown too.
+        z = tl.load(rows.scores[:, None] + keys[None, :], mask=rows.long[:, None], other=float("-inf"))
+        largest = tl.load(rows.maxima + tile, mask=rows.long, other=float("-inf"))
+        known = largest - rows.row_max > rows.gap
+        p, _ = weights(excess(z, rows.row_max[:, None], rows.gap[:, None]), rows.alpha[:, None], ALPHA, True)
+        if not fixed_alpha(ALPHA):
+            softmax = rows.alpha == 1.0
+            known = known | softmax
+            p = tl.where(softmax[:, None], tl.exp2(((z - rows.row_max[:, None]) - rows.gap[:, None]) * LOG2_E), p)
+        visible = (keys[None, :] >= rows.visible.first[:, None]) & (keys[None, :] < rows.visible.end[:, None])
+        p = tl.where((rows.long & known)[:, None] & visible, p, 0.0)
+        here = tl.sum(p, 1)
+        sum_p += here
+        mark_tiles(rows.bits, tile, here > rows.least_marked)
+        v = load_rows(value_rows, tile * TILE, BLOCK_N, BLOCK_D, True)
+        sums = dot(cast(p, v.dtype), v, sums)
+    return sums, sum_p
+
+
 WEIGH_FEW = Spec(
     weigh_few,
     arguments=dict(
-        value=MATRIX, row_state="*fp32", tiles="*i32", scores="*fp32", tile_max="*fp32", is_long="*i32",
+        value=MATRIX, row_state="*fp32", tiles="*i32", scores=SCORES, tile_max="*fp32", is_long="*i32",
         weighted="*fp32", weight_sums="*fp32", call=CALL, few=FEW,
     ),
     writes=("tiles", "weighted", "weight_sums"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STAGES", "ALPHA", "ARCH"),
     programs="a block of BLOCK_M rows and every few.weighers-th split, for all rows of all key heads and sequences",
     scratch=dict(
         weighted="BLOCK_D numbers for each row of a key head and each SPLIT tiles of its keys",
@@ -553,9 +623,10 @@ WEIGH_FEW_EVEN = WEIGH_FEW.over_even_pages(types=("bf16", "fp16"))
 @triton.jit
 def join_few(
     weighted, weight_sums, is_long, out, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """The output of a long row, from what weigh_few found in its splits."""
+    follow(ARCH)
     position, head, batch = block_of_program(few.queries, call.heads)
     at = head_in_sequence(call, batch, head)
     if has_many_queries(call, at.queries) | (position >= at.queries.length):
@@ -583,7 +654,7 @@ JOIN_FEW = Spec(
     join_few,
     arguments=dict(weighted="*fp32", weight_sums="*fp32", is_long="*i32", out=MATRIX, call=CALL, few=FEW),
     writes=("out",),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ARCH"),
     programs="a row, for few.queries * heads * batch",
     shapes="attention",
     alphas=("any",),

@@ -10,15 +10,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .matrices import INTERPRETED
-
 ROOM = tl.constexpr(2.0**-11)  # kKeyIndexRoom
 LARGEST_NORM = tl.constexpr(2.0**60)  # kLargestIndexedNorm
 SMALLEST = tl.constexpr(2.0**-60)  # kSmallestIndexed
 MAGIC = tl.constexpr(0x494B6441)
-VERSION = tl.constexpr(1)
-LEVELS = tl.constexpr(8)  # to each side of zero
-MIDDLE = tl.constexpr(7.5)  # the number of a level that stood for zero
+VERSION = tl.constexpr(2)
+LEVELS = tl.constexpr(128)  # to each side of zero
+CHUNKS = tl.constexpr(16)  # bytes that chunks of an index are multiples of
 TURN_STEP = tl.constexpr(32)  # elements that a turn takes at a time
 
 
@@ -35,6 +33,13 @@ class KeyIndex(NamedTuple):
     kv_heads: tl.tensor
     head_dim: tl.tensor
     element: tl.tensor
+
+
+@triton.jit
+def strides_of(index):
+    """(page_stride, head_stride) of a KeyIndex, such that the compiler knows what they are multiples of, and loads 16
+    bytes at once."""
+    return index.page_stride // CHUNKS * CHUNKS, index.head_stride // CHUNKS * CHUNKS
 
 
 @triton.jit
@@ -78,7 +83,7 @@ def norm_of(row, columns, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def code_of(row, columns, BLOCK_D: tl.constexpr):
-    """(code, scale, error) of the key that a pointer says; the code as (BLOCK_D / 2,) bytes."""
+    """(code, scale, error) of the key that a pointer says; the code as (BLOCK_D,) bytes."""
     norm = norm_of(row, columns, BLOCK_D)
     t = turned(row, columns, BLOCK_D)
     largest = tl.max(tl.abs(t), 0)
@@ -86,31 +91,13 @@ def code_of(row, columns, BLOCK_D: tl.constexpr):
     coded = finite & (largest >= SMALLEST)
     scale = tl.where(coded, largest / LEVELS, 0.0)
     steps = tl.where(coded, t / tl.where(coded, scale, 1.0), 0.0)
-    n = tl.minimum(tl.maximum(tl.floor(steps + LEVELS), 0.0), 2 * LEVELS - 1.0)
-    left = tl.where(coded, steps - (n - MIDDLE), 0.0)
+    n = tl.minimum(tl.maximum(tl.floor(steps), -1.0 * LEVELS), LEVELS - 1.0)
+    left = tl.where(coded, steps - (n + 0.5), 0.0)
     error = scale * tl.sqrt(tl.sum(left * left, 0)) + norm * ROOM
     # The squares of what is so small are not what they should be.
     ROOT: tl.constexpr = BLOCK_D**0.5
     error = tl.where(coded, error, largest * (2 * ROOT))
-    halves = tl.reshape(n.to(tl.int32), [2, BLOCK_D // 2]) << (4 * tl.arange(0, 2)[:, None])
-    return tl.sum(halves, 0).to(tl.uint8), scale, tl.where(finite, error, float("inf"))
-
-
-@triton.jit
-def halves_of(codes):
-    """(numbers of the first half of the channels, of the second), as int8, of codes (rows, BLOCK_D / 2). By four at a
-    time, for which Triton has no words: one by one it is most of what a scan does."""
-    if INTERPRETED:
-        return (codes & 15).to(tl.int8), (codes >> 4).to(tl.int8)
-    else:
-        return tl.inline_asm_elementwise(
-            "and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;",
-            "=&r,=&r,r",
-            [codes],
-            dtype=(tl.int8, tl.int8),
-            is_pure=True,
-            pack=4,
-        )
+    return (n.to(tl.int32) & 255).to(tl.uint8), scale, tl.where(finite, error, float("inf"))
 
 
 @triton.jit

@@ -73,7 +73,7 @@ class IndexedStaticLayer(StaticLayer):
 
 
 class IndexedStaticCache(StaticCache):
-    """A ``StaticCache`` whose layers keep an index of their keys beside them, which takes D / 2 + 8 bytes a key and key
+    """A ``StaticCache`` whose layers keep an index of their keys beside them, which takes D + 8 bytes a key and key
     head (D rounded up to 64, 128 or 256)::
 
         cache = IndexedStaticCache(config=model.config, max_cache_len=4096)

@@ -72,18 +72,19 @@ void score_indexed(const PreparedCall& call, const Shares& shares, const Workspa
   const int64_t scan_blocks = in_blocks(shares.rows, scan.block_m) * call.kv_heads;
   Kernels::scan_index(scan, call.place, shares.argument.scorers.value * scan_blocks,
                       {
-                          .query = matrix_of(call.query),
                           .key = key,
                           .index = index,
                           .planes = workspace.read(kTurned),
                           .terms = workspace.read(kTurnedTerms),
                           .scores = workspace.write(kScores),
                           .tile_max = workspace.write(kTileMax),
+                          .tile_bounds = workspace.write(kTileBounds),
                           .floors = workspace.write(kFloors),
                           .call = call.arguments,
                           .few = shares.argument,
                       });
-  Kernels::score_found(call.variant(Kernels::kScoreFound), call.place, shares.scoring(),
+  const int64_t scorers = in_blocks(shares.argument.scorers.value, kScorersTogether);
+  Kernels::score_found(call.variant(Kernels::kScoreFound), call.place, scorers * shares.score_blocks,
                        {
                            .query = matrix_of(call.query),
                            .key = key,
@@ -91,6 +92,7 @@ void score_indexed(const PreparedCall& call, const Shares& shares, const Workspa
                            .found = workspace.write(kFound),
                            .scores = workspace.write(kScores),
                            .tile_max = workspace.write(kTileMax),
+                           .tile_bounds = workspace.read(kTileBounds),
                            .call = call.arguments,
                            .few = shares.argument,
                        });

@@ -6,7 +6,7 @@
 
 namespace adasplash::cuda::portable {
 
-constexpr Piece<float> kScores{"few_scores", 1, &Extents::few_scores};
+constexpr Piece<float> kScores{"few_scores", kTile, &Extents::few_tiles};
 constexpr Piece<float> kTileMax{"few_tile_max", 1, &Extents::few_tiles};
 constexpr Piece<int32_t> kFewTileLists{"few_tile_lists", 1, &Extents::few_tiles};
 constexpr Piece<float> kListedScores{"few_listed_scores", kListed, &Extents::few_rows};
@@ -18,6 +18,7 @@ constexpr Piece<float> kWeightSums{"few_weight_sums", 1, &Extents::few_splits};
 // Where keys are found by an index.
 constexpr Piece<int8_t> kTurned{"few_turned", kPlanes * 256, &Extents::few_rows};
 constexpr Piece<float> kTurnedTerms{"few_turned_terms", kTerms, &Extents::few_rows};
+constexpr Piece<float> kTileBounds{"few_tile_bounds", 1, &Extents::few_tiles};
 constexpr Piece<float> kFloors{"few_floors", 1, &Extents::few_tiles};
 constexpr Piece<int32_t> kFound{"few_found", 1, &Extents::few_found};
 

@@ -18,9 +18,9 @@ constexpr Scratch kFewTrainingScratch = {kScores,     kTileMax, kFewTileLists, k
                                          kListedKeys, kIsLong,  kWeighted,     kWeightSums};
 constexpr Scratch kFewInferenceScratch = {kRowState,   kScores, kTileMax,  kFewTileLists, kListedScores,
                                           kListedKeys, kIsLong, kWeighted, kWeightSums};
-constexpr Scratch kFewIndexedScratch = {kRowState,    kScores, kTileMax,  kFewTileLists, kListedScores,
-                                        kListedKeys,  kIsLong, kWeighted, kWeightSums,   kTurned,
-                                        kTurnedTerms, kFloors, kFound};
+constexpr Scratch kFewIndexedScratch = {kRowState,    kScores,     kTileMax,  kFewTileLists, kListedScores,
+                                        kListedKeys,  kIsLong,     kWeighted, kWeightSums,   kTurned,
+                                        kTurnedTerms, kTileBounds, kFloors,   kFound};
 // Where the lengths that the GPU has decide.
 constexpr Scratch kBothTrainingScratch = {kTileMargins,  kTileLists,  kScores, kTileMax,  kFewTileLists,
                                           kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
@@ -28,7 +28,7 @@ constexpr Scratch kBothInferenceScratch = {kTileMargins,  kRowState,     kTileLi
                                            kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
 constexpr Scratch kBothIndexedScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
                                          kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums,
-                                         kTurned,       kTurnedTerms,  kFloors,     kFound};
+                                         kTurned,       kTurnedTerms,  kTileBounds, kFloors, kFound};
 
 }  // namespace
 
