@@ -14,7 +14,7 @@ import torch
 
 import common
 
-os.environ.setdefault("ADASPLASH_KEY_INDEX", "read")  # a GPU reads an index only where that is asked for
+os.environ.setdefault("ADASPLASH_KEY_INDEX", "read")  # a GPU would not read one of as few keys
 sys.path.append(str(common.ROOT))  # bench and triton_src; last, as the installed adasplash is the one under test
 
 DOUBLE, SINGLE, HALF = torch.float64, torch.float32, common.HALF

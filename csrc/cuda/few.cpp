@@ -13,6 +13,9 @@ namespace {
 
 // Bytes from a page of an index to the next: the kernels multiply numbers of 32 bits.
 constexpr int64_t kMostApart = std::numeric_limits<int32_t>::max();
+// Keys that there is room for in a sequence from which on they are found faster by an index: in pages, and in a padded
+// cache of heads of more than kSmallHead.
+constexpr int64_t kManyPagedKeys = 65536, kManyKeys = 131072, kSmallHead = 64;
 constexpr int64_t kLeastEvenPage = 16;  // ROWS_TOGETHER of triton_src/lib/matrices.py
 // Rows, queries times heads that share a key head, up to which a block of them is no fuller than the keys' way is
 // worth.
@@ -42,9 +45,13 @@ bool uses_index(const AttentionInputs& inputs) {
   if (!options.key_index || inputs.key.numel() == 0) return false;
   if (options.softmax() || inputs.query.scalar_type() != at::kBFloat16) return false;
   if (options.paged() && (!has_even_pages(inputs) || options.key_index->size(1) > kMostApart)) return false;
-  // Read at every call, so that both ways can be timed in one process.
-  const char* const wanted = std::getenv("ADASPLASH_KEY_INDEX");
-  return wanted && std::string_view(wanted) == "read";
+  // Asked at every call, so that both ways can be timed in one process.
+  if (const char* const wanted = std::getenv("ADASPLASH_KEY_INDEX")) {
+    if (std::string_view(wanted) == "read") return true;
+    if (std::string_view(wanted) == "leave") return false;
+  }
+  const int64_t room = StoredSide::of_keys(inputs).max_seqlen;
+  return options.paged() ? room >= kManyPagedKeys : room >= kManyKeys && inputs.key.size(3) > kSmallHead;
 }
 
 void add_few(Extents& extents, const AttentionInputs& inputs, int64_t kv_heads, int64_t stored_kv_heads) {

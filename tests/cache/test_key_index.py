@@ -159,7 +159,7 @@ def test_an_empty_index_says_nothing(backend, dtype):
     check_entries(index, keys, all_slots(keys)[:0])
     number = {torch.float32: 6, torch.float64: 7, torch.float16: 5, torch.bfloat16: 15}[dtype]
     header = Parts.of(index, keys).header.tolist()
-    assert header[:7] == [0x494B6441, 1, BLOCKS, PAGE, HEADS, 24, number] and not any(header[7:])
+    assert header[:7] == [0x494B6441, 2, BLOCKS, PAGE, HEADS, 24, number] and not any(header[7:])
 
 
 @pytest.mark.parametrize("int_type", (torch.int32, torch.int64), ids=str)

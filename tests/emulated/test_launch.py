@@ -192,7 +192,7 @@ def test_keys_are_found_by_an_index_where_that_is_asked_for(driver, monkeypatch,
     rest = ["solve_few_paged", f"weigh_few{suffix}", "join_few"]
     read = even and dtype == torch.bfloat16
     found = [name.format(suffix) for name in FOUND] if read else [f"score_few{suffix}"]
-    for wanted, expected in ((None, [f"score_few{suffix}"]), ("no", [f"score_few{suffix}"]), ("read", found)):
+    for wanted, expected in ((None, [f"score_few{suffix}"]), ("leave", [f"score_few{suffix}"]), ("read", found)):
         monkeypatch.setenv("ADASPLASH_KEY_INDEX", wanted) if wanted else monkeypatch.delenv("ADASPLASH_KEY_INDEX")
         driver.launches.clear()
         out = attend_paged(given, key_index=index)
@@ -206,6 +206,17 @@ def test_keys_are_found_by_an_index_where_that_is_asked_for(driver, monkeypatch,
         driver.launches.clear()
         attend_paged(given, key_index=index, alpha=1.0)
         assert "scan_index_even" not in kernels(driver)
+
+
+@pytest.mark.parametrize("pages, wanted, read", ((4096, None, True), (4096, "leave", False), (4095, None, False)))
+def test_an_index_of_many_keys_is_read(driver, monkeypatch, pages, wanted, read):
+    """Many by what there is room for: the host does not know how many there are."""
+    driver.run_kernels = False
+    monkeypatch.setenv("ADASPLASH_KEY_INDEX", wanted) if wanted else monkeypatch.delenv("ADASPLASH_KEY_INDEX")
+    given = paged_inputs(page=16, dtype=torch.bfloat16)
+    given["block_table"] = given["block_table"][:, :1].expand(-1, pages).contiguous()
+    attend_paged(given, key_index=adasplash.make_key_index(given["key_cache"]))
+    assert ("scan_index_even" in kernels(driver)) == read
 
 
 def test_variants_over_a_paged_cache(driver):

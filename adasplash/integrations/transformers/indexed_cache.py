@@ -1,5 +1,5 @@
 """A static cache of transformers that keeps an index of its keys, from which steps of decoding can tell which keys they
-need. Reading it saves no time yet, and is asked for (docs/serving.md).
+need. A GPU reads it where keys are many (docs/serving.md).
 
 An attention function is given a layer's keys as the cache returns them, and nothing else of the cache. So the index is
 an attribute of that tensor: where a model changes keys on their way, it is gone, and all keys are read as without one.
