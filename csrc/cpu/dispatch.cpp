@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <string>
 
+#ifdef ADASPLASH_X86
+#include <cpuid.h>
+#endif
+
 #include "adasplash.h"
 #include "cpu/kernels.h"
 #include "kernels_library.h"

@@ -29,7 +29,7 @@ CORE = (
     "attention/test_forward.py",
     "attention/test_backward.py",
     "attention/test_varlen.py",
-    "activation/test_entmax.py",
+    "activation/test_entmax_alpha.py",
     "cache/test_paged.py",
     "pytorch/test_export.py",
     "pytorch/test_schema.py",
