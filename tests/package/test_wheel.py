@@ -91,10 +91,10 @@ def environment(request, tmp_path_factory):
         pip = [made / "bin/python", "-m", "pip", "install", "--quiet"]
         run(*pip, f"torch=={request.param}.*", "numpy", "pytest", "hypothesis")
         run(*pip, "--no-index", WHEEL, env=ALONE)
-        made.rename(folder / "an environment, moved")
+        made.rename(folder / "a moved environment")
 
     folder = build_once(tmp_path_factory, f"environment of torch {request.param}", build)
-    return Environment(folder / "an environment, moved", request.param)
+    return Environment(folder / "a moved environment", request.param)
 
 
 @pytest.fixture(scope="session")
