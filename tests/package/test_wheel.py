@@ -175,8 +175,9 @@ def test_what_must_hold_everywhere(smoke):
 
 
 @pytest.fixture(params=("torchscript", "aoti"))
-def model(request, smoke):
-    """Saved in Python; AOTInductor compiles, so it has a path."""
+def model(request, smoke, tmp_path):
+    """Saved in Python; AOTInductor compiles, so it has a path, and as it cannot link torch from a folder whose name has
+    spaces, it sees the environment by another name."""
     if request.param == "torchscript":
         return request.param, smoke.folder / "model.pt"
     program = """
@@ -187,7 +188,8 @@ class Attend(torch.nn.Module):
 program = torch.export.export(Attend(), torch.load("inputs.pt"))
 torch._inductor.aoti_compile_and_package(program, package_path="model.pt2")
 """
-    smoke.python("-c", program, path=os.environ["PATH"])
+    (tmp_path / "environment").symlink_to(smoke.folder)
+    Environment(tmp_path / "environment", smoke.release).python("-c", program, path=os.environ["PATH"])
     return request.param, smoke.folder / "model.pt2"
 
 
