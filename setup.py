@@ -1,7 +1,8 @@
 """Builds the library by calling CMake; everything else about the package stands in pyproject.toml.
 
 Of the environment: ADASPLASH_ARCHS (cmake/AdaSplashArchs.cmake), MAX_JOBS (how much is compiled at once), and
-ADASPLASH_TORCH, the folders of several torches, separated by colons, for a wheel that serves each of their releases.
+ADASPLASH_TORCH, the folders of several torches, separated by colons, for a wheel that serves each of their releases and
+runs on older systems than this one (packaging/manylinux.cpp).
 """
 
 import importlib.metadata
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r"VERSION (\d+\.\d+\.\d+)", (ROOT / "CMakeLists.txt").read_text()).group(1)
 
 #: Of torch, whose C++ part changes with every minor release: those that the sources are known to build with.
-SUPPORTED_TORCH = ">=2.11,<2.15"
+SUPPORTED_TORCH = ">=2.11,<2.16"
 
 
 def stop(sentence: str) -> None:
@@ -157,6 +158,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DADASPLASH_PYTHON=ON",
             f"-DADASPLASH_KERNELS={kernels}",
+            f"-DADASPLASH_MANYLINUX={'ON' if os.environ.get('ADASPLASH_TORCH') else 'OFF'}",
             "-DCMAKE_INSTALL_LIBDIR=lib",
             f"-DADASPLASH_ARCHS={os.environ.get('ADASPLASH_ARCHS') or 'auto'}",
         ]

@@ -1,11 +1,15 @@
-"""What a bug report needs to say about this installation: ``python -m adasplash.info``."""
+"""What a bug report needs to say about this installation: ``python -m adasplash.info``, and with ``--check`` whether
+attention and its gradients can be computed on each device."""
 
+import argparse
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import adasplash
 from adasplash import _build, _load
@@ -86,6 +90,71 @@ def collect() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def _devices() -> list[torch.device]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(count))]
+
+
+def _attend(attention: Callable[..., Tensor], inputs: tuple[Tensor, ...], device: torch.device) -> list[Tensor]:
+    """The output and the gradients of the inputs, on the CPU."""
+    inputs = tuple(x.to(device).requires_grad_() for x in inputs)
+    out = attention(*inputs)
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(-1))
+    return [x.detach().cpu() for x in (out, *grads)]
+
+
+def _composed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention at alpha 2 from torch's own ops, as sparsemax is by its definition."""
+    length = query.shape[-2]
+    hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(hidden, -1e4)
+    ordered = scores.sort(dim=-1, descending=True).values
+    counts = torch.arange(1, length + 1, device=query.device)
+    support = (1 + counts * ordered > ordered.cumsum(-1)).sum(-1, keepdim=True)
+    threshold = (ordered.cumsum(-1).gather(-1, support - 1) - 1) / support
+    return (scores - threshold).clamp(min=0) @ value
+
+
+_TORCH_ALONE = "python -c \"import torch; print(torch.ones(9, 9, device='{0}').mm(torch.ones(9, 9, device='{0}')))\""
+
+
+def check(device: torch.device) -> str | None:
+    """Computes attention and its gradients on this device and compares them with those of torch's own ops in double
+    precision.
+
+    Returns:
+        None, or what is wrong and what to do about it.
+    """
+    inputs = tuple(torch.randn(1, 2, 70, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    try:
+        found = _attend(lambda *x: adasplash.entmax_attn(*x, alpha=2.0, is_causal=True), inputs, device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        advice = "" if "adasplash" in reason else "; does torch alone compute there? " + _TORCH_ALONE.format(device)
+        return reason + advice
+    expected = _attend(_composed, tuple(x.double() for x in inputs), torch.device("cpu"))
+    for name, one, other in zip(("output", "dquery", "dkey", "dvalue"), found, expected, strict=True):
+        error = (one - other).abs().max().item()
+        if not error <= 2e-2 * other.abs().max().item():  # a GPU's matrix units round float32 to 11 bits; NaN is wrong
+            return f"wrong numbers: {name} is off by {error:.1g}; please report it with the output of this command"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m adasplash.info", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compute on every device: OK, or what to do")
+    args = parser.parse_args()
     for name, fact in collect().items():
         print(f"{name + ':':<20} {fact}")
+    if not args.check:
+        return 0
+    wrong = {device: check(device) for device in _devices()}
+    for device, what in wrong.items():
+        print(f"{f'check on {device}:':<20} {what or 'OK'}")
+    if len(wrong) == 1 and _cuda_driver().startswith("CUDA"):
+        print(f"{'check on cuda:':<20} not done: there is a driver, but torch {torch.__version__} uses no GPU here")
+    return any(wrong.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

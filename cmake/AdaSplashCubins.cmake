@@ -11,6 +11,7 @@ target_sources(adasplash PRIVATE
   csrc/cuda/implementation.cpp
   csrc/cuda/few.cpp
   csrc/cuda/key_index.cpp
+  csrc/cuda/lzma.cpp
   csrc/cuda/part.cpp
   csrc/cuda/register.cpp
   csrc/cuda/summary.cpp

@@ -47,11 +47,11 @@ foreach(_name torch torch_cpu c10)
 endforeach()
 
 find_package(Threads REQUIRED)
-add_library(AdaSplash::torch_headers INTERFACE IMPORTED)
+add_library(AdaSplash::torch_headers INTERFACE IMPORTED GLOBAL)
 target_include_directories(AdaSplash::torch_headers SYSTEM INTERFACE
   "${ADASPLASH_TORCH_ROOT}/include" "${ADASPLASH_TORCH_ROOT}/include/torch/csrc/api/include")
 target_compile_features(AdaSplash::torch_headers INTERFACE cxx_std_20)
-add_library(AdaSplash::torch INTERFACE IMPORTED)
+add_library(AdaSplash::torch INTERFACE IMPORTED GLOBAL)
 # libtorch.so itself holds no symbols; it pulls in the CUDA half where torch has one, so it must not be dropped. One item
 # with its flags, because CMake moves flags about; quoted, because paths may have spaces.
 list(GET _torch_libraries 0 _libtorch)

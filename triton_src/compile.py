@@ -1,7 +1,8 @@
 """Compiles every variant ahead of time, without a GPU: python -m triton_src.compile --arch 80 90 --out DIR
 
 Writes to DIR
-    cubins.bin      machine code of all variants, and PTX of one architecture below 90, one after the other
+    cubins.bin      machine code of all variants, and PTX of one architecture below 90, one after the other; that
+                    of a kernel's variants is compressed together, as they have most of it in common
     manifest.json   what each is: symbol, arguments and their types, constants, warps, shared memory, place in the file
     variants.cpp    the same as a table in C++
     resources.txt   registers, spills, stack, shared memory and size of each
@@ -17,6 +18,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import os
 import re
 import sys
@@ -232,26 +234,62 @@ def write_if_changed(path, content):
         path.write_bytes(content)
 
 
-def write_outputs(descriptions, out):
+#: How PTX is compressed: csrc/cuda/lzma.h reads it.
+LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 6}]
+
+
+def compress(text, cache):
+    """LZMA of this text, which takes a second for a megabyte, from the cache if it is there. Returns its file."""
+    stored = Path(cache) / f"{hashlib.sha256(repr(LZMA).encode() + text).hexdigest()}.lzma"
+    if not stored.exists():
+        partial = stored.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(lzma.compress(text, lzma.FORMAT_RAW, filters=LZMA))
+        partial.rename(stored)
+    return stored
+
+
+def compress_ptx(descriptions, cache, jobs):
+    """Says of each of these variants where its PTX is: in which file, and where in what that holds. Those of a kernel
+    are in one, each ended by a zero, as the driver reads a string."""
+    kernels = {}
+    for one in descriptions:
+        kernels.setdefault(one["kernel"], []).append(one)
+    with ProcessPoolExecutor(jobs) as pool:
+        waiting = []
+        for variants_of_kernel in kernels.values():
+            text = b""
+            for one in variants_of_kernel:
+                ptx = Path(one["stored"]).with_suffix(".ptx").read_bytes() + b"\0"
+                one["ptx"] = {"at": len(text), "length": len(ptx), "sha256": hashlib.sha256(ptx).hexdigest()}
+                text += ptx
+            waiting.append((variants_of_kernel, pool.submit(compress, text, cache)))
+        for variants_of_kernel, compressed in waiting:
+            for one in variants_of_kernel:
+                one["ptx"]["stored"] = compressed.result()
+
+
+def write_outputs(descriptions, out, cache, jobs):
     """Lays the code out in cubins.bin, and writes what says where it is. PTX is that of the lowest architecture below
     90: every later GPU's driver can translate it."""
     out.mkdir(parents=True, exist_ok=True)
     portable = min((one["arch"] for one in descriptions if one["arch"] < 90), default=None)
+    compress_ptx([one for one in descriptions if one["arch"] == portable], cache, jobs)
     blob = bytearray()
 
-    def append(path, end=b""):
+    @functools.cache
+    def place(path):
         blob.extend(b"\0" * (-len(blob) % 64))
-        offset, code = len(blob), path.read_bytes() + end
+        offset, code = len(blob), path.read_bytes()
         blob.extend(code)
-        return offset, len(code)
+        return {"offset": offset, "size": len(code)}
 
     for one in descriptions:
-        stored = Path(one.pop("stored"))
         one["code"] = code_name(one["arch"])
-        one["offset"], one["size"] = append(stored.with_suffix(".cubin"))
+        stored = Path(one.pop("stored"))
+        one |= place(stored.with_suffix(".cubin"))
         one["follows"] = WAIT in stored.with_suffix(".ptx").read_text()
-        if one["arch"] == portable:
-            one["ptx_offset"], one["ptx_size"] = append(stored.with_suffix(".ptx"), b"\0")  # the driver reads a string
+        if "ptx" in one:
+            one["ptx"] |= place(one["ptx"].pop("stored"))
     manifest = {
         "triton": triton.__version__,
         "archs": sorted({one["arch"] for one in descriptions}),
@@ -279,7 +317,7 @@ def main():
     if header.read_text() != launchers.header():
         sys.exit(f"{header} does not fit the kernels: python -m triton_src.launchers > {header}")
     descriptions = compile_all(sorted(set(args.arch)), args.cache, args.jobs)
-    write_outputs(descriptions, args.out)
+    write_outputs(descriptions, args.out, args.cache, args.jobs)
     if args.table:
         print((args.out / "resources.txt").read_text(), end="")
     broken = list(broken_limits(descriptions))

@@ -27,6 +27,9 @@ POINTEES = {
 }
 ELEMENT_TYPES = {"bf16": "at::kBFloat16", "fp16": "at::kHalf", "fp32": "at::kFloat", "u8": "at::kByte"}
 
+# The fields of Ptx (csrc/cuda/embedded.h), as the manifest calls them.
+PTX = ("offset", "size", "at", "length")
+
 
 def camel(name):
     return "".join(part.capitalize() for part in name.split("_"))
@@ -148,12 +151,12 @@ def source(manifest):
     for one in manifest["variants"]:
         constants = one["constants"]
         element = ELEMENT_TYPES[one["dtype"]]
+        ptx = one.get("ptx", dict.fromkeys(PTX, 0))
         rows.append(
             f'    {{"{one["name"]}", "{one["symbol"]}", Kernel::k{camel(one["kernel"])}, {element}, '
             f"{one['block_d']}, AlphaCode::k{camel(one['alpha'])}, {str(one['gather']).lower()}, {one['arch']}, "
             f"{constants.get('BLOCK_M', 1)}, {constants.get('BLOCK_N', 1)}, {one['warps']}, {one['shared']}, "
-            f"{str(one['follows']).lower()}, {one['offset']}, {one['size']}, "
-            f"{one.get('ptx_offset', 0)}, {one.get('ptx_size', 0)}}},\n"
+            f"{str(one['follows']).lower()}, {one['offset']}, {{{', '.join(str(ptx[part]) for part in PTX)}}}}},\n"
         )
     archs = ", ".join(map(str, manifest["archs"]))
     return (

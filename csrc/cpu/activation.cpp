@@ -78,7 +78,7 @@ ActivationGradients backward(const at::Tensor& grad_out, const at::Tensor& outpu
                    row_alpha = contiguous_row_alpha(alpha);
   check_values(name, weights, row_alpha);
   auto result = allocate_activation_gradients(weights, alpha);
-  auto& [grad_input, grad_alpha] = result;
+  at::Tensor &grad_input = std::get<0>(result), &grad_alpha = std::get<1>(result);
   if (weights.numel() == 0) {
     grad_alpha.zero_();
     return result;

@@ -2,7 +2,6 @@
 #include "ops/attention.h"
 
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
@@ -85,7 +84,7 @@ void sum_alpha_terms(const at::Tensor& terms, at::Tensor& dalpha) {
   const at::Tensor sums = at::zeros({heads}, at::kDouble);
   double* const sum = sums.mutable_data_ptr<double>();
   const double* const term = terms.const_data_ptr<double>();
-  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+  cpu::parallel_for(heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h) {
       for (int64_t b = 0; b < entries; ++b) {
         const double* const row = term + (b * heads + h) * rows;
@@ -166,7 +165,7 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
   constexpr const char* name = "_entmax_attn_backward";
   check_backward(grad_out, query, key, value, saved, options);
   auto result = allocate_backward(query, key, value, options);
-  auto& [dq, dk, dv, dalpha] = result;
+  at::Tensor &dq = std::get<0>(result), &dk = std::get<1>(result), &dv = std::get<2>(result);
   if (options.q_seqlens) dq.zero_();
   if (options.kv_seqlens || options.kv_starts || query.size(1) == 0) {  // keys of padding, or that no head asks for
     dk.zero_();
@@ -178,7 +177,7 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
     TORCH_CHECK(passes.query_pass(), name,
                 ": support must hold ascending keys that its row sees, as _entmax_attn_forward "
                 "returned it for these arguments");
-    if (passes.alpha_terms.defined()) sum_alpha_terms(passes.alpha_terms, dalpha);
+    if (passes.alpha_terms.defined()) sum_alpha_terms(passes.alpha_terms, std::get<3>(result));
     if (call.heads > 0) passes.key_pass();
   });
   return result;

@@ -37,9 +37,10 @@ struct BackwardBuffers {
     double p = 0, u = 0, u_dp = 0;  // of p; of u; of u (dp - dp_shift)
     double psi = 0, psi_dp = 0;     // of u psi; of u psi (dp - dp_shift), for dalpha
   };
-  A *query, *grad_out;           // the block's rows in type A
+  A* query;                      // the block's rows in type A
   A* growth;                     // of queries (scores.h)
   bool* broken;                  // whether a row of grad_out is not finite
+  A* grad_out;                   // the block's rows in type A
   A *z, *dp;                     // of the block of queries and one block of keys; then u or p, and ds
   A* columns;                    // the block of keys in type A
   A *list_z, *list_u, *list_dp;  // of one row's support

@@ -55,7 +55,7 @@ void write(const at::Tensor& tokens, const at::Tensor& cache, const std::vector<
   constexpr int64_t kLeastBytes = 1 << 15;  // below which a thread more costs more than it takes over
   const int64_t width = tokens.size(2), columns = tokens.size(1) * width;
   const int64_t column_bytes = static_cast<int64_t>(places.size() * sizeof(T)) + 1;
-  at::parallel_for(0, columns, (kLeastBytes + column_bytes - 1) / column_bytes, [&](int64_t begin, int64_t end) {
+  parallel_for(columns, (kLeastBytes + column_bytes - 1) / column_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin / width; h * width < end; ++h) {
       const Interval own = Interval{begin - h * width, end - h * width}.clip(0, width);
       write_columns<T>(tokens, cache, places, h, own.begin, own.end);

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <string>
 
+#ifdef ADASPLASH_X86
+#include <cpuid.h>
+#endif
+
 #include "adasplash.h"
 #include "cpu/kernels.h"
 #include "kernels_library.h"
@@ -27,13 +31,21 @@ namespace {
 enum class InstructionSet { kDefault, kAvx2, kAvx512 };
 constexpr const char* kNames[] = {"default", "avx2", "avx512"};
 
+#ifdef ADASPLASH_X86
+// Which clang 16 cannot ask __builtin_cpu_supports for.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 InstructionSet best() {
 #ifdef ADASPLASH_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
     return InstructionSet::kAvx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     return InstructionSet::kAvx2;
   }
 #endif

@@ -1,4 +1,14 @@
 // All CPU kernels for one instruction set: CMake compiles this file once for each, with CPU_CAPABILITY naming it.
+#if defined(CPU_CAPABILITY_AVX512) && defined(__GNUC__) && !defined(__clang__)
+// GCC up to 12 takes a register of AVX-512 that is undefined on purpose for one that was forgotten. The mute is that of
+// the compiler's own header: our code keeps both warnings.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
 #include "cpu/activation_rows.h"
 #include "cpu/backward_block.h"
 #include "cpu/few_block.h"

@@ -1,7 +1,6 @@
 // The code of a key (ops/key_index.h), and entmax_key_index_update on the CPU.
 #include "cpu/key_index.h"
 
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/parallel.h"
 #include "cpu/types.h"
 #include "ops/key_index.h"
 
@@ -101,7 +101,7 @@ void index_keys(const at::Tensor& key_cache, const std::vector<Place>& places, c
   ADASPLASH_DISPATCH(key_cache.scalar_type(), "adasplash key index", [&] {
     const scalar_t* const keys = key_cache.const_data_ptr<scalar_t>();
     const int64_t heads = layout.kv_heads, count = static_cast<int64_t>(own.size()) * heads;
-    at::parallel_for(0, count, kEntries, [&](int64_t begin, int64_t end) {
+    parallel_for(count, kEntries, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const auto [page, row] = own[i / heads];
         const scalar_t* const key =

@@ -21,7 +21,8 @@ SummaryResult summary(const at::Tensor& query, const at::Tensor& key, const Save
   check_attention(name, query, key, key, options);
   check_saved(name, query, key, saved, options);
   auto result = allocate_summary(query, key, saved, options);
-  auto& [support_size, largest_weight, tile_counts] = result;
+  at::Tensor &support_size = std::get<0>(result), &largest_weight = std::get<1>(result),
+             &tile_counts = std::get<2>(result);
   if (options.q_seqlens) {  // padding is what rows that see nothing are
     support_size.zero_();
     largest_weight.zero_();

@@ -11,10 +11,7 @@
 
 #include "cpu/blas.h"
 #include "cpu/options.h"
-
-#ifndef INTRA_OP_PARALLEL
-#error "at::parallel_for would run on one thread: compile with OpenMP"
-#endif
+#include "cpu/parallel.h"
 
 namespace adasplash::cpu {
 
@@ -22,7 +19,7 @@ namespace adasplash::cpu {
 // threads; scratch is memory of the thread's own.
 template <typename F>
 void run_ranges(int64_t count, int64_t grain, int64_t scratch_bytes, const F& f) {
-  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(count, grain, [&](int64_t begin, int64_t end) {
     const at::DataPtr scratch = c10::GetCPUAllocator()->allocate(scratch_bytes);
     f(begin, end, static_cast<char*>(scratch.get()));
   });

@@ -5,6 +5,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -52,7 +53,7 @@ inline Vec<A> load(const T* p, int64_t n = kLanes<A>) {
       at::vec::load_to_float(p, v);
     } else {
       T padded[kLanes<A>] = {};
-      for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+      std::copy_n(p, std::min(n, kLanes<A>), padded);
       at::vec::load_to_float(padded, v);
     }
     return v;

@@ -11,9 +11,11 @@
 #include <memory>
 #include <mutex>
 #include <sstream>
+#include <string>
 #include <tuple>
 
 #include "cuda/driver.h"
+#include "cuda/lzma.h"
 
 namespace adasplash::cuda {
 namespace {
@@ -73,12 +75,20 @@ Code code_for(const char* kernel, int device) {
   return {known / 2, known % 2 == 1};
 }
 
+std::string ptx_of(const Variant& variant) {
+  const auto [offset, size, at, length] = variant.ptx;
+  std::string text = lzma_decode({adasplash_cubins + offset, size}, at + length);
+  TORCH_INTERNAL_ASSERT(text.size() == at + length, variant.name, ": its PTX does not decode");
+  return text.substr(at);
+}
+
 // A variant's code in the driver: loaded by the first launch, for all devices and threads.
 class Loaded {
  public:
   Function function(const Variant& variant, bool ptx, int device) {
     std::call_once(once_, [&] {
-      const void* code = adasplash_cubins + (ptx ? variant.ptx_offset : variant.offset);
+      const std::string text = ptx ? ptx_of(variant) : std::string();
+      const void* code = ptx ? static_cast<const void*>(text.data()) : adasplash_cubins + variant.offset;
       Library library = nullptr;
       check(driver().cuLibraryLoadData(&library, code, nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData",
             variant.name);

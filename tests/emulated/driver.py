@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 import json
 import struct
 import subprocess
@@ -86,8 +87,12 @@ def code_arch(code: int) -> tuple[int, bool]:
     if ctypes.string_at(code, 4) == b"\x7fELF":
         (flags,) = struct.unpack("<I", ctypes.string_at(code + 48, 4))
         return flags & 0xFF, False
-    text = ctypes.string_at(code, 4096).decode(errors="replace")
-    return int(text.split(".target sm_")[1][:2]), True
+    return int(ctypes.string_at(code).split(b".target sm_")[1][:2]), True
+
+
+def digest(code: int) -> str:
+    """SHA-256 of the string at an address, with the zero at its end."""
+    return hashlib.sha256(ctypes.string_at(code) + b"\0").hexdigest()
 
 
 class EmulatedDriver:
@@ -152,6 +157,8 @@ class EmulatedDriver:
             arch, ptx = code_arch(self.codes[library - 1])
             for variant in self.manifest["variants"]:
                 if variant["symbol"] == name.decode() and variant["arch"] == arch:
+                    if ptx and digest(self.codes[library - 1]) != variant["ptx"]["sha256"]:
+                        return self._say(NO_BINARY_FOR_GPU, f"{variant['name']}: this is not the PTX that was built")
                     self.kernels.append({**variant, "ptx": ptx})
                     return len(self.kernels)
             return self._say(NOT_FOUND, f"the manifest has no {name.decode()} for sm_{arch}")

@@ -56,20 +56,23 @@ def configure(source, build, prefixes, *options):
 
 @pytest.fixture(scope="session")
 def cmake_installation(tmp_path_factory, torch_with_cuda):
-    """The library built and installed by plain CMake against that torch, with no toolkit looked for."""
+    """The library built by a CMake project that has it inside, against that torch, with no toolkit looked for; then
+    installed, and the prefix moved."""
 
     def build(folder):
         configure(
-            ROOT,
-            folder / "build",
+            PROGRAMS / "inside",
+            folder / "a build",
             [torch_with_cuda],
-            f"-DCMAKE_INSTALL_PREFIX={folder}/prefix",
+            f"-DADASPLASH_SOURCE={ROOT}",
+            f"-DCMAKE_INSTALL_PREFIX={folder}/made",
             "-DADASPLASH_ARCHS=none",
         )
-        run("cmake", "--build", folder / "build", "-j", "2")
-        run("cmake", "--install", folder / "build")
+        run("cmake", "--build", folder / "a build", "-j", "2")
+        run("cmake", "--install", folder / "a build")
+        (folder / "made").rename(folder / "a moved prefix")
 
-    return build_once(tmp_path_factory, "cmake_installation", build) / "prefix"
+    return build_once(tmp_path_factory, "cmake_installation", build) / "a moved prefix"
 
 
 @pytest.fixture(scope="session", params=(pytest.param("cmake", marks=pytest.mark.builds), "python"))
@@ -120,6 +123,17 @@ def test_a_program_that_only_loads_a_model(backend, programs, models, tmp_path, 
         done = run(programs / "run_model", kind, mode, models[kind], *files)
         assert done.stdout.strip() == "no python" and not done.stderr
         assert torch.equal(torch.load(files[1])[0], Attend()(*inputs))
+
+
+@pytest.mark.builds
+@pytest.mark.backends("cpu")
+def test_a_project_with_the_sources_inside(cmake_installation, models, tmp_path):
+    """By add_subdirectory: a program that only loads a model, and one that calls the op."""
+    programs, inputs = cmake_installation.parent / "a build", make_inputs(2, 4, 33, 33, kv_heads=2)
+    files = saved(tmp_path, inputs)
+    run(programs / "run_model", "torchscript", "inference", models["torchscript"], *files)
+    assert torch.equal(torch.load(files[1])[0], Attend()(*inputs))
+    assert run(programs / "call_op", 1.25, *files).stdout.split()[0] == adasplash.__version__
 
 
 @pytest.mark.backends("cpu")

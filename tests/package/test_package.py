@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import adasplash
-from adasplash import _load
+from adasplash import _load, entmax_attn, info
 from common import ROOT, build_once, run, run_python
 
 pytestmark = pytest.mark.backends("cpu")
@@ -34,7 +34,7 @@ def test_the_source_distribution_has_what_a_build_needs(tmp_path):
     with tarfile.open(make_sdist(tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
         [metadata] = [name for name in archive.getnames() if name.count("/") == 1 and name.endswith("PKG-INFO")]
-        assert b"Requires-Dist: torch<2.15,>=2.11" in archive.extractfile(metadata).read()
+        assert b"Requires-Dist: torch<2.16,>=2.11" in archive.extractfile(metadata).read()
     needed = run("git", "ls-files", "CMakeLists.txt", "cmake", "csrc", "triton_src", "adasplash", cwd=ROOT).stdout
     assert set(needed.split()) | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
@@ -137,6 +137,26 @@ def test_info_says_what_a_bug_report_needs():
     )
     for word in named:
         assert f"{word}:" in out
+
+
+def test_check_says_ok():
+    done = run(sys.executable, "-m", "adasplash.info", "--check")
+    assert "check on cpu:        OK" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("computed", "said"),
+    [
+        (lambda *x, **_: sum(x), "wrong numbers: output is off by"),
+        (lambda *x, **_: sum(x) * torch.nan, "wrong numbers: output is off by nan"),
+        (lambda *x, **options: entmax_attn(*(y.detach() for y in x), **options) + 0 * sum(x), "wrong numbers: dquery"),
+        (lambda *x, **_: torch.ops.aten.mm(*x[:2]), "self must be a matrix; does torch alone compute there? python"),
+    ],
+    ids=("wrong", "not a number", "no gradient", "an error"),
+)
+def test_check_says_what_is_wrong(monkeypatch, computed, said):
+    monkeypatch.setattr(adasplash, "entmax_attn", computed)
+    assert said in info.check(torch.device("cpu"))
 
 
 def test_import_needs_no_triton():

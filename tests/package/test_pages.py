@@ -3,9 +3,9 @@
 import os
 import re
 import sys
-import tomllib
 
 import pytest
+import tomllib
 import torch
 from torch.utils.cpp_extension import include_paths
 

@@ -222,9 +222,10 @@ def test_an_undefined_symbol_is_named(site, tmp_path):
 
 
 def test_a_second_copy_of_the_library(site, tmp_path):
-    shutil.copyfile(library_path(), tmp_path / "libadasplash.so")
-    line = import_fails(site, f"import torch; torch.ops.load_library('{tmp_path}/libadasplash.so'); import adasplash")
-    assert f"{tmp_path}/libadasplash.so is loaded in this process already" in line
+    shutil.copytree(Path(library_path()).parents[1], tmp_path / "lib")
+    copy = tmp_path / "lib" / RELEASE / "libadasplash.so"
+    line = import_fails(site, f"import torch; torch.ops.load_library('{copy}'); import adasplash")
+    assert f"{copy} is loaded in this process already" in line
 
 
 def test_the_same_library_loaded_before(site):
