@@ -86,11 +86,15 @@ void adasplash_release(void** self) {
 }
 }
 
-// std::stringbuf::str() const &, as C++20 calls it; as C++17 does it has another name.
-std::string adasplash_text_of(const void* self) __asm__(
-    "_ZNKRSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
+// std::stringbuf::str() const & and str() &&, as C++20 calls them; as C++17 does it has another name. The second may
+// leave the text where it is, as nobody reads what was moved from.
 [[gnu::visibility("default")]] std::string text_of(const void* self) __asm__(
     "_ZNKSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
+std::string adasplash_text_of(const void* self) __asm__(
+    "_ZNKRSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
+std::string adasplash_text_from(const void* self) __asm__(
+    "_ZNOSt7__cxx1115basic_stringbufIcSt11char_traitsIcESaIcEE3strEv");
 std::string adasplash_text_of(const void* self) { return text_of(self); }
+std::string adasplash_text_from(const void* self) { return text_of(self); }
 
 #pragma GCC visibility pop
