@@ -41,7 +41,7 @@ from adasplash import entmax_attn
 from adasplash.distributed import entmax_attn_context_parallel, shard
 from bench.lib import machine, results
 from bench.lib.case import BOTH, DTYPES, Case
-from bench.lib.inputs import make_grad, make_inputs
+from bench.lib.inputs import TILE, make_grad, make_inputs
 from bench.lib.memory import CpuMeter, CudaMeter
 from bench.lib.timing import Effort, Spread
 
@@ -212,8 +212,9 @@ def difference_of(case: Case, way: Way) -> float:
 
 
 def longer(case: Case) -> Case:
-    """With as much work for each of all processes as the case is for one: N·√W tokens, which can be dealt out."""
-    unit = 2 * dist.get_world_size()
+    """With as much work for each of all processes as the case is for one: N·√W tokens, dealt out in whole tiles, as
+    structured inputs would have fewer empty ones for chunks that begin within one."""
+    unit = 2 * dist.get_world_size() * min(TILE, case.length // (2 * dist.get_world_size()))
     return replace(case, length=round(case.length * math.sqrt(dist.get_world_size()) / unit) * unit)
 
 

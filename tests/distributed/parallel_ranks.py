@@ -1,5 +1,6 @@
 """What test_context_parallel.py says of adasplash.distributed, run by several processes: `python parallel_ranks.py RANK
-WORLD FOLDER` runs every case and writes what went wrong in each, "" if nothing did."""
+WORLD FOLDER` runs every case and writes what went wrong in each, "" if nothing did. With RANKS_DEVICE=cuda in the
+environment each process has a GPU and NCCL, in float32 for float64."""
 
 import datetime
 import itertools
@@ -18,8 +19,10 @@ from adasplash.distributed import entmax_attn_context_parallel, shard, unshard
 from adasplash.distributed.attention import METHODS
 from ranks import run_cases
 
+DEVICE = os.environ.get("RANKS_DEVICE", "cpu")
 CASES = {}
-SINGLE, DOUBLE = torch.float32, torch.float64
+SINGLE, DOUBLE = torch.float32, torch.float64 if DEVICE == "cpu" else torch.float32
+CLOSE = {torch.float64: 1e-11, SINGLE: 2e-5 if DEVICE == "cpu" else 1e-4, torch.bfloat16: 3e-2}
 
 
 def case(function):
@@ -86,7 +89,7 @@ def check_over(group, *tensors, alpha=1.5, scale=None, method="gather", **option
 
 
 def compare(found, expected):
-    close = {DOUBLE: 1e-11, SINGLE: 2e-5, torch.bfloat16: 3e-2}[expected.dtype]
+    close = CLOSE[expected.dtype]
     torch.testing.assert_close(found, expected, atol=close * max([1.0, *expected.abs().flatten().tolist()]), rtol=close)
 
 
@@ -585,10 +588,10 @@ def arguments_are_compared_once():
 @case
 def meshes():
     """A mesh of one dimension, and a dimension of one with two by its name, stand for their groups."""
-    mesh = init_device_mesh("cpu", (WORLD // 2, 2), mesh_dim_names=("data", "context"))
+    mesh = init_device_mesh(DEVICE, (WORLD // 2, 2), mesh_dim_names=("data", "context"))
     tensors = inputs()
     for group, lasts in (
-        (init_device_mesh("cpu", (WORLD,)), WORLD),
+        (init_device_mesh(DEVICE, (WORLD,)), WORLD),
         (mesh["context"], 2),
         (mesh["data", "context"], WORLD),
     ):
@@ -599,14 +602,14 @@ def meshes():
             )
             compare(unshard(out, 2, group), adasplash.entmax_attn(*mine, is_causal=True))
     refused(TypeError, "group must be a process group, a mesh or None, got 'context'", shard, tensors[0], 2, "context")
-    cube = init_device_mesh("cpu", (1, WORLD // 2, 2), mesh_dim_names=("a", "b", "c"))
+    cube = init_device_mesh(DEVICE, (1, WORLD // 2, 2), mesh_dim_names=("a", "b", "c"))
     refused(RuntimeError, "must have one dimension, or two with names, got 3", shard, tensors[0], 2, cube)
-    nameless = init_device_mesh("cpu", (WORLD // 2, 2))
+    nameless = init_device_mesh(DEVICE, (WORLD // 2, 2))
     refused(RuntimeError, "got 2 without names", shard, tensors[0], 2, nameless)
     words = 'method="both" needs a mesh of two dimensions'
     refused(RuntimeError, words, entmax_attn_context_parallel, *(shard(x, 2) for x in tensors), method="both")
     if WORLD == 4:
-        turned = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("turned", "around"))
+        turned = DeviceMesh(DEVICE, [[0, 2], [1, 3]], mesh_dim_names=("turned", "around"))
         refused(RuntimeError, "must be in order, got [0, 2, 1, 3]", shard, tensors[0], 2, turned)
 
 
@@ -629,11 +632,15 @@ if __name__ == "__main__":
     # What goes wrong in one process alone leaves the others waiting.
     wait = datetime.timedelta(seconds=60)
     store = f"file://{FOLDER / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=wait)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(RANK)
+        torch.set_default_device(f"cuda:{RANK}")
+    backend = {"cpu": "gloo", "cuda": "nccl"}[DEVICE]
+    dist.init_process_group(backend, init_method=store, rank=RANK, world_size=WORLD, timeout=wait)
     PAIRS = [dist.new_group([first, first + 1]) for first in range(0, WORLD, 2)]
     # Of two processes, each dimension has all of them once.
     MESHES = [
-        init_device_mesh("cpu", shape, mesh_dim_names=("hosts", "gpus"))
+        init_device_mesh(DEVICE, shape, mesh_dim_names=("hosts", "gpus"))
         for shape in {(WORLD // 2, 2): None, (2, WORLD // 2): None}
     ]
     run_cases(CASES, FOLDER / f"{RANK}.json")
