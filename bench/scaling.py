@@ -49,7 +49,7 @@ class Cost:
     """Of one layer's attention on each of so many GPUs: bytes received in the forward, of what is exchanged within a
     host and of keys and values that come whole, from the same host and from others; how many times that in the
     backward; bytes of keys and values that are kept for it; and which share of what comes whole computing can hide at
-    best."""
+    best, behind which share of its time."""
 
     exchanged: float
     within: float
@@ -57,6 +57,7 @@ class Cost:
     kept: float
     hidden: float
     back: float = 1.0
+    behind: float = 1.0
 
     @property
     def forward(self) -> float:
@@ -75,7 +76,14 @@ class Cost:
 def gather(gpus: int) -> Cost:
     """Causal: half of what is fetched may come, and half of the gradients leave, behind the first chunk's work."""
     near = min(gpus, A_HOST)
-    return Cost(0, KEYS * (near - 1) / gpus, KEYS * (gpus - near) / gpus, KEYS * (2 * gpus + 1) / (2 * gpus), 0.5)
+    return Cost(
+        0,
+        KEYS * (near - 1) / gpus,
+        KEYS * (gpus - near) / gpus,
+        KEYS * (2 * gpus + 1) / (2 * gpus),
+        0.5,
+        behind=1 / (4 * gpus),
+    )
 
 
 def exchange(gpus: int) -> Cost | None:
@@ -89,7 +97,7 @@ def both(gpus: int) -> Cost | None:
         return None
     hosts, keys = gpus // A_HOST, KEYS / A_HOST
     kept = keys * (2 * hosts + 1) / (2 * hosts)
-    return Cost(_exchanged(gpus, A_HOST), 0, keys * (hosts - 1) / hosts, kept, 0.5)
+    return Cost(_exchanged(gpus, A_HOST), 0, keys * (hosts - 1) / hosts, kept, 0.5, behind=1 / (4 * hosts))
 
 
 def ring(gpus: int) -> Cost:
@@ -104,10 +112,11 @@ def _exchanged(gpus: int, near: int) -> float:
 
 
 def efficiency(cost: Cost, gpus: int, hides: bool) -> float:
-    """Computing as a share of the time, if all that can be hidden is, or if nothing is."""
+    """Computing as a share of the time, if all that can be hidden is, or if nothing is: of the first process, which has
+    least to hide it behind, as a step ends with the slowest."""
     computing = seconds_of_one() / gpus
     sent, hidden = cost.seconds()
-    return computing / (computing + sent - (min(hidden, computing) if hides else 0.0))
+    return computing / (computing + sent - (min(hidden, computing * cost.behind) if hides else 0.0))
 
 
 def table() -> str:

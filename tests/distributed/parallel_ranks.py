@@ -22,6 +22,9 @@ from ranks import run_cases
 DEVICE = os.environ.get("RANKS_DEVICE", "cpu")
 CASES = {}
 SINGLE, DOUBLE = torch.float32, torch.float64 if DEVICE == "cpu" else torch.float32
+# On GPUs values of lengths are not looked at, and messages name another device; and torch 2.11 does not trace unflatten
+# under a default device.
+ON_CPUS = {"refusals", "other_arguments_elsewhere_are_one_error_everywhere", "compiled_by_exchange"}
 CLOSE = {torch.float64: 1e-11, SINGLE: 2e-5 if DEVICE == "cpu" else 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -643,5 +646,7 @@ if __name__ == "__main__":
         init_device_mesh(DEVICE, shape, mesh_dim_names=("hosts", "gpus"))
         for shape in {(WORLD // 2, 2): None, (2, WORLD // 2): None}
     ]
+    if DEVICE == "cuda":
+        CASES = {name: function for name, function in CASES.items() if name not in ON_CPUS}
     run_cases(CASES, FOLDER / f"{RANK}.json")
     dist.destroy_process_group()
