@@ -1,5 +1,5 @@
 """What test_context_parallel.py says of adasplash.distributed, run by several processes: `python parallel_ranks.py RANK
-WORLD FOLDER` runs every case and writes what went wrong in each, "" if nothing did. With RANKS_DEVICE=cuda in the
+WORLD FOLDER [CASE …]` runs every case, or these, and writes what went wrong in each, "" if nothing did. With RANKS_DEVICE=cuda in the
 environment each process has a GPU and NCCL, in float32 for float64."""
 
 import datetime
@@ -646,6 +646,8 @@ if __name__ == "__main__":
         init_device_mesh(DEVICE, shape, mesh_dim_names=("hosts", "gpus"))
         for shape in {(WORLD // 2, 2): None, (2, WORLD // 2): None}
     ]
+    if sys.argv[4:]:
+        CASES = {name: CASES[name] for name in sys.argv[4:]}
     if DEVICE == "cuda":
         CASES = {name: function for name, function in CASES.items() if name not in ON_CPUS}
     run_cases(CASES, FOLDER / f"{RANK}.json")

@@ -18,6 +18,14 @@ def test_as_one_process(tmp_path, world):
 
 
 @pytest.mark.slow
+def test_four_processes(tmp_path):
+    """Some of the cases, which all are run by four processes above: seconds instead of a minute."""
+    cases = ["layout", "plain_by_gather", "plain_by_exchange", "plain_by_both", "slopes_by_gather", "same_bits_by_gather"]
+    ranks.run_ranks(parallel_ranks.__file__, lambda rank: [rank, 4, tmp_path, *cases], 4)
+    ranks.check_outcomes(tmp_path, 4)
+
+
+@pytest.mark.slow
 def test_a_process_that_died_is_an_error_of_the_others(tmp_path):
     ranks.run_ranks(dying_ranks.__file__, lambda rank: [rank, tmp_path / "store"])
 
