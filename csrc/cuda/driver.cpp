@@ -50,7 +50,7 @@ Driver load() {
   ADASPLASH_FIND(cuLaunchKernelEx);
 #undef ADASPLASH_FIND
 
-  int version = 0;
+  int& version = driver.version;
   const Result told = driver.cuDriverGetVersion ? driver.cuDriverGetVersion(&version) : 0;
   TORCH_CHECK(told == 0, "adasplash: cuDriverGetVersion failed: ", missing ? "" : error_text(driver, told));
   TORCH_CHECK(!missing && version >= kOldestDriver, "adasplash: the CUDA driver is too old: it serves CUDA ",

@@ -13,11 +13,11 @@ using Library = void*;   // CUlibrary: code loaded once, valid on every device
 using Function = void*;  // CUkernel, which launches as a CUfunction
 
 // CUlaunchAttribute: an id, and a value of 64 bytes.
-struct LaunchAttribute {
+struct alignas(8) LaunchAttribute {
   int id, unused = 0;
   union {
     int allowed;
-    char size[64];
+    char room[64];
   } value;
 };
 static_assert(sizeof(LaunchAttribute) == 72);
@@ -35,8 +35,12 @@ constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // CU
 constexpr int kMaxDynamicSharedBytes = 8;                                  // CUfunction_attribute
 constexpr int kSharedBytesByDefault = 48 * 1024;  // more is to be asked for, kernel by kernel and device by device
 
+// From this version on (CUDA 12.3) captured graphs know launches that may begin early.
+constexpr int kOverlapsSince = 12030;
+
 // The functions, by the names that the driver exports. cuLibraryLoadData is the youngest: CUDA 12.0, driver 525.
 struct Driver {
+  int version = 0;  // of CUDA, 1000 * major + 10 * minor
   Result (*cuInit)(unsigned flags);
   Result (*cuDriverGetVersion)(int* version);
   Result (*cuGetErrorName)(Result, const char** name);

@@ -179,7 +179,7 @@ void launch(Kernel kernel, const Variant& variant, const Place& place, int64_t p
                             static_cast<unsigned>(variant.shared_bytes),
                             place.stream,
                             &overlap,
-                            variant.follows ? 1U : 0U};
+                            variant.follows && driver().version >= kOverlapsSince ? 1U : 0U};
   // CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE and CU_LAUNCH_PARAM_END
   void* extra[] = {reinterpret_cast<void*>(1), const_cast<void*>(arguments), reinterpret_cast<void*>(2), &size,
                    nullptr};

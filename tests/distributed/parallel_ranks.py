@@ -1,6 +1,6 @@
 """What test_context_parallel.py says of adasplash.distributed, run by several processes: `python parallel_ranks.py RANK
-WORLD FOLDER [CASE …]` runs every case, or these, and writes what went wrong in each, "" if nothing did. With RANKS_DEVICE=cuda in the
-environment each process has a GPU and NCCL, in float32 for float64."""
+WORLD FOLDER [CASE …]` runs every case, or these, and writes what went wrong in each, "" if nothing did. With
+RANKS_DEVICE=cuda in the environment each process has a GPU and NCCL, in float32 for float64."""
 
 import datetime
 import itertools

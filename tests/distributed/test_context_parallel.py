@@ -20,7 +20,8 @@ def test_as_one_process(tmp_path, world):
 @pytest.mark.slow
 def test_four_processes(tmp_path):
     """Some of the cases, which all are run by four processes above: seconds instead of a minute."""
-    cases = ["layout", "plain_by_gather", "plain_by_exchange", "plain_by_both", "slopes_by_gather", "same_bits_by_gather"]
+    methods = ("gather", "exchange", "both")
+    cases = ["layout", *(f"plain_by_{method}" for method in methods), "slopes_by_gather", "same_bits_by_gather"]
     ranks.run_ranks(parallel_ranks.__file__, lambda rank: [rank, 4, tmp_path, *cases], 4)
     ranks.check_outcomes(tmp_path, 4)
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
 INVALID_VALUE, NO_BINARY_FOR_GPU, NOT_FOUND, LAUNCH_FAILED = 1, 209, 500, 719
-CUDA_12_4 = 12040
+CUDA_12_3, CUDA_12_4 = 12030, 12040
 # Two of a kind, one that runs code of a lower minor, one that only PTX serves, and one that nothing serves.
 DEVICES = (90, 90, 80, 86, 120, 75)
 SCALARS = {"i32": "i", "i64": "q", "fp32": "f"}
@@ -116,6 +116,7 @@ class EmulatedDriver:
         """No failures to come, counters at zero. Code that was loaded stays."""
         from triton_src.variants import SHARED_KIB
 
+        self.version = version
         self.library.standin_reset(self._handlers, version, len(DEVICES))
         for device, capability in enumerate(DEVICES):
             self.library.standin_device(device, capability, SHARED_KIB.get(capability, 64) * 1024)
@@ -170,7 +171,7 @@ class EmulatedDriver:
                 arguments = unpack(variant, buffer, size)
                 if (threads, shared) != (variant["warps"] * 32, variant["shared"]):
                     raise ValueError(f"{threads} threads and {shared} bytes of shared memory are not the manifest's")
-                if bool(early) != variant["follows"]:
+                if bool(early) != (variant["follows"] and self.version >= CUDA_12_3):
                     raise ValueError(f"may begin early: {bool(early)}, but it waits: {variant['follows']}")
                 values = {name: value for name, (_, value) in arguments.items()}
                 self.launches.append(LaunchRecord(variant, device, stream, programs, values))

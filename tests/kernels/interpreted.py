@@ -355,7 +355,7 @@ def few_launches(known, pages, call: Call, batch: int, block_d: int, alpha_code:
     shared = Few(most, rows, stored * keys.tile_rows, min(sharers, tiles), sharers, 1)
     row_blocks, all_rows = math.ceil(rows / 16), batch * kv_heads * rows
     numbers = dict(
-        scores=torch.full((rows * shared.row_tiles * TILE,), torch.nan),
+        scores=torch.tensor([torch.nan, 1e4]).repeat(rows * shared.row_tiles * TILE // 2),
         tile_max=torch.full((rows * shared.row_tiles,), torch.nan),
         tile_lists=torch.full((rows * shared.row_tiles,), 1 << 30, dtype=torch.int32),
         listed_scores=torch.full((all_rows * few.LISTED.value,), torch.nan),

@@ -34,6 +34,18 @@ def check_output(inputs, *arguments, **options):
     return actual
 
 
+@pytest.mark.parametrize("largest", (0.5, 3.0, 16.0))
+def test_tiles_that_the_bound_may_list_have_scores(largest):
+    """A tile whose largest score is just below row_max - 1: the bound, from which rounding is taken off, is lower."""
+    query, key = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 128, 16)
+    query[..., 0], key[..., 0] = 1.0, -100.0
+    key[0, 0, 0, 0] = largest
+    key[0, 0, 100, 0] = torch.tensor(largest - 1.0).nextafter(torch.tensor(-torch.inf))
+    value = torch.randn(1, 1, 128, 16)
+    found = attention(query, key, value, 1.5, False, scale=2.0, few_queries=MOST, sharers=1)
+    assert torch.equal(found.out, value[:, :, :1])
+
+
 @TYPES
 @pytest.mark.parametrize("case", CASES)
 def test_output(dtype, case):

@@ -192,6 +192,24 @@ def test_rows_of_activations_fit():
             assert not variant.constants(DEFAULT_ARCHS[0])["LONG"] and variant.block_d == variant.shape.block_n
 
 
+def test_kernels_that_follow_wait_first():
+    """Before they touch memory or return: so that the end of a launch means that all before it have ended."""
+    import ast
+    import inspect
+    import textwrap
+
+    from triton_src.variants import KERNELS
+
+    followers = 0
+    for name, spec in KERNELS.items():
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(spec.kernel.fn))).body
+        statements = [ast.unparse(statement) for statement in function.body[1:]]  # behind the docstring
+        if any("follow(" in statement for statement in statements):
+            followers += 1
+            assert "follow(ARCH)" in statements[: 2 if statements[0] == "lead(ARCH)" else 1], name
+    assert followers >= 6
+
+
 def test_the_generated_header_is_current(outside):
     done = run(sys.executable, "-m", "triton_src.launchers", cwd=ROOT, env=outside)
     assert done.stdout == (ROOT / "csrc" / "cuda" / "launchers.h").read_text()

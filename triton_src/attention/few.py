@@ -153,6 +153,13 @@ def part_place(call, few, at, kv_head, splits, split, place):
 
 
 @triton.jit
+def least_weighed(row_max):
+    """What a z is at least that has weight in a row whose largest is `row_max` or more; and a little less, as the bound
+    of solve_few may begin this much below row_max - 1."""
+    return row_max - 1.0 - (1.0 + tl.abs(row_max)) * (2 * ROUNDING)
+
+
+@triton.jit
 def load_queries(query, rows, call, at, BLOCK_D: tl.constexpr):
     """The queries of FewRows, one below the other; zeros where there is none."""
     column = tl.arange(0, BLOCK_D)
@@ -200,7 +207,7 @@ def score_few(
         largest = max_or_nan(z, 1)
         tl.store(to_maxima + tile, largest, mask=rows.real)
         row_max = tl.maximum(row_max, largest)
-        worth = rows.real & (softmax | (largest >= row_max - 1.0) | (largest != largest))
+        worth = rows.real & (softmax | ~(largest < least_weighed(row_max)))  # where it is NaN too
         tl.store(to_scores[:, None] + keys[None, :], z, mask=worth[:, None])
     lead(ARCH)
 

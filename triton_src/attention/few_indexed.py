@@ -5,7 +5,7 @@ and are in no sum. So instead of all keys
 
     turn_queries    turns the queries as the codes are turned, and cuts them to whole numbers
     scan_index      bounds every z from both sides, from the codes, and leaves the upper bounds of tiles that may hold
-                    weight, each tile's largest, and each row's largest lower bound in a split
+                    weight, each tile's largest, and each row's largest lower bound in a share of its tiles
     score_found     takes the largest of the latter, the row's floor, which row_max is not below; and computes the z of
                     those keys only that may be above it - 1, by the product that score_few forms, to the same bits
 
@@ -31,12 +31,12 @@ from ..lib.visibility import TILE
 from ..lib.waiting import follow, lead
 from ..spec import CALL, FEW, KEY_INDEX, MATRIX, Spec
 from .few import (
-    ROUNDING,
     SCORES,
     few_rows,
     few_rows_at,
     keys_of_rows,
     kv_number,
+    least_weighed,
     list_place,
     load_queries,
     row_of,
@@ -54,11 +54,10 @@ BETWEEN = tl.constexpr(254.0)  # steps of the second plane in one of the first
 TERMS = tl.constexpr(4)  # numbers that are kept of a turned query, by which bounds are made: unit, middle, slack, norm
 NEAR_ONE = tl.constexpr(1 + 2.0**-18)  # by which a norm is certainly not too small
 SCORERS_TOGETHER = tl.constexpr(2)  # shares of scan_index that one program of score_found has: it mostly waits
-SCAN_STAGES = tl.constexpr(3)
 TILES_SIEVED = tl.constexpr(16)  # tiles whose bounds of a row are looked at together
 KEYS_SIEVED = tl.constexpr(16 * 64)  # their keys
 ROWS_SIEVED = tl.constexpr(4)  # rows that are
-SPLITS_TOGETHER = tl.constexpr(128)  # splits whose floors are
+SHARES_TOGETHER = tl.constexpr(128)  # shares of a row's tiles whose floors are
 
 
 # ---- queries ---------------------------------------------------------------------------------------------------------
@@ -129,10 +128,11 @@ TURN_QUERIES = Spec(
 @triton.jit
 def scan_index(
     key, index, planes, terms, scores, tile_max, tile_bounds, floors, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, ALPHA: tl.constexpr,
+    ARCH: tl.constexpr,
 ):  # fmt: skip
     """Upper bounds of z in tiles that may hold weight, the largest of each tile, -inf for the largest z itself, and
-    each row's floor in a split."""
+    each row's floor in a share of its tiles."""
     follow(ARCH)
     row_blocks = tl.cdiv(few.rows, BLOCK_M)
     program, kv_head, batch = block_of_program(few.scorers * row_blocks, call.heads // call.group)
@@ -169,7 +169,7 @@ def scan_index(
     to_scores = scores + score_place(call, few, at, kv_head, rows.place)
     tile_numbers = tile_place(call, few, at, kv_head, rows.place)
     floor = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for step in tl.range(mine.end - mine.first, num_stages=SCAN_STAGES):  # said here, all loads are pipelined
+    for step in tl.range(mine.end - mine.first, num_stages=STAGES):  # said here, all loads are pipelined
         tile = mine.first + step
         keys = tile * TILE + tl.arange(0, BLOCK_N)
         there = keys < at.keys.length
@@ -188,18 +188,11 @@ def scan_index(
         tl.store(tile_bounds + tile_numbers + tile, largest, mask=rows.real)
         tl.store(tile_max + tile_numbers + tile, float("-inf"), mask=rows.real)
         # Of a bound that is infinite nothing is known; a maximum loses what is not a number.
-        floor = tl.maximum(floor, tl.max(z - 2.0 * off * tl.abs(scale.z)[:, None], 1))
+        floor = tl.maximum(floor, tl.max(z - 2.0 * off * scale.z[:, None], 1))
         may_weigh = rows.real & (softmax | ~(largest < least_weighed(floor)))
         tl.store(to_scores[:, None] + keys[None, :], z, mask=may_weigh[:, None])
     tl.store(floors + number * few.scorers + scorer, floor, mask=rows.real)
     lead(ARCH)
-
-
-@triton.jit
-def least_weighed(floor):
-    """What a z is at least that has weight in a row whose largest is `floor` or more; and a little less, as solve_few's
-    bound may begin this much below row_max - 1."""
-    return floor - 1.0 - (1.0 + tl.abs(floor)) * (2 * ROUNDING)
 
 
 @triton.jit
@@ -221,7 +214,7 @@ SCAN_INDEX = Spec(
         floors="*fp32", call=CALL, few=FEW,
     ),
     writes=("scores", "tile_max", "tile_bounds", "floors"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STAGES", "ALPHA", "ARCH"),
     programs="as of score_few",
     scratch=dict(
         scores="as of score_few",
@@ -244,7 +237,7 @@ def score_found(
     query, key, floors, found, scores, tile_max, tile_bounds, call, few,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """What score_few leaves, but for keys without weight: those of a split's keys whose bound reaches the row's floor
+    """What score_few leaves, but for keys without weight: those of a share's keys whose bound reaches the row's floor
     for any row are listed and scored, 64 at a time. All others keep their bounds, which are as weightless."""
     lead(ARCH)
     follow(ARCH)
@@ -311,12 +304,12 @@ def score_found(
 
 @triton.jit
 def largest_floor(floors, row, few):
-    """The largest of one row's floors in all splits."""
-    largest = tl.full([SPLITS_TOGETHER], float("-inf"), tl.float32)
-    for first in range(0, few.scorers, SPLITS_TOGETHER):
-        split = first + tl.arange(0, SPLITS_TOGETHER)
+    """The largest of one row's floors in all shares."""
+    largest = tl.full([SHARES_TOGETHER], float("-inf"), tl.float32)
+    for first in range(0, few.scorers, SHARES_TOGETHER):
+        share = first + tl.arange(0, SHARES_TOGETHER)
         end = tl.where(row.real, few.scorers, 0)
-        largest = tl.maximum(largest, tl.load(floors + split, mask=split < end, other=float("-inf")))
+        largest = tl.maximum(largest, tl.load(floors + share, mask=share < end, other=float("-inf")))
     return tl.max(largest, 0)
 
 

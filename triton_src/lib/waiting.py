@@ -1,8 +1,9 @@
 """How a launch overlaps the one before it, on architectures that can.
 
 A kernel that calls `follow` is launched while the kernel before it still runs (csrc/cuda/embedded.cpp sees the wait in
-its code), so that its programs are on the GPU when that one ends. Each kernel of a chain waits until the one before has
-ended whole: nothing is read before it was written, and nothing written before it was read.
+its code), so that its programs are on the GPU when that one ends. All programs of a kernel of a chain wait until the
+one before has ended whole, before they return or touch any memory: so its own end means that all before have ended,
+nothing is read before it was written, and nothing written before it was read.
 """
 
 import triton

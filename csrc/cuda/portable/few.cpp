@@ -143,7 +143,8 @@ void weigh(const PreparedCall& call, const Shares& shares, const Workspace& work
 void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace& workspace, const at::Tensor& out,
                 float* row_state, int32_t* tiles) {
   const int64_t query_rows = few.queries() * call.heads;
-  const auto index = call.key_index();
+  // Only with the memory that it takes: the environment, which has a say in it, may have changed meanwhile.
+  const auto index = workspace.write(kTurned) ? call.key_index() : std::nullopt;
   call.over_keys_of_few([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
     using Kernels = KeyKernels<KeyMatrix>;
     const Shares shares(call, few, call.variant(Kernels::kScoreFew), call.variant(Kernels::kWeighFew),
