@@ -116,7 +116,7 @@ def test_an_index_is_refused():
         + """
 import adasplash
 query = split(2, 4, 8, 8, placements=[Shard(0), Shard(1)])
-index = split(3, 1280, placements=[Replicate(), Replicate()]).to(torch.uint8)
+index = split(3, 2304, placements=[Replicate(), Replicate()]).to(torch.uint8)
 try:
     with torch.no_grad():
         adasplash.entmax_attn(query, query, query, key_index=index)
