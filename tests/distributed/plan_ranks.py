@@ -1,5 +1,6 @@
 """What test_plans.py says of plans over several dimensions of a mesh, run by several processes: `python plan_ranks.py
-RANK WORLD FOLDER` runs the cases of that many, and writes what went wrong in each, "" if nothing did."""
+RANK WORLD FOLDER [SAVED]` runs the cases of that many, and writes what went wrong in each, "" if nothing did. SAVED is
+the folder in which two processes ran theirs."""
 
 import copy
 import datetime
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -19,7 +20,7 @@ from adasplash import EntmaxAttention
 from adasplash.distributed import ContextParallel, context_parallel, shard, unshard
 from ranks import run_cases
 
-CASES = {2: {}, 4: {}}
+CASES = {2: {}, 4: {}, 8: {}}
 TENSOR_PARALLEL = {
     **{f"layers.*.attention.{name}_proj": ColwiseParallel() for name in "qkv"},
     "layers.*.attention.out_proj": RowwiseParallel(),
@@ -101,7 +102,8 @@ def check(shape, method="gather"):
         torch.testing.assert_close(whole(other.grad), one.grad, atol=1e-8, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
-for world, shapes in {2: ((2, 1, 1), (1, 2, 1), (1, 1, 2)), 4: ((2, 2, 1), (1, 2, 2), (2, 1, 2))}.items():
+SHAPES = {2: ((2, 1, 1), (1, 2, 1), (1, 1, 2)), 4: ((2, 2, 1), (1, 2, 2), (2, 1, 2)), 8: ((2, 2, 2),)}
+for world, shapes in SHAPES.items():
     for shape in shapes:
         name = "_".join(f"{size}_{dimension}" for size, dimension in zip(shape, DIMENSIONS, strict=True))
         CASES[world][name] = lambda shape=shape: check(shape)
@@ -199,6 +201,24 @@ def checkpoint_of_two_processes():
         torch.save(after, FOLDER / "after.pt")
 
 
+def four_processes_go_on_with_what_two_have_saved():
+    """Over data and context, where the two had context alone: the next step is theirs."""
+    split = model()
+    mesh = planned(split, (2, 2, 1))
+    optimizer = torch.optim.SGD(split.parameters(), lr=0.01, momentum=0.9)
+    parameters, state = get_state_dict(split, optimizer)
+    saved = {"model": parameters, "optimizer": state}
+    checkpoint.load(saved, checkpoint_id=SAVED / "checkpoint")
+    set_state_dict(split, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    take_a_step(split, optimizer, lambda x: my_part(mesh, x), scale=4)
+    after = torch.load(SAVED / "after.pt")
+    for name, parameter in split.named_parameters():
+        torch.testing.assert_close(whole(parameter).detach(), after[name], atol=1e-8, rtol=1e-8)
+
+
+CASES[4]["four_processes_go_on_with_what_two_have_saved"] = four_processes_go_on_with_what_two_have_saved
+
+
 def take_a_step(trained, optimizer, part=lambda x: x, scale=1):
     torch.manual_seed(1)
     x = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
@@ -209,6 +229,7 @@ def take_a_step(trained, optimizer, part=lambda x: x, scale=1):
 
 if __name__ == "__main__":
     RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    SAVED = Path(sys.argv[4]) if sys.argv[4:] else None
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=60)
     store = f"file://{FOLDER / 'store'}"

@@ -15,9 +15,9 @@ import common
 import ranks
 
 
-def run(tmp_path_factory, world):
+def run(tmp_path_factory, world, *others):
     def run_all(folder):
-        ranks.run_ranks(plan_ranks.__file__, lambda rank: [rank, world, folder], world)
+        ranks.run_ranks(plan_ranks.__file__, lambda rank: [rank, world, folder, *others], world)
 
     return common.build_once(tmp_path_factory, f"plans_{world}", run_all)
 
@@ -29,7 +29,13 @@ def test_two_processes(tmp_path_factory):
 
 @pytest.mark.builds
 def test_four_processes(tmp_path_factory):
-    ranks.check_outcomes(run(tmp_path_factory, 4), 4)
+    ranks.check_outcomes(run(tmp_path_factory, 4, run(tmp_path_factory, 2)), 4)
+
+
+@pytest.mark.builds
+def test_eight_processes(tmp_path_factory):
+    """All three dimensions at once."""
+    ranks.check_outcomes(run(tmp_path_factory, 8), 8)
 
 
 @pytest.mark.slow
