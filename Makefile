@@ -1,6 +1,6 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
 # make test   the tests: up to 2 cases of each on the CPU, and 1 of the GPU's code, emulated (about 23 minutes with set-up)
-# make test-all   every case, the library built in all ways, and all of the emulation (about an hour)
+# make test-all   every case, the library built in all ways, all of the emulation, and the site (about an hour)
 # make test-models  the tests of models with transformers 5.2, then with the newest, peft and sentence-transformers (10 minutes)
 # make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
 # make wheel  one wheel for several releases of torch, in dist/ (an hour of compiling from nothing; docs/installing.md)
@@ -97,7 +97,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --backend emulated --cases 1 -m "not builds" tests
 	$(BIN)/python -m pytest -n 2 --cases 2 -m "not builds" tests
 
-test-all: setup
+test-all: setup docs
 	$(BIN)/python -m pytest -n 2 tests
 	$(BIN)/python -m pytest -n 2 --backend emulated tests
 
