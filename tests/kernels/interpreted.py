@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+# The first launch would import it, but cannot once a test has imported triton_src.compile, which ends interpretation.
+import triton.experimental.gluon  # noqa: F401
 from torch import Tensor
 
 from common import ROOT
