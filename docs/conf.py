@@ -75,11 +75,9 @@ linkcheck_timeout = 15
 
 
 def fill_the_navigation(app, docname, source) -> None:
-    """The notes are listed by a table of their own, and a change log need not be there."""
+    """The notes are listed by a table of their own."""
     if docname == "docs/notes/README":
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n2*\n```\n"
-    if docname == root_doc and not Path(app.srcdir, "CHANGELOG.md").exists():
-        source[0] = source[0].replace("/CHANGELOG\n", "")
 
 
 def link_pages(app, what, name, found, options, lines) -> None:

@@ -38,9 +38,10 @@ class ContextParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, EntmaxAttention):
             raise TypeError(f"ContextParallel: a module must be EntmaxAttention, got {type(module).__name__}")
-        wanted = "2 dimensions" if self.method == "both" else "1 dimension"
-        if device_mesh.ndim != int(wanted[0]):
-            raise ValueError(f"ContextParallel: the mesh must have {wanted}, got {device_mesh.ndim}")
+        wanted = 2 if self.method == "both" else 1
+        if device_mesh.ndim != wanted:
+            dimensions = f"{wanted} dimension{'s' if wanted > 1 else ''}"
+            raise ValueError(f"ContextParallel: the mesh must have {dimensions}, got {device_mesh.ndim}")
         module.attend_over(device_mesh, self.method)
         return module
 

@@ -50,10 +50,14 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 def prose(page: Path) -> str:
-    """The page without its code."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"`[^`\n]*`", lambda code: code[0].translate({ord(x): "_" for x in "[]()<>"}), text)
+    """The page without its blocks, and without links that only stand in code within a line."""
+    hidden = {ord(x): "_" for x in "[]()<>"}
+    return re.sub(r"`[^`\n]*`", lambda code: code[0].translate(hidden), without_blocks(page))
 
 
 def links(page: Path) -> Iterator[str]:
@@ -63,7 +67,6 @@ def links(page: Path) -> Iterator[str]:
 
 def anchors(page: Path) -> set[str]:
     """Of the page's headings, as GitHub makes them: in small letters, spaces as hyphens, without punctuation."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#{1,6} +(.+?) *$", text, re.MULTILINE)
+    headings = re.findall(r"^#{1,6} +(.+?) *$", without_blocks(page), re.MULTILINE)
     plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
