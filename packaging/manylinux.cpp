@@ -18,8 +18,7 @@
 #error "the oldest version of glibc's symbols is not known here"
 #endif
 
-// ---- glibc: the versions of before 2.29 (mathematics), 2.32 and 2.34 (what became part of libc)
-// ----------------------
+// ---- glibc: the versions of before 2.29 (mathematics), 2.32 and 2.34 (what became part of libc) ----
 
 #define BEFORE(name) __asm__(".symver before_" #name "," #name "@" OLDEST)
 
@@ -55,8 +54,7 @@ int pthread_once(pthread_once_t* once, void (*f)()) { return before_pthread_once
 char __libc_single_threaded = 0;  // "there may be other threads", which is always safe
 }
 
-// ---- libstdc++: what came after GLIBCXX_3.4.24 and CXXABI_1.3.11
-// -----------------------------------------------------
+// ---- libstdc++: what came after GLIBCXX_3.4.24 and CXXABI_1.3.11 ----
 
 namespace std {
 void __throw_bad_array_new_length() { throw bad_array_new_length(); }

@@ -1,8 +1,8 @@
 """Compiles every variant ahead of time, without a GPU: python -m triton_src.compile --arch 80 90 --out DIR
 
 Writes to DIR
-    cubins.bin      machine code of all variants, and PTX of one architecture below 90, one after the other; that
-                    of a kernel's variants is compressed together, as they have most of it in common
+    cubins.bin      machine code of all variants, one after the other, and PTX of one architecture below 90, which is
+                    compressed: that of a kernel's variants together, as they have most of it in common
     manifest.json   what each is: symbol, arguments and their types, constants, warps, shared memory, place in the file
     variants.cpp    the same as a table in C++
     resources.txt   registers, spills, stack, shared memory and size of each

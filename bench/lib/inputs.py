@@ -111,9 +111,7 @@ def _structured(case: Case, empty: float, generator: torch.Generator) -> tuple[T
         [torch.randperm(segments, generator=generator, device=device) for _ in range(case.batch * heads)]
     ).view(case.batch, heads, segments)
     of_key = topic_of_segment[order].repeat_interleave(TILE, dim=2)[:, :, : case.length]
-    of_query = of_key.repeat_interleave(
-        case.heads // heads, dim=1
-    )  # a group's queries look for their key head's topics
+    of_query = of_key.repeat_interleave(case.heads // heads, dim=1)  # a group's queries look for its key head's topics
     # Turned at random, so that no entry is zero: arithmetic on zeros draws less power, and a GPU clocks higher.
     turn = torch.linalg.qr(_normal((case.head_dim, case.head_dim), generator)).Q
     query, key = (

@@ -21,7 +21,7 @@ constexpr int64_t kLeastEvenPage = 16;  // ROWS_TOGETHER of triton_src/lib/matri
 // worth.
 constexpr int64_t kMostFewRows = 64, kMostFewQueries = 16;
 constexpr int64_t kLeastBlock = 64;  // block_d of the smallest variants
-constexpr int64_t kRowBlock = 16;    // block_m of those that take some rows of a key head
+constexpr int64_t kRowBlock = 16;    // block_m of score_found (tests/kernels/test_variants.py)
 
 }  // namespace
 

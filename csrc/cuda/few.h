@@ -28,9 +28,9 @@ struct FewQueries {
 // such code.
 bool has_even_pages(const AttentionInputs& inputs);
 
-// Whether the keys of these sequences are found by their index, where one is given. Else all are read, to the same
-// bits: where that was faster (docs/notes/2026-11-30-key-index.md), or where ADASPLASH_KEY_INDEX says "leave" and not
-// "read". It is the same for all parts of a call.
+// Whether the keys of these sequences are found by their index, where one is given; else all are read, to the same
+// bits. They are found so where that was faster (docs/notes/2026-11-30-key-index.md), unless ADASPLASH_KEY_INDEX in the
+// environment says "read" or "leave". The same for all parts of a call.
 bool uses_index(const AttentionInputs& inputs);
 
 // Adds what scratch for them is counted by, for some key heads of all sequences. `stored_kv_heads` have room for keys:
