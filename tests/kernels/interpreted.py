@@ -150,13 +150,15 @@ def attention(
     alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
+    scan_from: int | None = 1,
     summary: bool = False,
     few_queries: int = -1,
     sharers: int = 2,
     index: Tensor | None = None,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
-    ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
+    ones do (0: nothing is probed), else over tiles; the forward of sequences with `scan_from` keys or more (None: of
+    none). Padded tensors (B, H, M, D), with `lengths` of queries and keys,
     (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
     cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
     Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
@@ -229,6 +231,8 @@ def attention(
         )
         programs = math.ceil(math.ceil(length / block) / every) * count * batch
         shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
+        if block_n is None:
+            del shape["BLOCK_N"]
         name += suffix_of(name, arguments)
         code = alpha_code if alpha_code in variants.KERNELS[name].alphas else "any"
         constants = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
@@ -254,7 +258,27 @@ def attention(
     inputs = dict(query=matrix(query), key=key_value[0], value=key_value[1])
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
     if longest_q > few_queries:
-        launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
+        scans = table is None and scan_from is not None
+        found = dict(
+            key_marks=torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32),
+            findings=torch.full((tile_lists[..., 0].numel(), 4), 12345, dtype=torch.int32),
+            scan_from=scan_from if scans else visibility.UNLIMITED.value,
+        )
+        if scans:
+            launch(
+                "scan",
+                block_n=None,
+                query=inputs["query"],
+                key=inputs["key"],
+                **{name: scratch[name] for name in ("row_state", "tile_margins", "tile_lists")},
+                **found | dict(key_marks=found["key_marks"].view(torch.int16)),
+                gather_below=gather_below,
+                constants=dict(SCAN_N=tiles.scan_n),
+            )
+        gathered = torch.full((tile_lists[..., 0].numel(), marks.GATHER_ROOM.value), -1, dtype=torch.int32)
+        for gather in (False, True) if scans else (False,):
+            constants = dict(SCAN_N=tiles.scan_n, GATHER=gather)
+            launch("attend", **inputs, out=matrix(out), **scratch, **found, gathered=gathered, constants=constants)
     elif few_queries >= 0:
         bits.zero_()  # as the portable forward does
     if few_queries >= 0:

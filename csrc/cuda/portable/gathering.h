@@ -1,0 +1,31 @@
+// Whether a call looks for the keys and rows that weigh, to gather them instead of walking whole tiles. What pays is
+// measured in docs/notes/2026-11-27-gathering.md and 2026-11-30-marked-keys.md.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/implementation.h"
+#include "cuda/launchers.h"
+#include "cuda/workspace.h"
+
+namespace adasplash::cuda::portable {
+
+// For the kernels, which look at each sequence's own lengths.
+struct Gathering {
+  int32_t from = 0;  // how long a sequence must be
+  int32_t below =
+      0;  // of the keys that are probed less than so many per cent must weigh; 0: no sequence is long enough
+
+  // By the number of keys alone, or by the shorter side.
+  static Gathering of_forward(const AttentionInputs& inputs);
+  static Gathering of_backward(const AttentionInputs& inputs);
+
+  bool possible() const { return below > 0; }
+};
+
+// One bit for each of the 64 keys of a tile, written by `scan` 16 at a time and read as words; and the keys or rows
+// that are visited.
+constexpr Piece<int32_t> kKeyMarks{"key_marks", 2, &Extents::query_tile_pairs};
+constexpr Piece<int32_t> kGathered{"gathered", kGatherRoom, &Extents::tile_rows};
+
+}  // namespace adasplash::cuda::portable

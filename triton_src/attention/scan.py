@@ -1,0 +1,280 @@
+"""The scan: one look at every key that a block of rows sees, and what it tells of where their weights are.
+
+For a block of query rows and the keys j that a row sees, row_max = max_j z_j, and only keys with z_j > row_max - 1 can
+have weight. A running maximum knows a superset of those: while it finds row_max, `scan_tiles` writes four margins a
+tile, one for 16 rows: the largest (row's maximum in the tile - row's running maximum). It also keeps the largest score
+of each of CLASSES classes of keys: a subset of the row's keys, whose tau is a lower bound of the row's own, and a close
+one. Tiles with a margin above the lowest such bound of their 16 rows are candidates.
+
+`attend` does that itself for its rows. Of long sequences the kernel `scan` does it beforehand, which takes fewer
+registers alone, and looks into the candidates, of which few keys may weigh: it multiplies them once more, keys first,
+and marks the keys that any row may weigh by its bound. Where these are few, `attend` then works on them alone.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..lib.call import (
+    block_of_program,
+    first_state_row,
+    head_in_sequence,
+    head_scale,
+    key_rows_of,
+    query_rows_of,
+    tile_row_of,
+    without_few,
+)
+from ..lib.entmax import ALPHA_1_5, ALPHA_ANY, Threshold, excess_of, newton_step, threshold_of, weights
+from ..lib.marks import PROBE_EVERY, WARP_ROWS, bits_set, marks_of_keys
+from ..lib.matrices import ROW_PARTS, Code, load_factor, max_or_nan
+from ..lib.scores import QueryBlock, block_scores, score_rules, turned_scores
+from ..lib.tile_lists import list_tiles, stages, visit_tiles
+from ..lib.visibility import TILE, VisibleTiles, ordered_tile, visible_keys, visible_tiles
+from ..spec import CALL, MATRIX, Spec
+
+CLASSES = tl.constexpr(64)  # of keys, whose maxima scan_tiles keeps
+# Newton steps towards tau of those: any number gives a lower bound, these come within about a thousandth.
+BOUND_STEPS_1_5 = tl.constexpr(3)
+BOUND_STEPS = tl.constexpr(5)
+# How much an fp32 z - row_max or a bound of gap may be off, relative to row_max or to 1: a few roundings.
+ROUNDING = tl.constexpr(2.0**-21)
+
+
+@triton.jit
+def scan(
+    query, key, row_state, tile_margins, tile_lists, key_marks, findings, scan_from, gather_below, call,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr, SCAN_N: tl.constexpr,
+):  # fmt: skip
+    """Of the rows of sequences with `scan_from` or more keys: row_max and a lower bound of gap into row_state, the list
+    of candidates, and the Findings. `key_marks` have a bit for each key of a candidate that may weigh, if less than
+    `gather_below` per cent of those in some of them do."""
+    EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
+    CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
+    MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
+    blocks = tl.cdiv(call.queries.max_seqlen, BLOCK_M)
+    block, head, batch = block_of_program(blocks, call.heads)
+    at = without_few(call, head_in_sequence(call, batch, head))
+    query_rows = query_rows_of(query, at, call.head_dim, at.queries.length)
+    key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
+    row_state += 2 * first_state_row(call, at)
+    key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
+    first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
+    if (first_row >= at.queries.extent) | (at.keys.length < scan_from):
+        return
+    tile_row = tile_row_of(call, at, first_row)
+    findings = findings_of(findings, tile_row)
+    scale = head_scale(call, batch, head, ALPHA)
+    if ALPHA == ALPHA_ANY:  # noqa: SIM102
+        if scale.alpha == 1.0:  # there is nothing to find
+            store_findings(findings, Findings(-1, 0, 0))
+            return
+
+    row = first_row + tl.arange(0, BLOCK_M)
+    visible = visible_keys(row, at.band)
+    sees = visible.first < visible.end
+    q = load_factor(query_rows, first_row, BLOCK_M, CODE)
+    queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
+    tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
+    margins = margins_of(tile_margins, tile_row, key_tiles)
+    entries = tile_lists + tile_row * key_tiles
+    key_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
+
+    row_max, gap = scan_tiles(queries, sees, tiles_seen, margins, CODE)
+    tl.store(row_state + 2 * row, row_max, mask=row < at.queries.extent)
+    tl.store(row_state + 2 * row + 1, gap, mask=row < at.queries.extent)
+    _, row_max, gap = sound_rows(row_max, gap, sees, scale)
+    threshold = threshold_of(row_max, gap, EXACT)
+    tl.debug_barrier()  # what other threads wrote is read from here on
+
+    # First the keys of some candidates, evenly taken from the visible tiles; they may be all.
+    every = tl.maximum((tiles_seen.inner + tiles_seen.edge) // PROBE_EVERY, 1)
+    candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA, every)
+    marked = mark_keys(queries, threshold, candidates, key_marks, MARK_CODE)
+    # 100 * TILE * candidates and 100 * marked fit 32 bits: a probe looks at 2 * PROBE_EVERY tiles or less.
+    pays = (marked * 100 < candidates.count * TILE * gather_below) | (candidates.count == 0)
+    if every > 1:
+        tl.debug_barrier()  # the old list may still be read
+        candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA, 1)
+        if pays:
+            marked = mark_keys(queries, threshold, candidates, key_marks, MARK_CODE)
+    store_findings(findings, Findings(tl.where(pays, marked, -1), candidates.inner, candidates.count))
+
+
+SCAN = Spec(
+    scan,
+    arguments=dict(
+        query=MATRIX, key=MATRIX, row_state="*fp32", tile_margins="*i16", tile_lists="*i32", key_marks="*i16",
+        findings="*i32", scan_from="i32", gather_below="i32", call=CALL,
+    ),
+    writes=("row_state", "tile_margins", "tile_lists", "key_marks", "findings"),
+    constants=("BLOCK_M", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N"),
+    programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
+    scratch=dict(
+        tile_margins="four numbers for each tile row of queries and each tile of keys",
+        tile_lists="an entry for each of those",
+        key_marks="four numbers for each of those, 64 bits",
+        findings="four numbers for each tile row of queries",
+    ),
+    shapes="attention",
+)  # fmt: skip
+
+
+class Findings(NamedTuple):
+    """What the kernel `scan` found out for a block of rows, and leaves to `attend`."""
+
+    keys: tl.tensor  # how many are marked; -1 where marking them does not pay
+    inner: tl.tensor  # of its candidates those that all rows see whole, which are listed first
+    tiles: tl.tensor  # all candidates
+
+
+@triton.jit
+def findings_of(findings, tile_row):
+    """Where those of a tile row are."""
+    return findings + 4 * tile_row
+
+
+@triton.jit
+def store_findings(place, findings):
+    tl.store(place, findings.keys)
+    tl.store(place + 1, findings.inner)
+    tl.store(place + 2, findings.tiles)
+
+
+@triton.jit
+def load_findings(place, known):
+    """Findings, or those of a block that nobody looked at."""
+    keys = tl.load(place, mask=known, other=-1)
+    inner = tl.load(place + 1, mask=known, other=0)
+    return Findings(keys, inner, tl.load(place + 2, mask=known, other=0))
+
+
+@triton.jit
+def margins_of(tile_margins, tile_row, key_tiles):
+    """Pointers to the four margins of a tile row's tile 0."""
+    return tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
+
+
+@triton.jit
+def sound_rows(row_max, gap, sees, scale):
+    """(which rows are sound, row_max, gap), with numbers for the others by which they weigh nothing: rows that see
+    nothing, and rows that see a NaN or an infinite score, and all rows where alpha is NaN, which are broken: their
+    output is NaN."""
+    sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
+    return sound, tl.where(sound, row_max, 0.0), tl.where(sound, gap, float("inf"))
+
+
+# ---- row_max, and which tiles may hold weight ------------------------------------------------------------------------
+
+
+@triton.jit
+def scan_tiles(queries, sees, tiles_seen, margins, CODE):
+    """(row_max, a lower bound of gap) of each row. Writes the margins of each visible tile, as the upper half of an
+    fp32; `margins` are those of tile 0, see margins_of. BLOCK_N is a multiple of TILE."""
+    # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
+    MANY: tl.constexpr = CODE.BLOCK_N // TILE
+    EDGE_CODE: tl.constexpr = Code(CODE.BLOCK_M, TILE, CODE.BLOCK_D, CODE.STEP_D, CODE.ALPHA, CODE.EXACT)
+    whole = tiles_seen.inner // MANY * MANY
+    edge = tiles_seen.edge + (tiles_seen.inner - whole)
+    one_by_one = VisibleTiles(tiles_seen.first, tiles_seen.inner_first, whole, edge)
+    never = tl.where(sees, 0.0, float("-inf"))  # added to margins: a row that sees no key makes no tile a candidate
+    row_max = tl.full([CODE.BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
+    largest = tl.full([CODE.BLOCK_M, CLASSES], float("-inf"), tl.float32)
+    for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find row_max there
+        for index in tl.range(edge if EDGE else whole // MANY, num_stages=stages(EDGE, CODE.ALPHA)):
+            if EDGE:
+                tile = ordered_tile(whole + edge - 1 - index, one_by_one)
+                qk = block_scores(queries, tile * TILE, EDGE_CODE, True)
+            else:
+                tile = tiles_seen.inner_first + index * MANY
+                qk = block_scores(queries, tile * TILE, CODE, False)
+            row_max, largest, above = maxima(qk, row_max, largest)
+            margin = largest_of_warps(above + (tl.abs(row_max) * ROUNDING + never)[:, None, None]) * queries.scale.z
+            scanned = tile + tl.arange(0, 1 if EDGE else MANY)
+            tl.store(margins[:, None] + scanned[None, :], upper_half(margin))
+
+    row_max *= queries.scale.z
+    return row_max, gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA)
+
+
+@triton.jit
+def maxima(qk, row_max, largest):
+    """(row_max, largest, (rows, tiles, 4) numbers whose maximum is a tile's largest score less row_max) with the scores
+    of some tiles' keys. Keys of one class are equal modulo ROW_PARTS, so that one thread holds them. A row of a tile is
+    held by four threads, each with two of the ROW_PARTS: the four numbers are theirs, not to be compared yet."""
+    ROWS: tl.constexpr = qk.shape[0]
+    TILES: tl.constexpr = qk.shape[1] // TILE
+    SPAN: tl.constexpr = CLASSES // TILES  # classes that a tile's keys fall into
+    here = max_or_nan(tl.reshape(qk, [ROWS, TILES, SPAN // ROW_PARTS, TILE // SPAN, ROW_PARTS]), 3)
+    largest = tl.maximum(largest, tl.reshape(here, [ROWS, CLASSES]))
+    of_thread = max_or_nan(tl.reshape(max_or_nan(here, 2), [ROWS, TILES, ROW_PARTS // 2, 2]), 3)
+    row_max = tl.maximum(row_max, max_or_nan(max_or_nan(of_thread, 1), 1), propagate_nan=tl.PropagateNan.ALL)
+    return row_max, largest, of_thread - row_max[:, None, None]
+
+
+@triton.jit
+def gap_of_classes(largest, row_max, scale, ALPHA: tl.constexpr):
+    """A lower bound of gap: that of the largest scores of each class of keys, less what rounding may do."""
+    gap = tl.full(row_max.shape, -1.0, tl.float32)
+    # Not unrolled: it is rarely much of the time, and would be most of the code.
+    for _ in range(BOUND_STEPS_1_5 if ALPHA == ALPHA_1_5 else BOUND_STEPS):
+        excess = excess_of(largest, scale.z, Threshold(row_max + gap, gap), 0, False)
+        p, u = weights(excess, scale.alpha, ALPHA, False)
+        gap += tl.maximum(newton_step(tl.sum(p, 1), tl.sum(u, 1), scale.alpha, ALPHA), 0.0)
+    return gap - (1.0 + tl.abs(row_max)) * ROUNDING
+
+
+@triton.jit
+def largest_of_warps(x):
+    """(groups, tiles): the largest of (rows, tiles, n) in WARP_ROWS rows of a tile, NaN only where all are. x is above
+    0 by no more than rounding. As integers, which one instruction reduces over a warp: with the sign bit set the
+    largest number is the lowest one, and NaN is above all."""
+    GROUPS: tl.constexpr = x.shape[0] // WARP_ROWS
+    bits = x.to(tl.int32, bitcast=True) | -(2**31)
+    bits = tl.reshape(bits, [GROUPS, WARP_ROWS, x.shape[1], x.shape[2]])
+    bits = tl.reshape(tl.permute(bits, [0, 2, 1, 3]), [GROUPS, x.shape[1], WARP_ROWS * x.shape[2]])
+    return tl.min(bits, 2).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def upper_half(x):
+    """The upper 16 bits of an fp32. For x <= 0 that rounds up, so that a number stays a bound."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+
+
+@triton.jit
+def list_candidates(entries, margins, gap, tiles_seen, ALPHA: tl.constexpr, every=1):
+    """The TileList of the visible tiles with a margin above the lowest gap of their rows, or of `every` so many visible
+    ones only of one."""
+    lowest_gap = tl.min(tl.reshape(gap, [TILE // WARP_ROWS, WARP_ROWS]), 1)[:, None]
+    return list_tiles(may_weigh, (margins, lowest_gap, every), entries, tiles_seen, ALPHA)
+
+
+@triton.jit
+def may_weigh(tile, index, known, context):
+    margins, lowest_gap, every = context
+    margin = tl.load(margins[:, None] + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
+    above = margin.to(tl.float32, bitcast=True) > lowest_gap
+    return known & (tl.max(above.to(tl.int32), 0) > 0) & (index % every == 0)
+
+
+# ---- which keys of those may weigh -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def mark_keys(queries, threshold, tile_list, key_marks, CODE):
+    """Marks the keys of the tiles of a list that any row weighs at a threshold, and returns how many they are. A warp
+    has 16 keys, and all rows, so it waits for no other."""
+    marked = tl.zeros([TILE // WARP_ROWS], tl.int32)
+    marked = visit_tiles(add_key_marks, marked, (queries, threshold, key_marks), tile_list, CODE)
+    return tl.sum(marked, 0)
+
+
+@triton.jit
+def add_key_marks(marked, tile, index, context, CODE, EDGE: tl.constexpr):
+    queries, threshold, key_marks = context
+    qk = turned_scores(queries, tile * TILE, CODE, EDGE)
+    bits = marks_of_keys(qk, queries.scale.z, threshold, CODE.EXACT)
+    tl.store(key_marks + tile * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS), bits.to(tl.int16))
+    return marked + bits_set(bits)
