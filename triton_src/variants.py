@@ -31,7 +31,6 @@ from .attention.forward import ATTEND, ATTEND_PAGED
 from .attention.grad_key_value import GRAD_KEY_VALUE
 from .attention.grad_query import GRAD_QUERY
 from .attention.mark import MARK
-from .attention.scan import SCAN
 from .cache import APPEND, INDEX_KEYS
 from .lib.entmax import ALPHA_1_5, ALPHA_2, ALPHA_ANY
 from .spec import ATTENTION_TYPES, Spec
@@ -47,7 +46,7 @@ ALPHAS = {"any": ALPHA_ANY.value, "1_5": ALPHA_1_5.value, "2": ALPHA_2.value}
 ATTENTION = {
     spec.name: spec
     for spec in (
-        *(SCAN, ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE, COUNT_SUPPORT),
+        *(ATTEND, MARK, GRAD_QUERY, GRAD_KEY_VALUE, COUNT_SUPPORT),
         *(SCORE_FEW, SOLVE_FEW, WEIGH_FEW, JOIN_FEW),
         *(ATTEND_PAGED, SCORE_FEW_PAGED, SOLVE_FEW_PAGED, WEIGH_FEW_PAGED),
         *(SCORE_FEW_EVEN, WEIGH_FEW_EVEN),

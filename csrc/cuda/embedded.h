@@ -16,7 +16,6 @@ namespace adasplash::cuda {
 // KERNELS of triton_src/variants.py. The functions of launchers.h and the table of variants, both generated from there,
 // say Kernel::kName, so a kernel that is missing here does not compile. kKernelNames, for messages, is in this order.
 enum class Kernel {
-  kScan,
   kAttend,
   kMark,
   kGradQuery,
@@ -42,31 +41,18 @@ enum class Kernel {
   kActivate,
   kActivateGrad
 };
-constexpr const char* kKernelNames[] = {"scan",
-                                        "attend",
-                                        "mark",
-                                        "grad_query",
-                                        "grad_key_value",
-                                        "count_support",
-                                        "score_few",
-                                        "solve_few",
-                                        "weigh_few",
-                                        "join_few",
-                                        "attend_paged",
-                                        "score_few_paged",
-                                        "solve_few_paged",
-                                        "weigh_few_paged",
-                                        "score_few_even",
-                                        "weigh_few_even",
-                                        "turn_queries",
-                                        "scan_index",
-                                        "scan_index_even",
-                                        "score_found",
-                                        "score_found_even",
-                                        "append",
-                                        "index_keys",
-                                        "activate",
-                                        "activate_grad"};
+constexpr const char* kKernelNames[] = {"attend",          "mark",
+                                        "grad_query",      "grad_key_value",
+                                        "count_support",   "score_few",
+                                        "solve_few",       "weigh_few",
+                                        "join_few",        "attend_paged",
+                                        "score_few_paged", "solve_few_paged",
+                                        "weigh_few_paged", "score_few_even",
+                                        "weigh_few_even",  "turn_queries",
+                                        "scan_index",      "scan_index_even",
+                                        "score_found",     "score_found_even",
+                                        "append",          "index_keys",
+                                        "activate",        "activate_grad"};
 static_assert(std::size(kKernelNames) == static_cast<size_t>(Kernel::kActivateGrad) + 1);
 
 // The alphas that kernels have code of their own for (ALPHAS of triton_src/variants.py; the generated table of variants

@@ -14,6 +14,13 @@ struct Matrix {
   Exactly<int64_t> row_stride;
 };
 
+struct MutableMatrix {
+  Exactly<void*> data;
+  Exactly<int64_t> batch_stride;
+  Exactly<int64_t> head_stride;
+  Exactly<int64_t> row_stride;
+};
+
 // The sequences of one side, queries or keys.
 struct Sequences {
   Exactly<const int32_t*> lengths;
@@ -67,13 +74,6 @@ struct Call {
   Exactly<int32_t> head_dim;
   Exactly<int32_t> value_dim;
   Exactly<int32_t> few_queries;
-};
-
-struct MutableMatrix {
-  Exactly<void*> data;
-  Exactly<int64_t> batch_stride;
-  Exactly<int64_t> head_stride;
-  Exactly<int64_t> row_stride;
 };
 
 // What the kernels of attention/few.py are told beside the call, of its sequences of few queries.
@@ -149,26 +149,6 @@ constexpr int64_t kListed = 1024, kSplitTiles = 16;
 // the scan whose found keys a program scores.
 constexpr int64_t kPlanes = 2, kTerms = 4, kScorersTogether = 2;
 
-struct ScanArguments {
-  Matrix query;
-  Matrix key;
-  Exactly<float*> row_state;
-  Exactly<int16_t*> tile_margins;
-  Exactly<int32_t*> tile_lists;
-  Exactly<int16_t*> key_marks;
-  Exactly<int32_t*> findings;
-  Exactly<int32_t> scan_from;
-  Exactly<int32_t> gather_below;
-  Call call;
-  int8_t* global_scratch = nullptr;
-  int8_t* profile_scratch = nullptr;
-};
-static_assert(sizeof(ScanArguments) == 312);
-inline void scan(const Variant& variant, const Place& place, int64_t programs,
-                 const ScanArguments& arguments) {
-  launch(Kernel::kScan, variant, place, programs, &arguments, sizeof arguments);
-}
-
 struct AttendArguments {
   Matrix query;
   Matrix key;
@@ -178,15 +158,15 @@ struct AttendArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
-  Exactly<const int32_t*> key_marks;
-  Exactly<const int32_t*> findings;
+  Exactly<int16_t*> key_marks;
   Exactly<int32_t*> gathered;
-  Exactly<int32_t> scan_from;
+  Exactly<int32_t> gather_from;
+  Exactly<int32_t> gather_below;
   Call call;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 392);
+static_assert(sizeof(AttendArguments) == 384);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -368,15 +348,15 @@ struct AttendPagedArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
-  Exactly<const int32_t*> key_marks;
-  Exactly<const int32_t*> findings;
+  Exactly<int16_t*> key_marks;
   Exactly<int32_t*> gathered;
-  Exactly<int32_t> scan_from;
+  Exactly<int32_t> gather_from;
+  Exactly<int32_t> gather_below;
   Call call;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 456);
+static_assert(sizeof(AttendPagedArguments) == 448);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);

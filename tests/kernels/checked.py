@@ -30,8 +30,9 @@ def check(inputs, *arguments, tiles=SMALL, few_queries=-1, **options):
     exact = gradients(type(inputs)(*(x.double() for x in inputs)), grad, dense, dtype=torch.float64)
     composed = gradients(inputs, grad, dense, dtype=inputs.query.dtype)
     for below in (0, 101):
-        mine.update(gather_below=below, scan_from=1 if below else None)
-        actual = attention(*inputs, *arguments, grad=grad, tiles=tiles, few_queries=few_queries, **mine)
+        actual = attention(
+            *inputs, *arguments, grad=grad, tiles=tiles, gather_below=below, few_queries=few_queries, **mine
+        )
         named = zip(("out", "dq", "dk", "dv"), (actual.out, *actual[3:6]), exact, composed, strict=True)
         for what, result, true, plain in named:
             # delta and the dO.v that it is taken off come from two kernels, which sum in different orders.

@@ -150,16 +150,15 @@ def attention(
     alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
-    scan_from: int | None = 1,
+    gather_from: int = 1,
     summary: bool = False,
     few_queries: int = -1,
     sharers: int = 2,
     index: Tensor | None = None,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
-    ones do (0: nothing is probed), else over tiles; the forward of sequences with `scan_from` keys or more (None: of
-    none). Padded tensors (B, H, M, D), with `lengths` of queries and keys,
-    (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
+    ones do (0: nothing is probed), else over tiles; sequences shorter than `gather_from` are not probed. Padded tensors
+    (B, H, M, D), with `lengths` of queries and keys, (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
     cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
     Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
     An `index` of the keys is used there. With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page,
@@ -231,8 +230,6 @@ def attention(
         )
         programs = math.ceil(math.ceil(length / block) / every) * count * batch
         shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
-        if block_n is None:
-            del shape["BLOCK_N"]
         name += suffix_of(name, arguments)
         code = alpha_code if alpha_code in variants.KERNELS[name].alphas else "any"
         constants = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
@@ -258,27 +255,16 @@ def attention(
     inputs = dict(query=matrix(query), key=key_value[0], value=key_value[1])
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
     if longest_q > few_queries:
-        scans = table is None and scan_from is not None
-        found = dict(
-            key_marks=torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32),
-            findings=torch.full((tile_lists[..., 0].numel(), 4), 12345, dtype=torch.int32),
-            scan_from=scan_from if scans else visibility.UNLIMITED.value,
+        gathers = table is None and gather_below > 0
+        marked = dict(
+            key_marks=torch.full((*tile_lists.shape, 4), -1, dtype=torch.int16),
+            gathered=torch.full((tile_lists[..., 0].numel(), marks.GATHER_ROOM.value), -1, dtype=torch.int32),
+            gather_from=gather_from if gathers else visibility.UNLIMITED.value,
+            gather_below=gather_below,
         )
-        if scans:
-            launch(
-                "scan",
-                block_n=None,
-                query=inputs["query"],
-                key=inputs["key"],
-                **{name: scratch[name] for name in ("row_state", "tile_margins", "tile_lists")},
-                **found | dict(key_marks=found["key_marks"].view(torch.int16)),
-                gather_below=gather_below,
-                constants=dict(SCAN_N=tiles.scan_n),
-            )
-        gathered = torch.full((tile_lists[..., 0].numel(), marks.GATHER_ROOM.value), -1, dtype=torch.int32)
-        for gather in (False, True) if scans else (False,):
+        for gather in (False, True) if gathers else (False,):
             constants = dict(SCAN_N=tiles.scan_n, GATHER=gather)
-            launch("attend", **inputs, out=matrix(out), **scratch, **found, gathered=gathered, constants=constants)
+            launch("attend", **inputs, out=matrix(out), **scratch, **marked, constants=constants)
     elif few_queries >= 0:
         bits.zero_()  # as the portable forward does
     if few_queries >= 0:
@@ -308,7 +294,7 @@ def attention(
     key_marks = torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32)
     row_marks = torch.full((*tile_lists.shape, 4), -1, dtype=torch.int16)
     probe = dict(probe_counts=torch.zeros(batch * kv_heads, 2, dtype=torch.int32), gather_below=gather_below)
-    for probe_from in (1, 0) if gather_below else ():
+    for probe_from in (gather_from, 0) if gather_below else ():
         launch(
             "mark",
             block_n=max(tiles.walk, WORD.value),

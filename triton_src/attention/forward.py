@@ -73,20 +73,21 @@ from ..lib.tile_lists import (
 )
 from ..lib.visibility import TILE, keys_of_block, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
-from .scan import findings_of, list_candidates, load_findings, margins_of, scan_tiles, sound_rows
+from .scan import find_keys, list_candidates, margins_of, scan_tiles, sound_rows
 
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 
 @triton.jit
 def attend(
-    query, key, value, out, row_state, tiles, tile_margins, tile_lists, key_marks, findings, gathered, scan_from, call,
+    query, key, value, out, row_state, tiles, tile_margins, tile_lists, key_marks, gathered, gather_from, gather_below,
+    call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     SCAN_N: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
-    holds weight. Sequences with `scan_from` or more keys were scanned before: of these it works, if GATHER, on the rows
-    whose keys are marked, else on the others."""
+    holds weight. Sequences with `gather_from` or more keys are left to the code with GATHER, which works on the keys
+    that may weigh alone where they are less than `gather_below` per cent of those in some of the candidates."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
@@ -100,13 +101,9 @@ def attend(
     row_state += 2 * first_state_row(call, at)
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
     first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
-    if first_row >= at.queries.extent:
+    if (first_row >= at.queries.extent) | ((at.keys.length >= gather_from) != GATHER):
         return
     tile_row = tile_row_of(call, at, first_row)
-    scanned = at.keys.length >= scan_from
-    found = load_findings(findings_of(findings, tile_row), scanned)
-    if (found.keys >= 0) != GATHER:
-        return
 
     row = first_row + tl.arange(0, BLOCK_M)
     visible = visible_keys(row, at.band)
@@ -124,7 +121,7 @@ def attend(
     entries = tile_lists + tile_row * key_tiles
     tiles += tile_row * call.tile_words
 
-    if ALPHA == ALPHA_ANY and not GATHER:  # noqa: SIM102
+    if ALPHA == ALPHA_ANY:  # noqa: SIM102
         if scale.alpha == 1.0:
             SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
             weighted, sum_p, row_max = softmax(queries, values, tiles_seen, SOFTMAX_CODE)
@@ -135,47 +132,50 @@ def attend(
             store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
             return
 
+    row_max, gap = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
+    sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
+    tl.debug_barrier()  # what other threads wrote is read from here on
     if GATHER:
-        row_max, gap = load_state(row_state, row, at.queries.extent)
-        sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
-        marked = MarkedRows(key_marks + tile_row * key_tiles * (TILE // WORD), 1, gathered + tile_row * GATHER_ROOM)
-        candidates = TileList(entries, found.inner, found.tiles)
-        keys = MarkedKeys(marked, candidates, found.keys, list_at_once(marked, candidates, found.keys))
+        MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
+        key_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
+        threshold = threshold_of(row_max, gap, EXACT)
+        marked, count, inner = find_keys(
+            queries, threshold, entries, margins, gap, tiles_seen, key_marks, gather_below, MARK_CODE
+        )
+        candidates = TileList(entries, inner, count)
+    else:
+        marked = -1
+        candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
+
+    if marked < 0:
+        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, False)
+        broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
+        store_tile_bits(tiles, call.tile_words, margins, tiles_seen, any_row(broken))
+    elif GATHER:
+        words = key_marks.to(tl.pointer_type(tl.int32), bitcast=True)  # each of two threads' 16 bits
+        rows = MarkedRows(words, 1, gathered + tile_row * GATHER_ROOM)
+        keys = MarkedKeys(rows, candidates, marked, list_at_once(rows, candidates, marked))
         weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, keys, tiles, call.tile_words, CODE, True)
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         if any_row(broken):
             store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
-    else:
-        if scanned:
-            row_max, gap = load_state(row_state, row, at.queries.extent)
-        else:
-            row_max, gap = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
-        sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
-        inner, count = found.inner, found.tiles
-        if not scanned:
-            tl.debug_barrier()  # what other threads wrote is read from here on
-            listed = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
-            inner, count = listed.inner, listed.count
-        candidates = TileList(entries, inner, count)
-        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, False)
-        broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
-        store_tile_bits(tiles, call.tile_words, margins, tiles_seen, any_row(broken))
 
 
 ATTEND = Spec(
     attend,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX,
-        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", key_marks="*i32", findings="*i32",
-        gathered="*i32", scan_from="i32", call=CALL,
+        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", key_marks="*i16", gathered="*i32",
+        gather_from="i32", gather_below="i32", call=CALL,
     ),
-    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "gathered"),
+    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "key_marks", "gathered"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(
         tile_margins="four numbers for each tile row of queries and each tile of keys",
         tile_lists="an entry for each of those",
-        gathered="GATHER_ROOM entries for each tile row of queries, where keys were marked",
+        key_marks="four numbers for each of those, where keys are gathered",
+        gathered="GATHER_ROOM entries for each tile row of queries, there too",
     ),
     shapes="attention",
     gathers=True,
@@ -438,14 +438,7 @@ def softmax(queries, values, tiles_seen, CODE):
     return weighted, tl.sum(part_p, 1), row_max
 
 
-# ---- what is read of the scan, and what is written --------------------------------------------------------------------
-
-
-@triton.jit
-def load_state(row_state, row, limit):
-    """(row_max, gap) of rows as the kernel `scan` left them."""
-    row_max = tl.load(row_state + 2 * row, mask=row < limit, other=float("-inf"))
-    return row_max, tl.load(row_state + 2 * row + 1, mask=row < limit, other=0.0)
+# ---- what is written -------------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -6,33 +6,19 @@ tile, one for 16 rows: the largest (row's maximum in the tile - row's running ma
 of each of CLASSES classes of keys: a subset of the row's keys, whose tau is a lower bound of the row's own, and a close
 one. Tiles with a margin above the lowest such bound of their 16 rows are candidates.
 
-`attend` does that itself for its rows. Of long sequences the kernel `scan` does it beforehand, which takes fewer
-registers alone, and looks into the candidates, of which few keys may weigh: it multiplies them once more, keys first,
-and marks the keys that any row may weigh by its bound. Where these are few, `attend` then works on them alone.
+In a candidate few keys may weigh. `find_keys` multiplies candidates once more, keys first, and marks the keys that any
+row weighs at its bound: first in some, as a probe, then in all if they are few there.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..lib.call import (
-    block_of_program,
-    first_state_row,
-    head_in_sequence,
-    head_scale,
-    key_rows_of,
-    query_rows_of,
-    tile_row_of,
-    without_few,
-)
-from ..lib.entmax import ALPHA_1_5, ALPHA_ANY, Threshold, excess_of, newton_step, threshold_of, weights
+from ..lib.entmax import ALPHA_1_5, Threshold, excess_of, newton_step, weights
 from ..lib.marks import PROBE_EVERY, WARP_ROWS, bits_set, marks_of_keys
-from ..lib.matrices import ROW_PARTS, Code, load_factor, max_or_nan
-from ..lib.scores import QueryBlock, block_scores, score_rules, turned_scores
+from ..lib.matrices import ROW_PARTS, Code, max_or_nan
+from ..lib.scores import block_scores, turned_scores
 from ..lib.tile_lists import list_tiles, stages, visit_tiles
-from ..lib.visibility import TILE, VisibleTiles, ordered_tile, visible_keys, visible_tiles
-from ..spec import CALL, MATRIX, Spec
+from ..lib.visibility import TILE, VisibleTiles, ordered_tile
 
 CLASSES = tl.constexpr(64)  # of keys, whose maxima scan_tiles keeps
 # Newton steps towards tau of those: any number gives a lower bound, these come within about a thousandth.
@@ -40,114 +26,6 @@ BOUND_STEPS_1_5 = tl.constexpr(3)
 BOUND_STEPS = tl.constexpr(5)
 # How much an fp32 z - row_max or a bound of gap may be off, relative to row_max or to 1: a few roundings.
 ROUNDING = tl.constexpr(2.0**-21)
-
-
-@triton.jit
-def scan(
-    query, key, row_state, tile_margins, tile_lists, key_marks, findings, scan_from, gather_below, call,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr, SCAN_N: tl.constexpr,
-):  # fmt: skip
-    """Of the rows of sequences with `scan_from` or more keys: row_max and a lower bound of gap into row_state, the list
-    of candidates, and the Findings. `key_marks` have a bit for each key of a candidate that may weigh, if less than
-    `gather_below` per cent of those in some of them do."""
-    EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
-    CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
-    MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
-    blocks = tl.cdiv(call.queries.max_seqlen, BLOCK_M)
-    block, head, batch = block_of_program(blocks, call.heads)
-    at = without_few(call, head_in_sequence(call, batch, head))
-    query_rows = query_rows_of(query, at, call.head_dim, at.queries.length)
-    key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
-    row_state += 2 * first_state_row(call, at)
-    key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
-    first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
-    if (first_row >= at.queries.extent) | (at.keys.length < scan_from):
-        return
-    tile_row = tile_row_of(call, at, first_row)
-    findings = findings_of(findings, tile_row)
-    scale = head_scale(call, batch, head, ALPHA)
-    if ALPHA == ALPHA_ANY:  # noqa: SIM102
-        if scale.alpha == 1.0:  # there is nothing to find
-            store_findings(findings, Findings(-1, 0, 0))
-            return
-
-    row = first_row + tl.arange(0, BLOCK_M)
-    visible = visible_keys(row, at.band)
-    sees = visible.first < visible.end
-    q = load_factor(query_rows, first_row, BLOCK_M, CODE)
-    queries = QueryBlock(q, key_rows, score_rules(row, at.band, visible, scale), scale)
-    tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
-    margins = margins_of(tile_margins, tile_row, key_tiles)
-    entries = tile_lists + tile_row * key_tiles
-    key_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
-
-    row_max, gap = scan_tiles(queries, sees, tiles_seen, margins, CODE)
-    tl.store(row_state + 2 * row, row_max, mask=row < at.queries.extent)
-    tl.store(row_state + 2 * row + 1, gap, mask=row < at.queries.extent)
-    _, row_max, gap = sound_rows(row_max, gap, sees, scale)
-    threshold = threshold_of(row_max, gap, EXACT)
-    tl.debug_barrier()  # what other threads wrote is read from here on
-
-    # First the keys of some candidates, evenly taken from the visible tiles; they may be all.
-    every = tl.maximum((tiles_seen.inner + tiles_seen.edge) // PROBE_EVERY, 1)
-    candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA, every)
-    marked = mark_keys(queries, threshold, candidates, key_marks, MARK_CODE)
-    # 100 * TILE * candidates and 100 * marked fit 32 bits: a probe looks at 2 * PROBE_EVERY tiles or less.
-    pays = (marked * 100 < candidates.count * TILE * gather_below) | (candidates.count == 0)
-    if every > 1:
-        tl.debug_barrier()  # the old list may still be read
-        candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA, 1)
-        if pays:
-            marked = mark_keys(queries, threshold, candidates, key_marks, MARK_CODE)
-    store_findings(findings, Findings(tl.where(pays, marked, -1), candidates.inner, candidates.count))
-
-
-SCAN = Spec(
-    scan,
-    arguments=dict(
-        query=MATRIX, key=MATRIX, row_state="*fp32", tile_margins="*i16", tile_lists="*i32", key_marks="*i16",
-        findings="*i32", scan_from="i32", gather_below="i32", call=CALL,
-    ),
-    writes=("row_state", "tile_margins", "tile_lists", "key_marks", "findings"),
-    constants=("BLOCK_M", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N"),
-    programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
-    scratch=dict(
-        tile_margins="four numbers for each tile row of queries and each tile of keys",
-        tile_lists="an entry for each of those",
-        key_marks="four numbers for each of those, 64 bits",
-        findings="four numbers for each tile row of queries",
-    ),
-    shapes="attention",
-)  # fmt: skip
-
-
-class Findings(NamedTuple):
-    """What the kernel `scan` found out for a block of rows, and leaves to `attend`."""
-
-    keys: tl.tensor  # how many are marked; -1 where marking them does not pay
-    inner: tl.tensor  # of its candidates those that all rows see whole, which are listed first
-    tiles: tl.tensor  # all candidates
-
-
-@triton.jit
-def findings_of(findings, tile_row):
-    """Where those of a tile row are."""
-    return findings + 4 * tile_row
-
-
-@triton.jit
-def store_findings(place, findings):
-    tl.store(place, findings.keys)
-    tl.store(place + 1, findings.inner)
-    tl.store(place + 2, findings.tiles)
-
-
-@triton.jit
-def load_findings(place, known):
-    """Findings, or those of a block that nobody looked at."""
-    keys = tl.load(place, mask=known, other=-1)
-    inner = tl.load(place + 1, mask=known, other=0)
-    return Findings(keys, inner, tl.load(place + 2, mask=known, other=0))
 
 
 @triton.jit
@@ -260,6 +138,26 @@ def may_weigh(tile, index, known, context):
 
 
 # ---- which keys of those may weigh -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def find_keys(queries, threshold, entries, margins, gap, tiles_seen, key_marks, gather_below, CODE):
+    """(how many keys of the candidates are marked, how many candidates there are, how many of them are inner tiles,
+    which are listed first). -1 marked keys where less than `gather_below` per cent is not what a probe found."""
+    # Some of the visible tiles, evenly taken; they may be all.
+    every = tl.maximum((tiles_seen.inner + tiles_seen.edge) // PROBE_EVERY, 1)
+    candidates = list_candidates(entries, margins, gap, tiles_seen, CODE.ALPHA, every)
+    marked = mark_keys(queries, threshold, candidates, key_marks, CODE)
+    pays = (marked * 100 < candidates.count * TILE * gather_below) | (candidates.count == 0)
+    inner, count = candidates.inner, candidates.count
+    if every > 1:
+        tl.debug_barrier()  # the old list may still be read
+        candidates = list_candidates(entries, margins, gap, tiles_seen, CODE.ALPHA, 1)
+        inner, count = candidates.inner, candidates.count
+        if pays:
+            marked = mark_keys(queries, threshold, candidates, key_marks, CODE)
+    tl.debug_barrier()
+    return tl.where(pays, marked, -1), count, inner
 
 
 @triton.jit

@@ -1,5 +1,4 @@
-// The forward of the portable kernels: `attend`, of long sequences with `scan` before it, and the launches of few.h for
-// sequences of few queries.
+// The forward of the portable kernels: `attend`, and the launches of few.h for sequences of few queries.
 #include "cuda/portable/call.h"
 #include "cuda/portable/few.h"
 #include "cuda/portable/gathering.h"
@@ -16,9 +15,7 @@ constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
 
 constexpr Scratch kAttendScratch = {kTileMargins, kTileLists};
 
-// To gather keys, also what `scan` found out of each tile row.
-constexpr Piece<int32_t> kFindings{"findings", 4, &Extents::tile_rows};
-constexpr Scratch kGatheringScratch = {kKeyMarks, kFindings, kGathered};
+constexpr Scratch kGatheringScratch = {kKeyMarks, kGathered};
 
 constexpr Scratch kFewScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,
                                  kListedKeys, kIsLong,  kWeighted,     kWeightSums};
@@ -31,39 +28,19 @@ class Attend {
          float* row_state, int32_t* tiles)
       : call_(call), gathering_(gathering), workspace_(workspace), out_(out), row_state_(row_state), tiles_(tiles) {}
 
-  // Of long sequences `scan` comes first. Then `attend` has two launches, one with code that gathers the keys that were
-  // marked, one with code that walks whole tiles. Of each block of rows one of the two does the work; only the GPU
-  // knows which, and the other returns at once.
+  // If some sequence may be long there are two launches: one with code that gathers the keys that may weigh, for long
+  // sequences, one with code that walks whole tiles. Only the GPU knows lengths, so programs of the other one return at
+  // once; where all sequences are long it is left out.
   void run() const {
-    if (gathering_.possible()) launch_scan();
     call_.over_keys([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
-      launch_attend(key, value, false);
-      if (gathering_.possible()) launch_attend(key, value, true);
+      if (!gathering_.of_all()) launch(key, value, false);
+      if (gathering_.possible()) launch(key, value, true);
     });
   }
 
  private:
-  int32_t scan_from() const { return gathering_.possible() ? gathering_.from : kUnlimited; }
-
-  void launch_scan() const {
-    const Variant& variant = call_.variant(Kernel::kScan);
-    scan(variant, call_.place, call_.query_programs(variant),
-         {
-             .query = matrix_of(call_.query),
-             .key = matrix_of(call_.key),
-             .row_state = row_state_,
-             .tile_margins = workspace_.write(kTileMargins),
-             .tile_lists = workspace_.write(kTileLists),
-             .key_marks = reinterpret_cast<int16_t*>(workspace_.write(kKeyMarks)),
-             .findings = workspace_.write(kFindings),
-             .scan_from = scan_from(),
-             .gather_below = gathering_.below,
-             .call = call_.arguments,
-         });
-  }
-
   template <typename KeyMatrix>
-  void launch_attend(const KeyMatrix& key, const KeyMatrix& value, bool gather) const {
+  void launch(const KeyMatrix& key, const KeyMatrix& value, bool gather) const {
     using Kernels = KeyKernels<KeyMatrix>;
     const Variant& variant = call_.variant(Kernels::kAttend, gather);
     Kernels::attend(variant, call_.place, call_.query_programs(variant),
@@ -76,10 +53,10 @@ class Attend {
                         .tiles = tiles_,
                         .tile_margins = workspace_.write(kTileMargins),
                         .tile_lists = workspace_.write(kTileLists),
-                        .key_marks = workspace_.read(kKeyMarks),
-                        .findings = workspace_.read(kFindings),
+                        .key_marks = reinterpret_cast<int16_t*>(workspace_.write(kKeyMarks)),
                         .gathered = workspace_.write(kGathered),
-                        .scan_from = scan_from(),
+                        .gather_from = gathering_.possible() ? gathering_.from : kUnlimited,
+                        .gather_below = gathering_.below,
                         .call = call_.arguments,
                     });
   }
