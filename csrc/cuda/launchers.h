@@ -178,7 +178,7 @@ struct MarkArguments {
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> tile_lists;
-  Exactly<int32_t*> key_marks;
+  Exactly<int16_t*> key_marks;
   Exactly<int16_t*> row_marks;
   Exactly<int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
@@ -207,6 +207,7 @@ struct GradQueryArguments {
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> tile_lists;
   Exactly<const int32_t*> marks;
+  Exactly<int32_t*> row_marks;
   Exactly<int32_t*> gathered;
   Exactly<const int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
@@ -214,7 +215,7 @@ struct GradQueryArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 472);
+static_assert(sizeof(GradQueryArguments) == 480);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);

@@ -30,7 +30,7 @@ from triton_src.lib.dropout import Dropout
 from triton_src.lib.entmax import Alpha
 from triton_src.lib.matrices import EvenPagedMatrix, Matrix, PagedMatrix
 from triton_src.lib.scores import Scores
-from triton_src.lib.tile_lists import WORD, count_tile_rows, count_tile_words
+from triton_src.lib.tile_lists import count_tile_rows, count_tile_words
 from triton_src.lib.visibility import Sequences
 
 TILE = visibility.TILE.value
@@ -158,8 +158,9 @@ def attention(
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
     ones do (0: nothing is probed), else over tiles; sequences shorter than `gather_from` are not probed. Padded tensors
-    (B, H, M, D), with `lengths` of queries and keys, (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
-    cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
+    (B, H, M, D), with `lengths` of queries and keys, (B,) lengths or (B, 2) first rows and ends; or packed ones
+    (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key). alpha as a number, or (H,)
+    of heads, which asks for its gradient.
     Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
     An `index` of the keys is used there. With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page,
     D); queries may still be packed.
@@ -230,6 +231,8 @@ def attention(
         )
         programs = math.ceil(math.ceil(length / block) / every) * count * batch
         shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
+        if "BLOCK_N" not in variants.KERNELS[name].constants:
+            del shape["BLOCK_N"]
         name += suffix_of(name, arguments)
         code = alpha_code if alpha_code in variants.KERNELS[name].alphas else "any"
         constants = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
@@ -263,7 +266,7 @@ def attention(
             gather_below=gather_below,
         )
         for gather in (False, True) if gathers else (False,):
-            constants = dict(SCAN_N=tiles.scan_n, GATHER=gather)
+            constants = dict(SCAN_N=tiles.scan_n, LIST_N=min(tiles.walk, 32), GATHER=gather)
             launch("attend", **inputs, out=matrix(out), **scratch, **marked, constants=constants)
     elif few_queries >= 0:
         bits.zero_()  # as the portable forward does
@@ -297,14 +300,13 @@ def attention(
     for probe_from in (gather_from, 0) if gather_below else ():
         launch(
             "mark",
-            block_n=max(tiles.walk, WORD.value),
             every=marks.PROBE_EVERY.value if probe_from else 1,
             query=inputs["query"],
             key=inputs["key"],
             row_state=row_state,
             tiles=bits,
             tile_lists=tile_lists,
-            key_marks=key_marks,
+            key_marks=key_marks.view(torch.int16),
             row_marks=row_marks,
             **probe,
             probe_from=probe_from,
@@ -326,6 +328,7 @@ def attention(
             tiles=bits,
             tile_lists=tile_lists,
             marks=key_marks,
+            row_marks=row_marks.view(torch.int32),
             gathered=gathered,
             **probe,
             constants=dict(GATHER=gather),

@@ -42,7 +42,7 @@ from ..lib.entmax import (
     threshold_step,
     weigh,
 )
-from ..lib.marks import GATHER_ROOM, WARP_ROWS, MarkedKeys, MarkedRows, list_at_once, visit_marked
+from ..lib.marks import GATHER_ROOM, WARP_ROWS, MarkedKeys, MarkedRows, list_at_once, mark_keys, visit_marked
 from ..lib.matrices import (
     ROW_PARTS,
     Code,
@@ -63,7 +63,6 @@ from ..lib.scores import QueryBlock, block_scores, score_rules
 from ..lib.tile_lists import (
     LIST_CHUNK,
     WORD,
-    TileList,
     all_edges,
     listed_tile,
     part_of,
@@ -73,7 +72,7 @@ from ..lib.tile_lists import (
 )
 from ..lib.visibility import TILE, keys_of_block, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
-from .scan import find_keys, list_candidates, margins_of, scan_tiles, sound_rows
+from .scan import list_candidates, margins_of, scan_tiles, sound_rows
 
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
@@ -83,11 +82,12 @@ def attend(
     query, key, value, out, row_state, tiles, tile_margins, tile_lists, key_marks, gathered, gather_from, gather_below,
     call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
-    SCAN_N: tl.constexpr, GATHER: tl.constexpr,
+    SCAN_N: tl.constexpr, LIST_N: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
-    holds weight. Sequences with `gather_from` or more keys are left to the code with GATHER, which works on the keys
-    that may weigh alone where they are less than `gather_below` per cent of those in some of the candidates."""
+    holds weight. Sequences with `gather_from` or more keys are left to the code with GATHER: where the keys that are
+    expected to weigh for any of the rows are less than `gather_below` per cent of those of the candidates, it looks
+    which may, and works on these alone. More than 100 per cent: always."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
@@ -132,30 +132,32 @@ def attend(
             store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
             return
 
-    row_max, gap = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
+    row_max, gap, support = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
     sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
     tl.debug_barrier()  # what other threads wrote is read from here on
+    candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
     if GATHER:
-        MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
-        key_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
-        threshold = threshold_of(row_max, gap, EXACT)
-        marked, count, inner = find_keys(
-            queries, threshold, entries, margins, gap, tiles_seen, key_marks, gather_below, MARK_CODE
-        )
-        candidates = TileList(entries, inner, count)
+        few = tl.sum(tl.where(sound, support, 0.0), 0) * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)
+        few = few | (gather_below > 100) | (candidates.count == 0)
     else:
-        marked = -1
-        candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
+        few = False
 
-    if marked < 0:
+    if not few:
         weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, False)
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         store_tile_bits(tiles, call.tile_words, margins, tiles_seen, any_row(broken))
     elif GATHER:
-        words = key_marks.to(tl.pointer_type(tl.int32), bitcast=True)  # each of two threads' 16 bits
-        rows = MarkedRows(words, 1, gathered + tile_row * GATHER_ROOM)
+        LIST_CODE: tl.constexpr = Code(BLOCK_M, LIST_N, BLOCK_D, STEP_D, ALPHA, EXACT)
+        MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
+        key_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
+        marked = mark_keys(queries, threshold_of(row_max, gap, EXACT), candidates, key_marks, MARK_CODE)
+        tl.debug_barrier()
+        marks = key_marks.to(tl.pointer_type(tl.int32), bitcast=True)  # a word is two groups' 16 bits
+        rows = MarkedRows(marks, 1, gathered + tile_row * GATHER_ROOM)
         keys = MarkedKeys(rows, candidates, marked, list_at_once(rows, candidates, marked))
-        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, keys, tiles, call.tile_words, CODE, True)
+        weighted, sum_p, gap = solve(
+            queries, values, row_max, gap, sound, keys, tiles, call.tile_words, LIST_CODE, True
+        )
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         if any_row(broken):
             store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
@@ -169,7 +171,7 @@ ATTEND = Spec(
         gather_from="i32", gather_below="i32", call=CALL,
     ),
     writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "key_marks", "gathered"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "GATHER"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "LIST_N", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(
         tile_margins="four numbers for each tile row of queries and each tile of keys",

@@ -6,18 +6,18 @@ tile, one for 16 rows: the largest (row's maximum in the tile - row's running ma
 of each of CLASSES classes of keys: a subset of the row's keys, whose tau is a lower bound of the row's own, and a close
 one. Tiles with a margin above the lowest such bound of their 16 rows are candidates.
 
-In a candidate few keys may weigh. `find_keys` multiplies candidates once more, keys first, and marks the keys that any
-row weighs at its bound: first in some, as a probe, then in all if they are few there.
+In a candidate few keys may weigh. The number of classes with a key above the bound tells of how many, without looking
+again: `expected_support`.
 """
 
 import triton
 import triton.language as tl
 
 from ..lib.entmax import ALPHA_1_5, Threshold, excess_of, newton_step, weights
-from ..lib.marks import PROBE_EVERY, WARP_ROWS, bits_set, marks_of_keys
+from ..lib.marks import WARP_ROWS
 from ..lib.matrices import ROW_PARTS, Code, max_or_nan
-from ..lib.scores import block_scores, turned_scores
-from ..lib.tile_lists import list_tiles, stages, visit_tiles
+from ..lib.scores import block_scores
+from ..lib.tile_lists import list_tiles, stages
 from ..lib.visibility import TILE, VisibleTiles, ordered_tile
 
 CLASSES = tl.constexpr(64)  # of keys, whose maxima scan_tiles keeps
@@ -48,8 +48,8 @@ def sound_rows(row_max, gap, sees, scale):
 
 @triton.jit
 def scan_tiles(queries, sees, tiles_seen, margins, CODE):
-    """(row_max, a lower bound of gap) of each row. Writes the margins of each visible tile, as the upper half of an
-    fp32; `margins` are those of tile 0, see margins_of. BLOCK_N is a multiple of TILE."""
+    """(row_max, a lower bound of gap, expected_support) of each row. Writes the margins of each visible tile, as the
+    upper half of an fp32; `margins` are those of tile 0, see margins_of. BLOCK_N is a multiple of TILE."""
     # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
     MANY: tl.constexpr = CODE.BLOCK_N // TILE
     EDGE_CODE: tl.constexpr = Code(CODE.BLOCK_M, TILE, CODE.BLOCK_D, CODE.STEP_D, CODE.ALPHA, CODE.EXACT)
@@ -73,7 +73,8 @@ def scan_tiles(queries, sees, tiles_seen, margins, CODE):
             tl.store(margins[:, None] + scanned[None, :], upper_half(margin))
 
     row_max *= queries.scale.z
-    return row_max, gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA)
+    gap = gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA)
+    return row_max, gap, expected_support(largest, row_max, gap, queries.scale)
 
 
 @triton.jit
@@ -104,6 +105,14 @@ def gap_of_classes(largest, row_max, scale, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def expected_support(largest, row_max, gap, scale):
+    """How many keys of a row weigh, if c of n classes have one and keys fall into classes at random: -n ln(1 - c/n)."""
+    above = excess_of(largest, scale.z, Threshold(row_max + gap, gap), 0, False) > 0.0
+    filled = tl.sum(above.to(tl.int32), 1).to(tl.float32) / CLASSES
+    return tl.log(1.0 - filled) * -CLASSES
+
+
+@triton.jit
 def largest_of_warps(x):
     """(groups, tiles): the largest of (rows, tiles, n) in WARP_ROWS rows of a tile, NaN only where all are. x is above
     0 by no more than rounding. As integers, which one instruction reduces over a warp: with the sign bit set the
@@ -122,57 +131,15 @@ def upper_half(x):
 
 
 @triton.jit
-def list_candidates(entries, margins, gap, tiles_seen, ALPHA: tl.constexpr, every=1):
-    """The TileList of the visible tiles with a margin above the lowest gap of their rows, or of `every` so many visible
-    ones only of one."""
+def list_candidates(entries, margins, gap, tiles_seen, ALPHA: tl.constexpr):
+    """The TileList of the visible tiles with a margin above the lowest gap of their rows."""
     lowest_gap = tl.min(tl.reshape(gap, [TILE // WARP_ROWS, WARP_ROWS]), 1)[:, None]
-    return list_tiles(may_weigh, (margins, lowest_gap, every), entries, tiles_seen, ALPHA)
+    return list_tiles(may_weigh, (margins, lowest_gap), entries, tiles_seen, ALPHA)
 
 
 @triton.jit
 def may_weigh(tile, index, known, context):
-    margins, lowest_gap, every = context
+    margins, lowest_gap = context
     margin = tl.load(margins[:, None] + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
     above = margin.to(tl.float32, bitcast=True) > lowest_gap
-    return known & (tl.max(above.to(tl.int32), 0) > 0) & (index % every == 0)
-
-
-# ---- which keys of those may weigh -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def find_keys(queries, threshold, entries, margins, gap, tiles_seen, key_marks, gather_below, CODE):
-    """(how many keys of the candidates are marked, how many candidates there are, how many of them are inner tiles,
-    which are listed first). -1 marked keys where less than `gather_below` per cent is not what a probe found."""
-    # Some of the visible tiles, evenly taken; they may be all.
-    every = tl.maximum((tiles_seen.inner + tiles_seen.edge) // PROBE_EVERY, 1)
-    candidates = list_candidates(entries, margins, gap, tiles_seen, CODE.ALPHA, every)
-    marked = mark_keys(queries, threshold, candidates, key_marks, CODE)
-    pays = (marked * 100 < candidates.count * TILE * gather_below) | (candidates.count == 0)
-    inner, count = candidates.inner, candidates.count
-    if every > 1:
-        tl.debug_barrier()  # the old list may still be read
-        candidates = list_candidates(entries, margins, gap, tiles_seen, CODE.ALPHA, 1)
-        inner, count = candidates.inner, candidates.count
-        if pays:
-            marked = mark_keys(queries, threshold, candidates, key_marks, CODE)
-    tl.debug_barrier()
-    return tl.where(pays, marked, -1), count, inner
-
-
-@triton.jit
-def mark_keys(queries, threshold, tile_list, key_marks, CODE):
-    """Marks the keys of the tiles of a list that any row weighs at a threshold, and returns how many they are. A warp
-    has 16 keys, and all rows, so it waits for no other."""
-    marked = tl.zeros([TILE // WARP_ROWS], tl.int32)
-    marked = visit_tiles(add_key_marks, marked, (queries, threshold, key_marks), tile_list, CODE)
-    return tl.sum(marked, 0)
-
-
-@triton.jit
-def add_key_marks(marked, tile, index, context, CODE, EDGE: tl.constexpr):
-    queries, threshold, key_marks = context
-    qk = turned_scores(queries, tile * TILE, CODE, EDGE)
-    bits = marks_of_keys(qk, queries.scale.z, threshold, CODE.EXACT)
-    tl.store(key_marks + tile * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS), bits.to(tl.int16))
-    return marked + bits_set(bits)
+    return known & (tl.max(above.to(tl.int32), 0) > 0)

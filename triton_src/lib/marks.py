@@ -7,7 +7,8 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .matrices import INTERPRETED
-from .tile_lists import WORD, TileList, all_edges, part_of, stages
+from .scores import turned_scores
+from .tile_lists import WORD, TileList, all_edges, part_of, stages, visit_tiles
 from .visibility import TILE, UNLIMITED
 
 WARP_ROWS = tl.constexpr(16)  # of one warp in the matrix units' layout: for what is kept of each, no other warp waits
@@ -43,33 +44,52 @@ def bits_set(x):
 
 
 @triton.jit
-def marks_of(qk, z_scale, threshold, broken, EXACT: tl.constexpr):
-    """Of a block of rows and keys with scores qk: ((groups of rows, words) bits of the keys that a row of the group
-    weighs, (groups,) bits of the rows that weigh a key, or are broken). What `excess_of` takes the positive part of is
-    negated here, so that its sign is the mark: a key weighs by these bits if and only if it has an excess."""
-    ROWS: tl.constexpr = qk.shape[0]
-    WORDS: tl.constexpr = qk.shape[1] // WORD
-    high, low = threshold.high[:, None], threshold.low[:, None]
-    below = (high - qk * z_scale) + low if EXACT else high - qk * z_scale
-    bit = tl.full([qk.shape[1]], 1, tl.int32) << (tl.arange(0, qk.shape[1]) % WORD)
-    weighs = (below.to(tl.int32, bitcast=True) >> 31) & bit[None, :]
-    words = any_bits(tl.reshape(weighs, [ROWS, WORDS, WORD]), 2)
-    row_bit = tl.full([ROWS], 1, tl.int32) << (tl.arange(0, ROWS) % WARP_ROWS)
-    row_bits = tl.where((any_bits(words, 1) != 0) | broken, row_bit, 0)
-    groups = tl.reshape(words, [ROWS // WARP_ROWS, WARP_ROWS, WORDS])
-    return any_bits(groups, 1), any_bits(tl.reshape(row_bits, [ROWS // WARP_ROWS, WARP_ROWS]), 1)
-
-
-@triton.jit
 def marks_of_keys(qk, z_scale, threshold, EXACT: tl.constexpr):
     """Of a block of keys and rows with scores qk, (keys, rows): (groups of WARP_ROWS keys,) bits of the keys that a row
-    weighs, as in marks_of."""
+    weighs. What `excess_of` takes the positive part of is negated here, so that its sign is the mark: a key weighs by
+    these bits if and only if it has an excess."""
     KEYS: tl.constexpr = qk.shape[0]
     high, low = threshold.high[None, :], threshold.low[None, :]
     below = (high - qk * z_scale) + low if EXACT else high - qk * z_scale
     signs = any_bits(below.to(tl.int32, bitcast=True), 1)
     bit = tl.full([KEYS], 1, tl.int32) << (tl.arange(0, KEYS) % WARP_ROWS)
     return any_bits(tl.reshape((signs >> 31) & bit, [KEYS // WARP_ROWS, WARP_ROWS]), 1)
+
+
+@triton.jit
+def mark_keys(queries, threshold, tile_list, key_marks, CODE):
+    """Marks the keys of the tiles of a list that any row weighs at a threshold, a whole tile at a step, and returns how
+    many they are. A warp has 16 keys, and all rows, so it waits for no other."""
+    marked = tl.zeros([TILE // WARP_ROWS], tl.int32)
+    marked = visit_tiles(add_key_marks, marked, (queries, threshold, key_marks), tile_list, CODE)
+    return tl.sum(marked, 0)
+
+
+@triton.jit
+def add_key_marks(marked, tile, index, context, CODE, EDGE: tl.constexpr):
+    queries, threshold, key_marks = context
+    qk = turned_scores(queries, tile * TILE, CODE, EDGE)
+    bits = marks_of_keys(qk, queries.scale.z, threshold, CODE.EXACT)
+    tl.store(key_marks + tile * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS), bits.to(tl.int16))
+    return marked + bits_set(bits)
+
+
+@triton.jit
+def bits_of_rows(marked):
+    """Of (rows, n) conditions: (groups of WARP_ROWS rows, n) bits of the rows for which they hold."""
+    ROWS: tl.constexpr = marked.shape[0]
+    bit = tl.full([ROWS], 1, tl.int32) << (tl.arange(0, ROWS) % WARP_ROWS)
+    bits = tl.where(marked, bit[:, None], 0)
+    return any_bits(tl.reshape(bits, [ROWS // WARP_ROWS, WARP_ROWS, marked.shape[1]]), 1)
+
+
+@triton.jit
+def add_row_marks(row_marks, marked, key):
+    """Marks rows of tiles of keys for which a condition, (rows, keys), holds: of the tiles that some keys are in."""
+    bits = bits_of_rows(marked)
+    group = tl.arange(0, TILE // WARP_ROWS)[:, None]  # two to a word
+    place = row_marks + (key // TILE * (TILE // WORD))[None, :] + group // 2
+    tl.atomic_or(place, bits << (group % 2 * WARP_ROWS), mask=bits != 0, sem="relaxed")
 
 
 @triton.jit

@@ -19,7 +19,7 @@ constexpr Scratch kWalkingScratch = {kRowTerms, kTileLists};
 constexpr Piece<int64_t> kRowSeeds{"row_seeds", 1, &Extents::state_rows};
 
 // To gather, also for each key head how many probed keys weigh and how many there were; and one bit for each of the 64
-// rows of a tile, which `mark` writes 16 at a time and grad_key_value reads as words, like those of keys.
+// rows of a tile, which `mark` begins, grad_query adds to and grad_key_value reads.
 constexpr Piece<int32_t> kProbeCounts{"probe_counts", 2, &Extents::kv_heads};
 constexpr Piece<int32_t> kRowMarks{"row_marks", 2, &Extents::query_tile_pairs};
 constexpr Scratch kGatheringScratch = {kGathered, kProbeCounts, kKeyMarks, kRowMarks};
@@ -83,7 +83,7 @@ class Backward {
              .row_state = row_state_,
              .tiles = tiles_,
              .tile_lists = workspace_.write(kTileLists),
-             .key_marks = workspace_.write(kKeyMarks),
+             .key_marks = reinterpret_cast<int16_t*>(workspace_.write(kKeyMarks)),
              .row_marks = reinterpret_cast<int16_t*>(workspace_.write(kRowMarks)),
              .probe_counts = workspace_.write(kProbeCounts),
              .gather_below = gathering_.below,
@@ -109,6 +109,7 @@ class Backward {
                    .tiles = tiles_,
                    .tile_lists = workspace_.write(kTileLists),
                    .marks = workspace_.read(kKeyMarks),
+                   .row_marks = workspace_.write(kRowMarks),
                    .gathered = workspace_.write(kGathered),
                    .probe_counts = workspace_.read(kProbeCounts),
                    .gather_below = gathering_.below,
