@@ -74,7 +74,6 @@ class Shape:
     registers: int | None = None  # at most so many a thread, so that more programs fit a multiprocessor; None: no limit
     step_d: int | None = None  # head dimensions at a time in q.k, see lib.matrices.products
     scan_n: int | None = None  # keys that are scanned at a time
-    list_n: int | None = None  # keys that are gathered at a time by code that also walks tiles
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,6 @@ class Variant:
             BLOCK_D=self.block_d,
             STEP_D=self.shape.step_d,
             SCAN_N=self.shape.scan_n,
-            LIST_N=self.shape.list_n,
             STAGES=self.shape.stages,
             ALPHA=ALPHAS[self.alpha],
             GATHER=self.gather,

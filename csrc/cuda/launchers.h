@@ -158,6 +158,7 @@ struct AttendArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
+  Exactly<int32_t*> left;
   Exactly<int16_t*> key_marks;
   Exactly<int32_t*> gathered;
   Exactly<int32_t> gather_from;
@@ -166,7 +167,7 @@ struct AttendArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 384);
+static_assert(sizeof(AttendArguments) == 392);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -349,6 +350,7 @@ struct AttendPagedArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
+  Exactly<int32_t*> left;
   Exactly<int16_t*> key_marks;
   Exactly<int32_t*> gathered;
   Exactly<int32_t> gather_from;
@@ -357,7 +359,7 @@ struct AttendPagedArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 448);
+static_assert(sizeof(AttendPagedArguments) == 456);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);

@@ -63,6 +63,7 @@ from ..lib.scores import QueryBlock, block_scores, score_rules
 from ..lib.tile_lists import (
     LIST_CHUNK,
     WORD,
+    TileList,
     all_edges,
     listed_tile,
     part_of,
@@ -79,15 +80,15 @@ ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 @triton.jit
 def attend(
-    query, key, value, out, row_state, tiles, tile_margins, tile_lists, key_marks, gathered, gather_from, gather_below,
-    call,
+    query, key, value, out, row_state, tiles, tile_margins, tile_lists, left, key_marks, gathered, gather_from,
+    gather_below, call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
-    SCAN_N: tl.constexpr, LIST_N: tl.constexpr, GATHER: tl.constexpr,
+    SCAN_N: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
-    holds weight. Sequences with `gather_from` or more keys are left to the code with GATHER: where the keys that are
-    expected to weigh for any of the rows are less than `gather_below` per cent of those of the candidates, it looks
-    which may, and works on these alone. More than 100 per cent: always."""
+    holds weight. In sequences with `gather_from` or more keys it leaves blocks of rows to the code with GATHER, which
+    looks for the keys that may weigh and works on these alone: those where the keys that are expected to weigh for any
+    of the rows are less than `gather_below` per cent of those of the candidates, or all for more than 100 per cent."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
@@ -101,9 +102,15 @@ def attend(
     row_state += 2 * first_state_row(call, at)
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
     first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
-    if (first_row >= at.queries.extent) | ((at.keys.length >= gather_from) != GATHER):
+    may_leave = at.keys.length >= gather_from
+    if first_row >= at.queries.extent:
         return
     tile_row = tile_row_of(call, at, first_row)
+    left += 2 * tile_row
+    if GATHER:
+        candidates_left = tl.load(left, mask=may_leave, other=-1)
+        if candidates_left < 0:
+            return
 
     row = first_row + tl.arange(0, BLOCK_M)
     visible = visible_keys(row, at.band)
@@ -121,8 +128,9 @@ def attend(
     entries = tile_lists + tile_row * key_tiles
     tiles += tile_row * call.tile_words
 
-    if ALPHA == ALPHA_ANY:  # noqa: SIM102
+    if ALPHA == ALPHA_ANY and not GATHER:  # noqa: SIM102
         if scale.alpha == 1.0:
+            tl.store(left, -1, mask=may_leave)
             SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
             weighted, sum_p, row_max = softmax(queries, values, tiles_seen, SOFTMAX_CODE)
             sound = sees & (tl.abs(row_max) < float("inf"))
@@ -132,51 +140,54 @@ def attend(
             store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
             return
 
-    row_max, gap, support = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
-    sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
-    tl.debug_barrier()  # what other threads wrote is read from here on
-    candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
     if GATHER:
-        few = tl.sum(tl.where(sound, support, 0.0), 0) * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)
-        few = few | (gather_below > 100) | (candidates.count == 0)
-    else:
-        few = False
-
-    if not few:
-        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, False)
-        broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
-        store_tile_bits(tiles, call.tile_words, margins, tiles_seen, any_row(broken))
-    elif GATHER:
-        LIST_CODE: tl.constexpr = Code(BLOCK_M, LIST_N, BLOCK_D, STEP_D, ALPHA, EXACT)
-        MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
+        row_max, gap = load_state(row_state, row, at.queries.extent)
+        sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
+        candidates = TileList(entries, tl.load(left + 1), candidates_left)
         key_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
+        MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
         marked = mark_keys(queries, threshold_of(row_max, gap, EXACT), candidates, key_marks, MARK_CODE)
-        tl.debug_barrier()
-        marks = key_marks.to(tl.pointer_type(tl.int32), bitcast=True)  # a word is two groups' 16 bits
-        rows = MarkedRows(marks, 1, gathered + tile_row * GATHER_ROOM)
+        tl.debug_barrier()  # what other threads wrote is read from here on
+        words = key_marks.to(tl.pointer_type(tl.int32), bitcast=True)  # of two groups of 16 keys each
+        rows = MarkedRows(words, 1, gathered + tile_row * GATHER_ROOM)
         keys = MarkedKeys(rows, candidates, marked, list_at_once(rows, candidates, marked))
-        weighted, sum_p, gap = solve(
-            queries, values, row_max, gap, sound, keys, tiles, call.tile_words, LIST_CODE, True
-        )
+        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, keys, tiles, call.tile_words, CODE, True)
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         if any_row(broken):
             store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
+    else:
+        row_max, gap, support = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
+        sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
+        tl.debug_barrier()  # what other threads wrote is read from here on
+        candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
+        if may_leave:
+            expected = tl.sum(tl.where(sound, support, 0.0), 0)
+            few = (expected * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)) | (gather_below > 100)
+            tl.store(left, tl.where(few, candidates.count, -1))
+            tl.store(left + 1, candidates.inner)
+            if few:
+                store_state(row_state, row_max, tl.where(sees & ~sound, float("nan"), gap), row, at.queries.extent)
+                return
+        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, False)
+        broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
+        store_tile_bits(tiles, call.tile_words, margins, tiles_seen, any_row(broken))
 
 
 ATTEND = Spec(
     attend,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX,
-        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", key_marks="*i16", gathered="*i32",
-        gather_from="i32", gather_below="i32", call=CALL,
+        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", left="*i32", key_marks="*i16",
+        gathered="*i32", gather_from="i32", gather_below="i32", call=CALL,
     ),
-    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "key_marks", "gathered"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "LIST_N", "GATHER"),
+    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "left", "key_marks", "gathered"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(
         tile_margins="four numbers for each tile row of queries and each tile of keys",
         tile_lists="an entry for each of those",
-        key_marks="four numbers for each of those, where keys are gathered",
+        left="two numbers for each tile row of queries, where keys may be gathered",
+        key_marks="four numbers for each of those tiles, there too",
         gathered="GATHER_ROOM entries for each tile row of queries, there too",
     ),
     shapes="attention",
@@ -444,14 +455,26 @@ def softmax(queries, values, tiles_seen, CODE):
 
 
 @triton.jit
+def store_state(row_state, row_max, gap, row, end):
+    tl.store(row_state + 2 * row, row_max, mask=row < end)
+    tl.store(row_state + 2 * row + 1, gap, mask=row < end)
+
+
+@triton.jit
+def load_state(row_state, row, end):
+    """(row_max, gap) of rows whose gap is only known to be as large: broken ones have NaN."""
+    row_max = tl.load(row_state + 2 * row, mask=row < end, other=0.0)
+    return row_max, tl.load(row_state + 2 * row + 1, mask=row < end, other=float("inf"))
+
+
+@triton.jit
 def store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE):
     """row_state and the output of rows, from the weighted values and the sum of their weights. Returns which of them
     are broken: they see keys and are not sound."""
     row = first_row + tl.arange(0, CODE.BLOCK_M)
     broken = sees & ~sound
     row_max = tl.where(broken, float("nan"), row_max)
-    tl.store(row_state + 2 * row, row_max, mask=row < out_rows.end)
-    tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), gap), mask=row < out_rows.end)
+    store_state(row_state, row_max, tl.where(broken, float("nan"), gap), row, out_rows.end)
     weighted *= (1.0 / tl.where(sound & (sum_p > 0.0), sum_p, 1.0))[:, None]
     weighted = tl.where(broken[:, None], float("nan"), weighted)
     store_rows(out_rows, weighted, first_row, CODE.BLOCK_M, CODE.BLOCK_D)

@@ -39,7 +39,7 @@ def sound_rows(row_max, gap, sees, scale):
     """(which rows are sound, row_max, gap), with numbers for the others by which they weigh nothing: rows that see
     nothing, and rows that see a NaN or an infinite score, and all rows where alpha is NaN, which are broken: their
     output is NaN."""
-    sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
+    sound = sees & (tl.abs(row_max) + scale.alpha < float("inf")) & (gap == gap)
     return sound, tl.where(sound, row_max, 0.0), tl.where(sound, gap, float("inf"))
 
 

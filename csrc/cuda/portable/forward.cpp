@@ -15,7 +15,9 @@ constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
 
 constexpr Scratch kAttendScratch = {kTileMargins, kTileLists};
 
-constexpr Scratch kGatheringScratch = {kKeyMarks, kGathered};
+// To gather keys, also how many candidates there are of tile rows whose keys are gathered, and how many of them inner.
+constexpr Piece<int32_t> kLeft{"left", 2, &Extents::tile_rows};
+constexpr Scratch kGatheringScratch = {kLeft, kKeyMarks, kGathered};
 
 constexpr Scratch kFewScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,
                                  kListedKeys, kIsLong,  kWeighted,     kWeightSums};
@@ -28,12 +30,11 @@ class Attend {
          float* row_state, int32_t* tiles)
       : call_(call), gathering_(gathering), workspace_(workspace), out_(out), row_state_(row_state), tiles_(tiles) {}
 
-  // If some sequence may be long there are two launches: one with code that gathers the keys that may weigh, for long
-  // sequences, one with code that walks whole tiles. Only the GPU knows lengths, so programs of the other one return at
-  // once; where all sequences are long it is left out.
+  // In long sequences the first launch leaves blocks of rows that weigh few keys to the second, which gathers these.
+  // Only the GPU knows which, and programs that have nothing to do return at once.
   void run() const {
     call_.over_keys([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
-      if (!gathering_.of_all()) launch(key, value, false);
+      launch(key, value, false);
       if (gathering_.possible()) launch(key, value, true);
     });
   }
@@ -53,6 +54,7 @@ class Attend {
                         .tiles = tiles_,
                         .tile_margins = workspace_.write(kTileMargins),
                         .tile_lists = workspace_.write(kTileLists),
+                        .left = workspace_.write(kLeft),
                         .key_marks = reinterpret_cast<int16_t*>(workspace_.write(kKeyMarks)),
                         .gathered = workspace_.write(kGathered),
                         .gather_from = gathering_.possible() ? gathering_.from : kUnlimited,

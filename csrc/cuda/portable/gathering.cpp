@@ -15,9 +15,7 @@ constexpr int64_t kSmallHead = 64;
 Gathering gathering(const AttentionInputs& inputs, int64_t longest) {
   if (longest < gather_from || inputs.query.numel() == 0) return {};
   const bool small = std::max(inputs.query.sizes().back(), inputs.value.sizes().back()) <= kSmallHead;
-  const AttentionOptions& options = inputs.options;
-  const bool given = options.packed() || options.q_seqlens || options.kv_seqlens || options.kv_starts;
-  return {gather_from, small ? gather_below_small : gather_below_large, !given};
+  return {gather_from, small ? gather_below_small : gather_below_large};
 }
 
 int64_t longest_query(const AttentionInputs& inputs) {

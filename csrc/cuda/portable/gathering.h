@@ -16,14 +16,11 @@ struct Gathering {
   int32_t below =
       0;  // of the keys that are probed less than so many per cent must weigh; 0: no sequence is long enough
 
-  bool all_long = false;  // no sequence has a length of its own, so that all are as long
-
   // By the number of keys alone, or by the shorter side.
   static Gathering of_forward(const AttentionInputs& inputs);
   static Gathering of_backward(const AttentionInputs& inputs);
 
   bool possible() const { return below > 0; }
-  bool of_all() const { return possible() && all_long; }
 };
 
 // One bit for each of the 64 keys of a tile, written 16 at a time and read as words; and the keys or rows
