@@ -158,8 +158,7 @@ struct AttendArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
-  Exactly<int32_t*> left;
-  Exactly<int16_t*> key_marks;
+  Exactly<int32_t*> remaining;
   Exactly<int32_t*> gathered;
   Exactly<int32_t> gather_from;
   Exactly<int32_t> gather_below;
@@ -167,7 +166,7 @@ struct AttendArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 392);
+static_assert(sizeof(AttendArguments) == 384);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -350,8 +349,7 @@ struct AttendPagedArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
-  Exactly<int32_t*> left;
-  Exactly<int16_t*> key_marks;
+  Exactly<int32_t*> remaining;
   Exactly<int32_t*> gathered;
   Exactly<int32_t> gather_from;
   Exactly<int32_t> gather_below;
@@ -359,7 +357,7 @@ struct AttendPagedArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 456);
+static_assert(sizeof(AttendPagedArguments) == 448);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);

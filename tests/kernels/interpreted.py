@@ -260,8 +260,7 @@ def attention(
     if longest_q > few_queries:
         gathers = table is None and gather_below > 0
         marked = dict(
-            left=torch.full((tile_lists[..., 0].numel(), 2), 12345, dtype=torch.int32),
-            key_marks=torch.full((*tile_lists.shape, 4), -1, dtype=torch.int16),
+            remaining=torch.full((tile_lists[..., 0].numel(), 2), 12345, dtype=torch.int32),
             gathered=torch.full((tile_lists[..., 0].numel(), marks.GATHER_ROOM.value), -1, dtype=torch.int32),
             gather_from=gather_from if gathers else visibility.UNLIMITED.value,
             gather_below=gather_below,

@@ -80,15 +80,15 @@ ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 @triton.jit
 def attend(
-    query, key, value, out, row_state, tiles, tile_margins, tile_lists, left, key_marks, gathered, gather_from,
-    gather_below, call,
+    query, key, value, out, row_state, tiles, tile_margins, tile_lists, remaining, gathered, gather_from, gather_below,
+    call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     SCAN_N: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
-    holds weight. In sequences with `gather_from` or more keys it leaves blocks of rows to the code with GATHER, which
-    looks for the keys that may weigh and works on these alone: those where the keys that are expected to weigh for any
-    of the rows are less than `gather_below` per cent of those of the candidates, or all for more than 100 per cent."""
+    holds weight. In sequences with `gather_from` or more keys blocks of rows that are expected to weigh few keys remain
+    for the code with GATHER, which looks for the keys that may weigh and works on these alone: less than `gather_below`
+    per cent of those of the candidates, added up over the rows. More than 100 per cent: all blocks of rows."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
@@ -102,14 +102,14 @@ def attend(
     row_state += 2 * first_state_row(call, at)
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
     first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
-    may_leave = at.keys.length >= gather_from
+    may_remain = at.keys.length >= gather_from
     if first_row >= at.queries.extent:
         return
     tile_row = tile_row_of(call, at, first_row)
-    left += 2 * tile_row
+    remaining += 2 * tile_row
     if GATHER:
-        candidates_left = tl.load(left, mask=may_leave, other=-1)
-        if candidates_left < 0:
+        remaining_count = tl.load(remaining, mask=may_remain, other=-1)
+        if remaining_count < 0:
             return
 
     row = first_row + tl.arange(0, BLOCK_M)
@@ -130,7 +130,7 @@ def attend(
 
     if ALPHA == ALPHA_ANY and not GATHER:  # noqa: SIM102
         if scale.alpha == 1.0:
-            tl.store(left, -1, mask=may_leave)
+            tl.store(remaining, -1, mask=may_remain)
             SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
             weighted, sum_p, row_max = softmax(queries, values, tiles_seen, SOFTMAX_CODE)
             sound = sees & (tl.abs(row_max) < float("inf"))
@@ -143,8 +143,9 @@ def attend(
     if GATHER:
         row_max, gap = load_state(row_state, row, at.queries.extent)
         sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
-        candidates = TileList(entries, tl.load(left + 1), candidates_left)
-        key_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
+        candidates = TileList(entries, tl.load(remaining + 1), remaining_count)
+        # Nobody needs the margins any more: the marks of keys take their place, as many numbers a tile.
+        key_marks = tile_margins + tile_row * key_tiles * (TILE // WARP_ROWS)
         MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
         marked = mark_keys(queries, threshold_of(row_max, gap, EXACT), candidates, key_marks, MARK_CODE)
         tl.debug_barrier()  # what other threads wrote is read from here on
@@ -160,11 +161,11 @@ def attend(
         sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
         tl.debug_barrier()  # what other threads wrote is read from here on
         candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
-        if may_leave:
+        if may_remain:
             expected = tl.sum(tl.where(sound, support, 0.0), 0)
             few = (expected * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)) | (gather_below > 100)
-            tl.store(left, tl.where(few, candidates.count, -1))
-            tl.store(left + 1, candidates.inner)
+            tl.store(remaining, tl.where(few, candidates.count, -1))
+            tl.store(remaining + 1, candidates.inner)
             if few:
                 store_state(row_state, row_max, tl.where(sees & ~sound, float("nan"), gap), row, at.queries.extent)
                 return
@@ -177,17 +178,16 @@ ATTEND = Spec(
     attend,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX,
-        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", left="*i32", key_marks="*i16",
+        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", remaining="*i32",
         gathered="*i32", gather_from="i32", gather_below="i32", call=CALL,
     ),
-    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "left", "key_marks", "gathered"),
+    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "remaining", "gathered"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(
         tile_margins="four numbers for each tile row of queries and each tile of keys",
         tile_lists="an entry for each of those",
-        left="two numbers for each tile row of queries, where keys may be gathered",
-        key_marks="four numbers for each of those tiles, there too",
+        remaining="two numbers for each tile row of queries, where keys may be gathered",
         gathered="GATHER_ROOM entries for each tile row of queries, there too",
     ),
     shapes="attention",

@@ -7,6 +7,7 @@
 namespace adasplash::cuda::portable {
 namespace {
 
+// Where keys are gathered, their marks come in the place of margins.
 constexpr Piece<int16_t> kTileMargins{"tile_margins", 4, &Extents::query_tile_pairs};
 constexpr Piece<int32_t> kTileLists{"tile_lists", 1, &Extents::query_tile_pairs};
 // Inference keeps nothing, but the kernels write these in any case; those of few queries write no tile bits then.
@@ -16,8 +17,8 @@ constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
 constexpr Scratch kAttendScratch = {kTileMargins, kTileLists};
 
 // To gather keys, also how many candidates there are of tile rows whose keys are gathered, and how many of them inner.
-constexpr Piece<int32_t> kLeft{"left", 2, &Extents::tile_rows};
-constexpr Scratch kGatheringScratch = {kLeft, kKeyMarks, kGathered};
+constexpr Piece<int32_t> kRemaining{"remaining", 2, &Extents::tile_rows};
+constexpr Scratch kGatheringScratch = {kRemaining, kGathered};
 
 constexpr Scratch kFewScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,
                                  kListedKeys, kIsLong,  kWeighted,     kWeightSums};
@@ -54,8 +55,7 @@ class Attend {
                         .tiles = tiles_,
                         .tile_margins = workspace_.write(kTileMargins),
                         .tile_lists = workspace_.write(kTileLists),
-                        .left = workspace_.write(kLeft),
-                        .key_marks = reinterpret_cast<int16_t*>(workspace_.write(kKeyMarks)),
+                        .remaining = workspace_.write(kRemaining),
                         .gathered = workspace_.write(kGathered),
                         .gather_from = gathering_.possible() ? gathering_.from : kUnlimited,
                         .gather_below = gathering_.below,

@@ -7,16 +7,10 @@ namespace adasplash::cuda::portable {
 namespace {
 
 std::atomic<int32_t> gather_from{8192};
-// The matrix products of large heads hide more of what gathering costs.
-std::atomic<int32_t> gather_below_small{30}, gather_below_large{50};
+// Of the keys that are expected to weigh, and of those that a probe finds to; the matrix products of large heads hide
+// more of what gathering costs the backward.
+std::atomic<int32_t> forward_below{30}, backward_below_small{30}, backward_below_large{50};
 constexpr int64_t kSmallHead = 64;
-
-// From the largest length that there may be.
-Gathering gathering(const AttentionInputs& inputs, int64_t longest) {
-  if (longest < gather_from || inputs.query.numel() == 0) return {};
-  const bool small = std::max(inputs.query.sizes().back(), inputs.value.sizes().back()) <= kSmallHead;
-  return {gather_from, small ? gather_below_small : gather_below_large};
-}
 
 int64_t longest_query(const AttentionInputs& inputs) {
   const int64_t rows = inputs.options.packed() ? 0 : 2;
@@ -32,18 +26,21 @@ int64_t longest_key(const AttentionInputs& inputs) {
 
 // Keys in pages are not gathered: there is no code for it.
 Gathering Gathering::of_forward(const AttentionInputs& inputs) {
-  return inputs.options.paged() ? Gathering{} : gathering(inputs, longest_key(inputs));
+  if (inputs.options.paged() || longest_key(inputs) < gather_from) return {};
+  return {gather_from, forward_below};
 }
 
 Gathering Gathering::of_backward(const AttentionInputs& inputs) {
-  return gathering(inputs, std::min(longest_query(inputs), longest_key(inputs)));
+  if (std::min(longest_query(inputs), longest_key(inputs)) < gather_from || inputs.query.numel() == 0) return {};
+  const bool small = std::max(inputs.query.sizes().back(), inputs.value.sizes().back()) <= kSmallHead;
+  return {gather_from, small ? backward_below_small : backward_below_large};
 }
 
 }  // namespace adasplash::cuda::portable
 
-// For tests: sets from which length on it is probed whether to gather, and below which per cent it is done.
+// For tests: sets from which length on keys and rows may be gathered, and below which per cent they are.
 extern "C" __attribute__((visibility("default"))) void adasplash_gather(int32_t from, int32_t below) {
   using namespace adasplash::cuda::portable;
   gather_from = from;
-  gather_below_small = gather_below_large = below;
+  forward_below = backward_below_small = backward_below_large = below;
 }

@@ -1,5 +1,5 @@
-// Whether a call looks for the keys and rows that weigh, to gather them instead of walking whole tiles. What pays is
-// measured in docs/notes/2026-11-27-gathering.md and 2026-11-30-marked-keys.md.
+// Whether a call looks for the keys and rows that weigh, to gather them instead of walking whole tiles. When that pays
+// was measured: docs/notes/2026-11-27-gathering.md, and for the forward 2026-11-30-gathering-forward.md.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,7 @@ struct Gathering {
   bool possible() const { return below > 0; }
 };
 
-// One bit for each of the 64 keys of a tile, written 16 at a time and read as words; and the keys or rows
-// that are visited.
-constexpr Piece<int32_t> kKeyMarks{"key_marks", 2, &Extents::query_tile_pairs};
+// The keys or rows that are visited.
 constexpr Piece<int32_t> kGathered{"gathered", kGatherRoom, &Extents::tile_rows};
 
 }  // namespace adasplash::cuda::portable
