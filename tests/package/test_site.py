@@ -73,3 +73,9 @@ def test_the_readme_repeats_measured_rows():
 
 def test_bug_reports_are_asked_what_is_installed():
     assert "python -m adasplash.info" in (ROOT / ".github/ISSUE_TEMPLATE/bug.md").read_text()
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_no_line_is_lost_as_a_comment(page):
+    """A line that begins with % is text on GitHub, and a comment on the site."""
+    assert [line for line in pages.without_blocks(page).splitlines() if line.startswith("%")] == []
