@@ -217,7 +217,7 @@ def block(rows: list[results.Row]) -> str:
             ]
         )
     where = [
-        f"{'the rows on the CPU: ' if device == 'cpu' else ''}{tables.heading(of)}" for device, of in by_device(rows)
+        f"{'The rows on the CPU: ' if device == 'cpu' else ''}{tables.heading(of)}" for device, of in by_device(rows)
     ]
     return (
         "A step of decoding, one new query a sequence, α = 1.5: this library's time, with keys behind each other and "

@@ -49,7 +49,7 @@ def page(rows: Sequence[Row]) -> str:
         "captured for what trained models compute."
     )
     body = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
-    return f"# Measured\n\n{notes}\n\n{body}\n"
+    return f"# Measured on a {'CPU' if device == 'cpu' else 'GPU'}\n\n{notes}\n\n{body}\n"
 
 
 def solver_page() -> str:
