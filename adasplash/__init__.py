@@ -3,7 +3,7 @@
 ``adasplash.entmax_attn`` is ``torch.ops.adasplash.entmax_attn`` with a documented Python signature, and
 ``adasplash.entmax_attn_varlen`` likewise; importing this package is what registers the ops. ``adasplash.entmax`` is the
 activation alone. ``adasplash.patch_sdpa`` gives entmax to a model that calls torch's
-``scaled_dot_product_attention``. ``adasplash.compat`` has the names of the authors' package, which are here too.
+``scaled_dot_product_attention``. ``adasplash.compat`` has the names of PyPI's ``adasplash``, which are here too.
 """
 
 from adasplash._load import cmake_prefix_path, load_library

@@ -1,4 +1,4 @@
-"""The names of the authors' package ``adasplash`` 0.2.2 on PyPI, over the ops of this one.
+"""The names of the package ``adasplash`` 0.2.2 on PyPI, of AdaSplash's authors, over the ops of this one.
 
 Argument names, order, defaults and meaning are those of that package, so that its users only change the requirement.
 What steers its solver (``niter``, ``n_iter``, ``use_histogram``, ``fast_math``) is accepted and changes nothing, as

@@ -127,6 +127,8 @@ def attention_weights(
         column,
         (weight / total[row]).to(call.row_state.dtype),
         size=(count.numel(), key.shape[2]),
+        # As set, said aloud: where nothing is said torch warns of crashes that these indices cannot lead to.
+        check_invariants=torch.sparse.check_sparse_tensor_invariants.is_enabled(),
     )
 
 

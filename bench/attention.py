@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.lib import machine, results
-from bench.lib.case import DTYPES, PASSES, Case, grid
+from bench.lib.case import DTYPES, Case, grid
 from bench.lib.inputs import TRAINED, Inputs, captured_sizes, is_captured, make_grad, make_inputs
 from bench.lib.presets import PRESETS, Entry, entries_of, goals_of
 from bench.lib.reference import Check, empty_tiles, keys_of_block, make_check
 from bench.lib.remote import RemoteRunner
-from bench.lib.results import NO_RATIO, PEAK_MEMORY, Row
+from bench.lib.results import INFERENCE_MEMORY, NO_RATIO, PEAK_MEMORY, Row
 from bench.lib.runner import LocalRunner, Runner
 from bench.lib.timing import Effort, Spread, measure
 from bench.peers import OURS, PEERS
@@ -72,7 +72,7 @@ class Bench:
                 for contender in contenders:
                     contender.runner.close()
             if entry.memory:
-                rows += self._memory(entry, peers, inputs.numel() * 8 / 3 * grad.element_size() / 2**20)
+                rows += self._memory(entry, peers, (inputs.numel() + grad.numel()) * grad.element_size() / 2**20)
             common["keys_of_block"] = round(keys_of_block(case, inputs), 4)
             common["empty_tiles"] = round(empty_tiles(case, inputs), 4)  # calls our op, whose first call is timed above
         self._bar.n = start + 1
@@ -119,7 +119,7 @@ class Bench:
         names = [runner.peer.name for runner in runners]
         ours = timings[names.index(OURS)] if OURS in names else None
         for name, contender, timing in zip(names, contenders, timings, strict=True):
-            for what in PASSES:
+            for what in contender.runner.peer.passes:
                 ratio = None if ours is None or name == OURS else ours.ratio_to(timing, what)
                 goal = _goal(entry, name, what)
                 yield {
@@ -136,25 +136,28 @@ class Bench:
                 }
 
     def _memory(self, entry: Entry, peers: list[str], tensors: float) -> Iterator[Row]:
-        """tensors: MiB of query, key, value, out, the gradient of out, and those of query, key and value."""
-        peaks: dict[str, float] = {}
+        """tensors: MiB of query, key, value and out; a training step has as many again of their gradients."""
+        beside = {PEAK_MEMORY: 2 * tensors, INFERENCE_MEMORY: tensors}
+        peaks: dict[tuple[str, str], float] = {}
         for name in peers:
             self._say(f"{entry.case.title}: memory of {name}")
             try:
                 runner = RemoteRunner(PEERS[name], entry.case)
                 try:
-                    peaks[name] = runner.memory()
+                    for what in beside if PEERS[name].trains else (INFERENCE_MEMORY,):
+                        peaks[what, name] = runner.memory(what)
                 finally:
                     runner.close()
             except RuntimeError as error:
                 self._problem(f"{name} at {entry.case.title}: {error}")
-        for name, peak in peaks.items():
-            ratio = None if name == OURS or OURS not in peaks else (peaks[OURS] + tensors) / (peak + tensors)
-            goal = _goal(entry, name, PEAK_MEMORY)
+        for (what, name), peak in peaks.items():
+            ours, held = peaks.get((what, OURS)), beside[what]
+            ratio = None if name == OURS or ours is None else (ours + held) / (peak + held)
+            goal = _goal(entry, name, what)
             value = peak if name == OURS else ratio
             yield {
                 "peer": name,
-                "what": PEAK_MEMORY,
+                "what": what,
                 "unit": "MiB",
                 **Spread.of([peak]).fields(),
                 "samples": 1,
@@ -181,7 +184,7 @@ def _threads(count: int) -> Iterator[int]:
 def line_of(row: Row) -> str:
     """One row as a line for people."""
     value = f"{row['median']:10.2f} {row['unit']:<3} [{row['low']:.2f} – {row['high']:.2f}]"
-    text = f"    {row['peer']:<14}{row['what']:<18}{value:<36}"
+    text = f"    {row['peer']:<14}{row['what']:<26}{value:<36}"
     if row["ratio"] is not None:
         text += f" ours/theirs {row['ratio']:.3f} [{row['ratio_low']:.3f} – {row['ratio_high']:.3f}]"
     if row["goal"] is not None:
@@ -248,7 +251,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="leave out a preset's peak memory")
     own = parser.add_argument_group("a sweep of one's own: every combination of what is listed")
     own.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    own.add_argument("--inputs", nargs="+", metavar="KIND:VALUE", help="gaussian:σ, structured:share, trained, …:file")
+    own.add_argument(
+        "--inputs", nargs="+", metavar="KIND:VALUE", help="gaussian:σ, structured:share, flat, trained, …:file"
+    )
     own.add_argument("--lengths", nargs="+", type=int, metavar="N", help="queries, and keys")
     own.add_argument("--heads", nargs="+", type=int, default=[4], metavar="H")
     own.add_argument("--batches", nargs="+", type=int, default=[1], metavar="B")

@@ -6,12 +6,13 @@
 
 The model is that of examples/gpt: 8 layers of 8 heads of size 64, rotary positions, bytes of Python sources, 8,192 at
 once. The file holds query, key and value, (layers × windows, heads, N, D) with rotary positions in them, and alpha.
-Windows come from the held-out part of the text.
+Windows come from the held-out part of the text. The trained model itself is written beside the file.
 """
 
 import argparse
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -62,8 +63,21 @@ def capture(model: GPT, tokens: Tensor) -> dict[str, Tensor | float]:
     return {"query": query, "key": key, "value": value, "alpha": model.blocks[0].attention.alpha}
 
 
+def model_file(out: Path) -> Path:
+    """Where the model lies whose heads are in `out`."""
+    return out.with_name(f"{out.stem}-model.pt")
+
+
+def load_model(file: Path, device: torch.device) -> tuple[GPT, GPTConfig]:
+    saved = torch.load(file, map_location=device, weights_only=True)
+    config = GPTConfig(**saved["config"])
+    model = GPT(config).to(device)
+    model.load_state_dict(saved["model"])
+    return model, config
+
+
 def make(out: Path, text: Path | None, config: GPTConfig = CONFIG, **training) -> None:
-    """Trains a model and writes what its heads are given, in bfloat16."""
+    """Trains a model and writes what its heads are given, in bfloat16, and the model."""
     corpus = load_corpus(text, config.context)
     model = train(corpus, config, **training)
     tokens, _ = corpus.validation_windows(1, config.context)
@@ -71,6 +85,7 @@ def make(out: Path, text: Path | None, config: GPTConfig = CONFIG, **training) -
     with torch.autocast(device.type, torch.bfloat16):
         captured = capture(model, tokens.to(device))
     _write(out, {name: x.bfloat16() if isinstance(x, Tensor) else x for name, x in captured.items()})
+    torch.save({"config": asdict(config), "model": model.state_dict()}, model_file(out))
 
 
 def _write(out: Path, captured: dict[str, Tensor | float]) -> None:

@@ -13,8 +13,6 @@ fa3-fwd); `sdpa` is torch's attention with grouped heads.
 """
 
 import argparse
-import importlib
-import importlib.util
 import os
 import sys
 import time
@@ -37,14 +35,14 @@ from adasplash import (
 )
 from bench.lib import machine, results, tables
 from bench.lib.case import DTYPES
-from bench.lib.inputs import captured, is_captured
+from bench.lib.inputs import FLAT, captured, is_captured
 from bench.lib.timing import Effort, Spread
+from bench.peers import fa3
 from bench.report import BENCHMARKS, replace_block
 
 OURS = "adasplash"
 INDEXED = f"{OURS}, index"
 PAGE = 64
-FLAT = 0.02  # σ of flat queries
 Step = Callable[[], object]
 
 
@@ -114,23 +112,12 @@ def peers(cache: Cache, alpha: float) -> dict[str, Step]:
         f"{INDEXED}, append and pages": lambda: step(cache.page_index),
         "sdpa": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
     }
-    flash = flash_attn_3() if query.is_cuda else None
-    if flash is not None:
-        found["flash-attn-3"] = lambda: flash(
+    flash_attn_3 = fa3.interface() if query.is_cuda else None
+    if flash_attn_3 is not None:
+        found["flash-attn-3"] = lambda: flash_attn_3.flash_attn_with_kvcache(
             cache.query, cache.key, cache.value, cache_seqlens=cache.lengths, causal=True
         )
     return found
-
-
-def flash_attn_3() -> Callable | None:
-    """FlashAttention-3's step, of its own package or of the wheel `fa3-fwd`; None where neither is installed."""
-    if importlib.util.find_spec("flash_attn_interface"):
-        return importlib.import_module("flash_attn_interface").flash_attn_with_kvcache
-    if importlib.util.find_spec("fa3_fwd_interface"):
-        # The interface asks for its settings by the name that they have in FlashAttention's own package.
-        sys.modules.setdefault("flash_attn_config", importlib.import_module("fa3_fwd_config"))
-        return importlib.import_module("fa3_fwd_interface").flash_attn_with_kvcache
-    return None
 
 
 def replayed(step: Step) -> Step:
@@ -230,7 +217,7 @@ def block(rows: list[results.Row]) -> str:
             ]
         )
     where = [
-        f"{'the rows on the CPU: ' if device == 'cpu' else ''}{tables.heading(of)}" for device, of in by_device(rows)
+        f"{'The rows on the CPU: ' if device == 'cpu' else ''}{tables.heading(of)}" for device, of in by_device(rows)
     ]
     return (
         "A step of decoding, one new query a sequence, α = 1.5: this library's time, with keys behind each other and "

@@ -3,6 +3,9 @@
     python -m bench.report                  the newest results of the goals on this project's CPUs: all tables, printed
     python -m bench.report FILE …           those of the given files together (of one device)
     python -m bench.report --write          rewrites the block of docs/benchmarks.md, the plot, the page of all numbers
+    python -m bench.report --models         what models give a GPU and which goals were reached: the newest results of
+                                            the preset gpu-models and of bench.training_step, or those of FILE …;
+                                            with --write a block of docs/benchmarks.md
 
 The block lies in docs/benchmarks.md between the lines <!-- bench:cpu --> and <!-- /bench:cpu --> (or cuda), and shows
 what bench/lib/blocks.py picks. Page and plot are bench/results/cpu.md and cpu.png; solver tables (`bench.solver`) are
@@ -46,7 +49,7 @@ def page(rows: Sequence[Row]) -> str:
         "captured for what trained models compute."
     )
     body = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items() if table)
-    return f"# Measured\n\n{notes}\n\n{body}\n"
+    return f"# Measured on a {'CPU' if device == 'cpu' else 'GPU'}\n\n{notes}\n\n{body}\n"
 
 
 def solver_page() -> str:
@@ -65,13 +68,33 @@ def replace_block(text: str, name: str, new: str) -> str:
     return f"{before}{begin}\n{new}\n{end}{after}"
 
 
+def models_files() -> list[Path]:
+    """The newest of the preset, and with it of `bench.training_step`."""
+    first = results.latest("cuda", blocks.MODELS)
+    step = results.latest("cuda", results.TRAINING_STEP_PRESET)
+    return [file for file in (first, step) if file] if first else []
+
+
+def models(files: Sequence[Path]) -> str:
+    """The block of what models give a GPU. Without files it says that none of it was measured."""
+    if not files:
+        return f"Nothing was measured yet. On a GPU: `python -m bench.attention --preset {blocks.MODELS}`."
+    return blocks.block(results.read(files), f"../bench/results/{files[0].name}", blocks.MODELS)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, help="result files (default: the newest with the goals)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose newest (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md's block, the plot and the page")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write all plots there")
+    parser.add_argument("--models", action="store_true", help="what models give a GPU, instead of all this")
     options = parser.parse_args(arguments)
+    if options.models:
+        text = models(options.files or models_files())
+        if options.write:
+            BENCHMARKS.write_text(replace_block(BENCHMARKS.read_text(), f"bench:{blocks.MODELS}", text))
+        return print(f"Written: the block of {BENCHMARKS}" if options.write else text)
     files = options.files or [file for file in [results.latest(options.device, "targets")] if file]
     rows = results.read(files)
     if not rows:

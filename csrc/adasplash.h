@@ -196,7 +196,7 @@ ADASPLASH_API at::Tensor entmax_make_key_index(const at::Tensor& key_cache);
 ADASPLASH_API void entmax_key_index_update(const at::Tensor& key_cache, const at::Tensor& slots,
                                            const at::Tensor& key_index);
 
-// The activation alone: entmax of the scores along one dimension of `input`, which may have any shape; as
+// The activation alone: entmax of the scores along one dimension of input, which may have any shape; as
 // torch.softmax, with exact zeros. Fully masked rows (all -infinity) give zeros; a NaN or +infinity makes its row NaN.
 // alpha is 1 (torch.softmax) or from 1.01 to 2. Differentiable once in input. The result is contiguous.
 ADASPLASH_API at::Tensor entmax(const at::Tensor& input, double alpha = 1.5, int64_t dim = -1);
@@ -204,7 +204,7 @@ ADASPLASH_API at::Tensor entmax(const at::Tensor& input, double alpha = 1.5, int
 // The same with alpha for each row: of sizes that broadcast to those of input, with 1 at dim. Differentiable in alpha.
 ADASPLASH_API at::Tensor entmax(const at::Tensor& input, const at::Tensor& alpha, int64_t dim = -1);
 
-// The library's version, as "0.1.0".
+// The library's version, as "major.minor.patch".
 ADASPLASH_API const char* version();
 
 // The instruction set that the CPU kernels run with here: "default", "avx2" or "avx512". The environment variable

@@ -47,6 +47,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 cpp_maximum_signature_line_length = 88
 napoleon_use_rtype = False
+napoleon_use_param = False  # arguments with one text stay in one line
 # `name` in a docstring is a name of this package if it is one, and else a word of code.
 default_role = "py:obj"
 
@@ -85,6 +86,11 @@ def link_pages(app, what, name, found, options, lines) -> None:
     lines[:] = [re.sub(r"docs/([\w/-]+)\.md", r":doc:`/docs/\1`", line) for line in lines]
 
 
+def hide_private_arguments(app, what, name, found, options, signature, result) -> tuple[str | None, str | None]:
+    return signature and re.sub(r",? _\w+(:[^,)]*)?", "", signature), result
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-signature", hide_private_arguments)
     app.connect("autodoc-process-docstring", link_pages)
     app.connect("source-read", fill_the_navigation)

@@ -103,10 +103,11 @@ def entmax_attn_context_parallel(
         time, wherever the backend's reduce-scatter adds in a fixed order.
 
     Raises:
-        TypeError: an argument is of another kind than said here. RuntimeError: an argument does not fit; there is no
-            process group; or processes were called with different arguments, which is one error on all of them. That is
-            compared at the first call of each set of shapes, types and options; in every call if the environment
-            variable ADASPLASH_COMPARE_RANKS is 1; and never inside compiled graphs.
+        TypeError: an argument is of another kind than said here.
+        RuntimeError: an argument does not fit; there is no process group; or processes were called with different
+            arguments, which is one error on all of them. That is compared at the first call of each set of shapes,
+            types and options; in every call if the environment variable ADASPLASH_COMPARE_RANKS is 1; and never inside
+            compiled graphs.
     """
     everyone = process_group(_FUNCTION, group)
     place = place_in(_FUNCTION, everyone)

@@ -68,7 +68,8 @@ def context_parallel(
 
     Raises:
         ValueError: there are not as many dimensions as buffers, one of no_restore_buffers is not among these, or one
-            requires a gradient. RuntimeError: as ``shard``.
+            requires a gradient.
+        RuntimeError: as in ``shard``.
     """
     if len(buffers) != len(buffer_seq_dims):
         raise ValueError(

@@ -1,4 +1,5 @@
-"""The blocks of docs/benchmarks.md: of all that was measured, a few cases that a user decides by, in plain words."""
+"""The blocks of docs/benchmarks.md: of all that was measured, a few cases that a user decides by, in plain words; and
+of what models give a GPU, which goals were reached."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,19 +8,36 @@ from typing import NamedTuple
 from bench.lib import tables
 from bench.lib.case import BOTH, FORWARD, Case
 from bench.lib.inputs import is_captured
-from bench.lib.presets import BASE, GPU_BASE, TRAINED_CASE
-from bench.lib.results import PEAK_MEMORY, Row, case_of
+from bench.lib.presets import (
+    BASE,
+    BOTH_WAYS_CASE,
+    FLAT_CASE,
+    GPU_BASE,
+    GROUPED_CASE,
+    MEMORY_CASE,
+    SHORT_CASE,
+    TRAINED_CASE,
+)
+from bench.lib.results import INFERENCE_MEMORY, PEAK_MEMORY, TRAINING_STEP, Row, case_of
 from bench.peers import OURS
 
 
 class Block(NamedTuple):
-    """What the page shows of a device. setting: what holds for all cases that do not say otherwise."""
+    """What the page shows of a device.
+
+    setting: what holds for all cases that do not say otherwise.
+    goals: whether it says which goals were reached.
+    """
 
     setting: str
     peers: dict[str, str]  # peers by name: what users call them
     about_peers: str
     cases: dict[Case, str]  # what the inputs are
     about_inputs: str
+    goals: bool = False
+
+
+MODELS = "gpu-models"
 
 
 def _structured(share: float, **changes) -> Case:
@@ -65,23 +83,48 @@ BLOCKS = {
         "In random vectors and in trained models the keys with weight lie anywhere. The trained GPT reads Python "
         "sources; `python -m bench.capture` trains it again.",
     ),
+    MODELS: Block(
+        "Causal, α = 1.5, bf16, 16,384 tokens, 16 heads of size 64",
+        {"sdpa-flash": "FlashAttention-2", "sdpa-cudnn": "cuDNN", "fa3": "FlashAttention-3"},
+        "The others are softmax: FlashAttention-2 and cuDNN as torch's `scaled_dot_product_attention` runs them, "
+        "FlashAttention-3 the forward pass alone, as the package `fa3-fwd` on PyPI has it.",
+        {
+            TRAINED_CASE: "a trained GPT: 8,192 tokens, 8 layers of 8 heads",
+            **{
+                _structured(share, head_dim=head_dim): f"{blocks} empty{size}"
+                for share, blocks in ((0, "no block"), (0.5, "half of the blocks"), (0.85, "85 % of the blocks"))
+                for head_dim, size in ((64, ""), (128, ", head size 128"))
+            },
+            GPU_BASE: "random vectors",
+            replace(GPU_BASE, head_dim=128): "random vectors, head size 128",
+            GROUPED_CASE: "random vectors, 8,192 tokens, 32 heads of queries and 8 of keys of size 128",
+            SHORT_CASE: "short: random vectors, 64 × 512 tokens, 12 heads, not causal",
+            FLAT_CASE: "flat, as at initialisation: 2 × 8,192 tokens",
+            BOTH_WAYS_CASE: "random vectors, 8 × 4,096 tokens, not causal",
+            MEMORY_CASE: "random vectors, 32,768 tokens",
+        },
+        "Flat are queries so near zero that most keys weigh.",
+        goals=True,
+    ),
 }
 
 
-def block(rows: Sequence[Row], page: str) -> str:
-    """The block of the rows' device. page: the link to every number. Cases that were not measured are left out.
+def block(rows: Sequence[Row], page: str, name: str | None = None) -> str:
+    """A block, by default that of the rows' device. Cases that were not measured are left out.
 
+    page: the link to every number.
     Raises ValueError if that leaves none.
     """
-    shown = BLOCKS[rows[0]["device"]]
-    table: tables.Table = [["input", "keys with weight", "this library, ms", *shown.peers.values()]]
+    shown = BLOCKS[name or rows[0]["device"]]
+    goals = ["goals"] if shown.goals else []
+    table: tables.Table = [["input", "keys with weight", "this library, ms", *shown.peers.values(), *goals]]
     used: list[Row] = []
     for case, name in shown.cases.items():
         of_case = [row for row in rows if case_of(row) == case]
         found = {peer: _passes(of_case, peer) for peer in (OURS, *shown.peers)}
-        if not any(found.values()):
-            continue
         used += of_case
+        if not any(found.values()):  # its memory alone was measured, or nothing
+            continue
         support = of_case[0]["support"]
         table.append(
             [
@@ -89,6 +132,7 @@ def block(rows: Sequence[Row], page: str) -> str:
                 f"{tables.number(support if support >= 100 else float(f'{support:.2g}'))} of {case.length:,}",
                 " / ".join(tables.number(row["median"]) for row in found[OURS]),
                 *(" / ".join(_short(row["ratio"]) for row in found[peer]) or "–" for peer in shown.peers),
+                *([_goals(found, shown)] if shown.goals else []),
             ]
         )
     if not used:
@@ -97,7 +141,12 @@ def block(rows: Sequence[Row], page: str) -> str:
         "This library's time divided by the others', **lower is better**: forward / training step (forward and "
         f"backward). {shown.setting}, unless a row says otherwise."
     )
-    notes = " ".join(text for text in (shown.about_inputs, shown.about_peers, _memory(used, shown)) if text)
+    texts = [shown.about_inputs, shown.about_peers, *(_memory(used, shown, what) for what in MEMORIES)]
+    if shown.goals:
+        steps = [row for row in rows if row["what"] == TRAINING_STEP]
+        used += steps
+        texts.append(_training_step(steps, shown))
+    notes = " ".join(text for text in texts if text)
     where = f"Measured on: {tables.heading(used)} [Every number]({page})."
     return "\n\n".join((how, tables.markdown(table), notes, where))
 
@@ -116,16 +165,59 @@ def _passes(rows: Sequence[Row], peer: str) -> list[Row]:
     return [found[what] for what in (FORWARD, BOTH) if what in found]
 
 
-def _memory(rows: Sequence[Row], shown: Block) -> str:
+MEMORIES = {
+    PEAK_MEMORY: "a training step, inputs and gradients included",
+    INFERENCE_MEMORY: "inference, inputs and output included",
+}
+
+
+def _memory(rows: Sequence[Row], shown: Block, what: str) -> str:
     """Peak memory beside that of the others, each length once, in a sentence; empty if it was not measured."""
     parts = []
     for peer, label in shown.peers.items():
-        ratios = {row["length"]: row["ratio"] for row in rows if (row["peer"], row["what"]) == (peer, PEAK_MEMORY)}
-        if ratios:
-            (length, ratio), *longer = sorted(ratios.items())
-            first = f"{_short(ratio)} of {label}'s at {length:,} tokens"
-            parts.append(", ".join((first, *(f"{_short(ratio)} at {length:,}" for length, ratio in longer))))
-    return f"Peak memory of a training step, inputs and gradients included: {'; '.join(parts)}." if parts else ""
+        found = {row["length"]: row for row in rows if (row["peer"], row["what"]) == (peer, what)}
+        if found:
+            (length, row), *longer = sorted(found.items())
+            first = f"{_short(row['ratio'])} of {label}'s at {length:,} tokens{_in_brackets(row, shown)}"
+            others = (f"{_short(row['ratio'])} at {length:,}{_in_brackets(row, shown)}" for length, row in longer)
+            parts.append(", ".join((first, *others)))
+    return f"Peak memory of {MEMORIES[what]}: {'; '.join(parts)}." if parts else ""
+
+
+def _training_step(rows: Sequence[Row], shown: Block) -> str:
+    """What `bench.training_step` measured, in a sentence; empty if it did not run."""
+    ours = next((row for row in rows if row["peer"] == OURS), None)
+    others = [row for row in rows if row["peer"] in shown.peers]
+    if ours is None or not others:
+        return ""
+    best = max(others, key=lambda row: row["ratio"])
+    beside = ", ".join(f"{_short(row['ratio'])} of that with {shown.peers[row['peer']]}" for row in others)
+    return (
+        f"A training step of the whole trained GPT, {ours['batch']} × {ours['length']:,} tokens, takes "
+        f"{tables.number(ours['median'])} ms, {beside}{_in_brackets(best, shown)}."
+    )
+
+
+def _goals(found: dict[str, list[Row]], shown: Block) -> str:
+    """What became of a case's goals."""
+    passes = {FORWARD: "forward", BOTH: "training"}
+    return "; ".join(
+        f"{label}, {passes[row['what']]}, {_outcome(row)}"
+        for peer, label in shown.peers.items()
+        for row in found[peer]
+        if row["goal"] is not None
+    )
+
+
+def _outcome(row: Row) -> str:
+    """A goal, and whether it was reached or by how much of it it was missed."""
+    if row["reached"]:
+        return f"{row['goal']:g}: reached"
+    return f"{row['goal']:g}: **missed by {tables.number(100 * (row['ratio'] / row['goal'] - 1))} %**"
+
+
+def _in_brackets(row: Row, shown: Block) -> str:
+    return f" (goal {_outcome(row)})" if shown.goals and row["goal"] is not None else ""
 
 
 def _short(ratio: float) -> str:

@@ -3,6 +3,7 @@
     gaussian:σ        entries of query and key from N(0, σ²). No structure: few empty tiles, few keys a row.
     structured:share  keys in segments that queries find locally and by topic; `share` (0 … 0.95) of the 64×64 tiles,
                       among those the mask leaves visible, is to stay empty.
+    flat              queries nearly zero, as at initialisation: most keys weigh, all about the same.
     trained           query, key and value of all heads of a GPT that `bench.capture` trained, 8 layers of 8 heads.
     captured:file     the same of another model, from a file of `bench.capture`.
 
@@ -22,6 +23,7 @@ from bench.lib.case import Case
 #: Where `bench.capture` puts what "trained" is.
 TRAINED = Path(__file__).resolve().parents[2] / "build" / "bench" / "trained.pt"
 TILE = 64
+FLAT = 0.02  # σ of flat queries; keys are N(0, 1)
 MATCH = 16.0  # score of a query with the keys of its topic …
 SPREAD = 0.75  # … and its standard deviation over those keys; other topics' keys stay near zero or below
 
@@ -41,8 +43,9 @@ def make_inputs(case: Case, drawn_on: str = "cpu") -> Inputs:
     kind, _, setting = case.input.partition(":")
     generator = torch.Generator(drawn_on).manual_seed(case.seed)
     shapes = [(case.batch, heads, case.length, case.head_dim) for heads in (case.heads, case.heads_of_key)]
-    if kind == "gaussian":
-        query, key = (_normal(shape, generator) * float(setting) for shape in shapes)
+    if kind in ("gaussian", "flat"):
+        spreads = (FLAT, 1.0) if kind == "flat" else (float(setting),) * 2
+        query, key = (_normal(shape, generator) * spread for shape, spread in zip(shapes, spreads, strict=True))
         value = _normal(shapes[1], generator)
     elif kind == "structured":
         query, key = _structured(case, float(setting), generator)
@@ -52,7 +55,9 @@ def make_inputs(case: Case, drawn_on: str = "cpu") -> Inputs:
             raise ValueError(f"{case.input} has as many heads of keys as of queries, but the case asks for fewer")
         query, key, value = captured(case.input, shapes[0])
     else:
-        raise ValueError(f"input must be gaussian:σ, structured:share, trained or captured:file, got {case.input!r}")
+        raise ValueError(
+            f"input must be gaussian:σ, structured:share, flat, trained or captured:file, got {case.input!r}"
+        )
     return Inputs(*(x.to(case.device, case.torch_dtype) for x in (query, key, value)))
 
 

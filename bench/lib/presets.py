@@ -6,6 +6,8 @@ sweep        every setting varied around the base case, on the CPU (hours)
 gpu-targets  the table of goals for a GPU
 gpu-lengths  the same inputs from 2,048 to 131,072 tokens, with heads enough to fill the GPU
 gpu-shares   every share of empty tiles, and other alphas
+gpu-models   what models give a GPU, with goals: trained heads, flat ones as at initialisation, short, grouped and not
+             causal, beside FlashAttention-3 and cuDNN; peak memory
 gpu-peers    FlexAttention and the adasplash package at other lengths (which compile and tune for minutes a case)
 quick        tiny, for continuous integration
 """
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bench.lib.case import BOTH, FORWARD, Case
-from bench.lib.results import PEAK_MEMORY
+from bench.lib.results import INFERENCE_MEMORY, PEAK_MEMORY
 from bench.lib.timing import Effort
 from bench.peers import OURS
 
@@ -121,6 +123,45 @@ def gpu_targets() -> list[Entry]:
     ]
 
 
+FLAT_CASE = replace(GPU_BASE, input="flat", batch=2, length=8192)
+GROUPED_CASE = replace(GPU_BASE, heads=32, kv_heads=8, head_dim=128, length=8192)
+BOTH_WAYS_CASE = replace(GPU_BASE, batch=8, length=4096, causal=False)
+SHORT_CASE = replace(GPU_BASE, input="gaussian:1", batch=64, heads=12, length=512, causal=False)
+MEMORY_CASE = replace(GPU_BASE, length=32768)
+
+
+def _of_models(
+    case: Case, flash2: float | None = None, flash3: float | None = None, cudnn: float | None = None
+) -> Entry:
+    """Goals: of the forward pass beside FlashAttention-2 and 3, of forward and backward beside cuDNN."""
+    wanted = (("sdpa-flash", FORWARD, flash2), ("fa3", FORWARD, flash3), ("sdpa-cudnn", BOTH, cudnn))
+    goals = tuple(Goal(*goal) for goal in wanted if goal[2] is not None)
+    return Entry(case, ("sdpa-flash", "sdpa-cudnn", "fa3"), goals, Effort(seconds=2.0))
+
+
+def gpu_models() -> list[Entry]:
+    by_head_dim = {  # flash3 and cudnn at 64, and at 128
+        "structured:0": ((2.0, 1.2), (2.2, 1.1)),
+        "structured:0.5": ((1.15, None), (1.3, None)),
+        "structured:0.85": ((0.7, None), (0.8, None)),
+        "gaussian:1.5": ((1.7, 0.75), (2.0, 0.75)),
+    }
+    memory = (Goal("sdpa-flash", INFERENCE_MEMORY, 1.05), Goal("sdpa-flash", PEAK_MEMORY, 0.85))
+    return [
+        _of_models(TRAINED_CASE, flash3=1.0, cudnn=0.45),
+        *(
+            _of_models(replace(GPU_BASE, input=name, head_dim=head_dim), flash3=flash3, cudnn=cudnn)
+            for name, goals in by_head_dim.items()
+            for head_dim, (flash3, cudnn) in zip((64, 128), goals, strict=True)
+        ),
+        _of_models(GROUPED_CASE, cudnn=0.8),
+        _of_models(SHORT_CASE, flash2=1.0, cudnn=0.9),
+        _of_models(FLAT_CASE, cudnn=1.3),
+        _of_models(BOTH_WAYS_CASE),
+        Entry(MEMORY_CASE, ("sdpa-flash",), memory, memory=True, timed=False),
+    ]
+
+
 def _full(k: int, **changes) -> Case:
     """2^k tokens, and heads enough to fill the GPU."""
     return replace(GPU_BASE, length=2**k, heads=max(GPU_BASE.heads, 2 ** (18 - k)), **changes)
@@ -178,6 +219,7 @@ PRESETS: dict[str, Callable[[], list[Entry]]] = {
     "lengths": lengths,
     "sweep": sweep,
     "gpu-targets": gpu_targets,
+    "gpu-models": gpu_models,
     "gpu-lengths": gpu_lengths,
     "gpu-shares": gpu_shares,
     "gpu-peers": gpu_peers,
@@ -187,7 +229,7 @@ PRESETS: dict[str, Callable[[], list[Entry]]] = {
 
 def goals_of(case: Case) -> tuple[Goal, ...]:
     """What the tables of goals ask of a case, whoever lists it."""
-    entries = entries_of(["targets" if case.device == "cpu" else "gpu-targets"])
+    entries = entries_of(["targets"] if case.device == "cpu" else ["gpu-targets", "gpu-models"])
     return tuple(dict.fromkeys(goal for entry in entries if entry.case == case for goal in entry.goals))
 
 

@@ -35,7 +35,7 @@ class RemoteRunner:
             self.close()
             raise
 
-    def _ask(self, what: str, **arguments):
+    def _ask(self, what: str, /, **arguments):
         self._process.stdin.write(json.dumps({"do": what, "with": arguments}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -55,8 +55,8 @@ class RemoteRunner:
     def sample(self, calls: int) -> Seconds:
         return Seconds(*self._ask("sample", calls=calls))
 
-    def memory(self) -> float:
-        return self._ask("memory")
+    def memory(self, what: str) -> float:
+        return self._ask("memory", what=what)
 
     def close(self) -> None:
         self._process.stdin.close()

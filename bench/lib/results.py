@@ -3,7 +3,8 @@
 A row holds `bench.lib.machine.facts`, the case's fields, `support` (mean keys with weight a query), `empty_tiles` (of
 the visible 64×64 tiles the share without weight), `keys_of_block` (of the keys that 64 neighbouring queries see, the
 share that any of them weighs; since 2026-11-29), `preset`, `entry` (one number for what was measured together), and
-    peer, what       what was measured of whom: a pass, or PEAK_MEMORY
+    peer, what       what was measured of whom: a pass, PEAK_MEMORY or (since 2026-11-30) INFERENCE_MEMORY; of
+                     `bench.training_step` TRAINING_STEP
     unit             "ms" a call, or "MiB" beyond inputs, outputs and gradients
     median, low, high, samples    of the rounds, with quartiles
     ratio, ratio_low, ratio_high  ours / this peer's, of the pairs; for memory, of peaks that include inputs, outputs
@@ -21,7 +22,10 @@ from typing import Any
 
 from bench.lib.case import Case
 
-PEAK_MEMORY = "peak memory"
+PEAK_MEMORY = "peak memory"  # of a training step
+INFERENCE_MEMORY = "peak memory of inference"
+TRAINING_STEP = "training step"  # of a whole model, in files of the preset
+TRAINING_STEP_PRESET = "training-step"
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
 Row = dict[str, Any]

@@ -12,19 +12,23 @@ from torch import Tensor
 from bench.lib import memory
 from bench.lib.case import Case
 from bench.lib.inputs import Inputs
+from bench.lib.results import INFERENCE_MEMORY
 from bench.peers import Peer
 
 
 class Seconds(NamedTuple):
-    """Time of one call, averaged over the calls of a sample. forward is inference; both is a training step."""
+    """Time of one call, averaged over the calls of a sample. forward is inference; both is a training step.
 
-    forward: float
-    backward: float
-    both: float
+    None is what was not timed: a peer may have no backward.
+    """
+
+    forward: float | None
+    backward: float | None
+    both: float | None
 
     @property
     def spent(self) -> float:
-        return self.forward + self.both
+        return (self.forward or 0) + (self.both or 0)
 
 
 class Runner(Protocol):
@@ -36,16 +40,17 @@ class Runner(Protocol):
 
     def sample(self, calls: int) -> Seconds: ...
 
-    def memory(self) -> float: ...
+    def memory(self, what: str) -> float: ...
 
     def close(self) -> None: ...
 
 
 class FunctionRunner:
-    """Any differentiable function in this process.
+    """Any function in this process.
 
     grad: a gradient of what it returns.
     within: makes the context that it is called in. It is entered outside of what is timed.
+    trains: whether it is differentiable. Of one that is not there is the forward pass alone.
     """
 
     def __init__(
@@ -54,8 +59,9 @@ class FunctionRunner:
         inputs: Sequence[Tensor],
         grad: Tensor,
         within: Callable[[], AbstractContextManager] = nullcontext,
+        trains: bool = True,
     ) -> None:
-        self._function, self._within = function, within
+        self._function, self._within, self._trains = function, within, trains
         self._inputs = inputs
         self._leaves = tuple(x.detach().requires_grad_() for x in inputs)
         self._grad = grad
@@ -63,9 +69,16 @@ class FunctionRunner:
 
     def results(self, grad: Tensor) -> tuple[Tensor, ...]:
         """The output, and the inputs' gradients for a gradient of it: for attention out, dq, dk, dv."""
+        if not self._trains:
+            return (self.output(),)
         with self._within():
             out = self._function(*self._leaves)
             return out.detach(), *torch.autograd.grad(out, self._leaves, grad)
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        with self._within():
+            return self._function(*self._inputs)
 
     def sample(self, calls: int) -> Seconds:
         """Times `calls` forward calls, then as many training steps, whose two halves are timed separately."""
@@ -83,6 +96,8 @@ class FunctionRunner:
                 for _ in range(calls):
                     self._function(*self._inputs)
                 forward = clock.between(start, clock.now())
+            if not self._trains:
+                return Seconds(forward / calls, None, None)
             marks = []
             for _ in range(calls):
                 start = clock.now()
@@ -104,13 +119,14 @@ class LocalRunner(FunctionRunner):
     """A peer in this process. The tensors are shared by the runners of a case."""
 
     def __init__(self, peer: Peer, case: Case, inputs: Inputs, grad: Tensor) -> None:
-        super().__init__(peer.build(case), inputs, grad, peer.within)
+        super().__init__(peer.build(case), inputs, grad, peer.within, peer.trains)
         self.peer = peer
 
-    def memory(self) -> float:
-        """Peak of a training step in MiB, beyond inputs, output and gradients. Warm up first, as the worker does."""
+    def memory(self, what: str) -> float:
+        """Peak in MiB: PEAK_MEMORY, beyond inputs, output and gradients, or INFERENCE_MEMORY, beyond inputs and output.
+        Warm up first, as the worker does."""
         meter = memory.CudaMeter() if self._grad.is_cuda else memory.CpuMeter()
-        results = self.results(self._grad)
+        results = (self.output(),) if what == INFERENCE_MEMORY else self.results(self._grad)
         return meter.peak() - sum(x.numel() * x.element_size() for x in results) / 2**20
 
     def close(self) -> None:

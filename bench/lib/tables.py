@@ -65,6 +65,7 @@ def _differences(case: Case, base: Case) -> str:
         "input": input_name,
         "batch": lambda x: f"B = {x}",
         "heads": lambda x: f"{x} head{'s' * (x > 1)}",
+        "kv_heads": lambda x: f"{x or 'as many'} of keys",
         "length": lambda x: f"N = {x:,}",
         "head_dim": lambda x: f"D = {x}",
         "dtype": str,

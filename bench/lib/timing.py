@@ -44,7 +44,7 @@ class Spread:
 
 @dataclass
 class Timing:
-    """Seconds a call, one entry a round."""
+    """Seconds a call, one entry a round; none of a pass that was not timed."""
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {FORWARD: [], BACKWARD: [], BOTH: []})
 
@@ -76,7 +76,8 @@ def measure(
         for i in order:
             sample = runners[i].sample(calls[i])
             for what, value in zip((FORWARD, BACKWARD, BOTH), sample, strict=True):
-                timings[i].seconds[what].append(value)
+                if value is not None:
+                    timings[i].seconds[what].append(value)
         rounds += 1
         on_round(rounds)
     return timings

@@ -56,9 +56,9 @@ class Worker:
     def sample(self, calls: int) -> tuple[float, ...]:
         return tuple(self._runner.sample(calls))
 
-    def memory(self) -> float:
+    def memory(self, what: str) -> float:
         self._warm_up()
-        return self._runner.memory()
+        return self._runner.memory(what)
 
 
 def main() -> None:

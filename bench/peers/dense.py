@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bench.lib.case import Case
-from bench.peers.peer import Attention, Peer
+from bench.peers.peer import Attention, Peer, grouped
 
 MAX_ENTRIES = 2**28  # of the matrix of weights; several such tensors live at once
 
@@ -36,16 +36,18 @@ def _bisection(case: Case) -> Attention:
     return _attention(case, lambda scores: entmax.entmax_bisect(scores, case.alpha, dim=-1))
 
 
-def _too_large(case: Case) -> str | None:
+def _refuses(case: Case) -> str | None:
     entries = case.batch * case.heads * case.length**2
-    return f"its {entries:,} weights would take too much memory" if entries > MAX_ENTRIES else None
+    if entries > MAX_ENTRIES:
+        return f"its {entries:,} weights would take too much memory"
+    return grouped(case)
 
 
 def _refuses_exact(case: Case) -> str | None:
-    return _too_large(case) if case.alpha in (1.5, 2) else "α = 1.5 and 2 only"
+    return _refuses(case) if case.alpha in (1.5, 2) else "α = 1.5 and 2 only"
 
 
 PEERS = [
     Peer("entmax-exact", "entmax package, dense, exact", "entmax", _exact, _refuses_exact),
-    Peer("entmax-bisect", "entmax package, dense, bisection", "entmax", _bisection, _too_large),
+    Peer("entmax-bisect", "entmax package, dense, bisection", "entmax", _bisection, _refuses),
 ]

@@ -15,7 +15,8 @@ def _build(case: Case) -> Attention:
         mask = create_block_mask(
             lambda b, h, query, key: query >= key, None, None, case.length, case.length, device=case.device
         )
-    return lambda query, key, value: compiled(query, key, value, block_mask=mask)
+    grouped = case.heads_of_key != case.heads
+    return lambda query, key, value: compiled(query, key, value, block_mask=mask, enable_gqa=grouped)
 
 
 def _refuses(case: Case) -> str | None:

@@ -7,7 +7,7 @@ $ ADASPLASH_PYPI=/some/folder python -m bench.attention --device cuda --peers ad
 import os
 
 from bench.lib.case import Case
-from bench.peers.peer import Attention, Peer
+from bench.peers.peer import Attention, Peer, grouped
 
 FOLDER = "ADASPLASH_PYPI"
 
@@ -33,7 +33,7 @@ def _refuses_v1(case: Case) -> str | None:
         return "lengths that are powers of two from 64 only"
     if case.head_dim not in (16, 32, 64, 128, 256):
         return "head sizes 16, 32, 64, 128 and 256 only"
-    return None
+    return grouped(case)
 
 
 def _refuses_v2(case: Case) -> str | None:

@@ -10,7 +10,8 @@ from bench.peers.peer import Attention, Peer
 
 
 def _build(case: Case) -> Attention:
-    return lambda query, key, value: scaled_dot_product_attention(query, key, value, is_causal=case.causal)
+    grouped = case.heads_of_key != case.heads
+    return partial(scaled_dot_product_attention, is_causal=case.causal, enable_gqa=grouped)
 
 
 def _backend(name: str, label: str, backend: SDPBackend, devices: tuple[str, ...], half_only: bool = False) -> Peer:

@@ -1,10 +1,13 @@
 """Links from the pages to files and folders of the repository that are no pages: the site shows these too, so that it
 needs no address on the web."""
 
+import posixpath
 from collections.abc import Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 
+import notebook_page
 from docutils import nodes
 from pygments.lexers import find_lexer_class_for_filename
 from sphinx import addnodes
@@ -63,8 +66,27 @@ def pages(app) -> Iterator[tuple[str, dict, str]]:
         yield SHOWN + name, {"title": name, "body": listing(app, root, name, folders | files)}, "page.html"
     for name in sorted(files):
         text = (root / name).read_text()
-        code = app.builder.highlighter.highlight_block(text, language(name), force=True)
-        yield SHOWN + name, {"title": name, "body": f"<h1>{escape(name)}</h1>\n{code}"}, "page.html"
+        if name.endswith(".ipynb"):
+            body = notebook_page.html_of(text, partial(highlighted, app), partial(place_of, app, name, folders | files))
+        else:
+            body = f"<h1>{escape(name)}</h1>\n{highlighted(app, text, language(name))}"
+        yield SHOWN + name, {"title": name, "body": body}, "page.html"
+
+
+def highlighted(app, text: str, language: str) -> str:
+    return app.builder.highlighter.highlight_block(text, language, force=True)
+
+
+def place_of(app, name: str, shown: set[str], link: str) -> str | None:
+    """Where a link of the file `name` leads on the site: to a page, to a file or folder that it shows, or out of it."""
+    if "://" in link:
+        return link
+    path, mark, anchor = link.partition("#")
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
+    page = target.removesuffix(".md")
+    if page in app.env.found_docs:
+        return app.builder.get_relative_uri(SHOWN + name, page) + mark + anchor
+    return app.builder.get_relative_uri(SHOWN + name, SHOWN + target) if target in shown else None
 
 
 def entries(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: inputs, checks, pairs, processes of their own, goals, tables, solvers."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -22,17 +23,18 @@ from bench import (
     scaling,
     solver,
     support_pages,
+    training_step,
 )
 from bench.context_parallel import DIFFERENCE, WEAK_SCALING
 from bench.lib import blocks, results, tables
-from bench.lib.case import BOTH, FORWARD, Case
+from bench.lib.case import BOTH, FORWARD, PASSES, Case
 from bench.lib.inputs import Inputs, make_grad, make_inputs
-from bench.lib.presets import PRESETS, entries_of
+from bench.lib.presets import PRESETS, SHORT_CASE, TRAINED_CASE, Entry, Goal, entries_of
 from bench.lib.reference import empty_tiles, keys_of_block, make_check
 from bench.lib.remote import RemoteRunner
 from bench.lib.runner import LocalRunner, Seconds
 from bench.lib.timing import Effort, measure
-from bench.peers import OURS, PEERS
+from bench.peers import OURS, PEERS, fa3
 from model import GPTConfig
 
 pytestmark = pytest.mark.backends("cpu")
@@ -61,10 +63,14 @@ def test_inputs_are_what_their_name_says():
     assert query.std().item() == pytest.approx(3, rel=0.02)
     assert key.std().item() == pytest.approx(3, rel=0.02)
     assert value.std().item() == pytest.approx(1, rel=0.02)
+    flat = replace(SMALL, length=1024, input="flat")
+    inputs = make_inputs(flat)
+    assert inputs.query.std().item() == pytest.approx(0.02, rel=0.02)
+    assert make_check(flat, inputs, make_grad(flat), count=16).support > 1024 / 4  # of 512 that a query sees
     for name in ("gaussian:1", "structured:0.5"):
         case = replace(SMALL, input=name)
         assert all(torch.equal(x, y) for x, y in zip(make_inputs(case), make_inputs(case), strict=True))
-    with pytest.raises(ValueError, match="gaussian:σ, structured:share, trained or captured:file"):
+    with pytest.raises(ValueError, match="gaussian:σ, structured:share, flat, trained or captured:file"):
         make_inputs(replace(SMALL, input="round:1"))
 
 
@@ -113,6 +119,112 @@ def test_peers_pass_the_check(name, causal):
     check = make_check(case, make_inputs(case), make_grad(case), count=16)
     errors = check.errors(PEERS[name].weights, local(name, case).results(check.grad))
     assert max(errors.values()) < 1e-4
+
+
+@pytest.mark.parametrize("name", [OURS, "sdpa", "sdpa-flash", "sdpa-math"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_peers_pass_the_check_with_grouped_heads(name, causal):
+    case = replace(SMALL, heads=4, kv_heads=2, causal=causal)
+    inputs = make_inputs(case)
+    check = make_check(case, inputs, make_grad(case), count=16)
+    errors = check.errors(PEERS[name].weights, local(name, case).results(check.grad))
+    assert max(errors.values()) < 1e-4
+    weights = reference.attention(*inputs, case.alpha, causal).weights
+    seen = 1 if causal else 2  # blocks of keys that the first block of rows sees
+    blocks_of = (weights[..., :64, : 64 * seen], weights[..., 64:, :])
+    shares = [(block > 0).any(-2).double().mean().item() for block in blocks_of]
+    assert keys_of_block(case, inputs, blocks=2) == pytest.approx(sum(shares) / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["entmax-exact", "entmax-bisect", "pypi-v1", "pypi-v2"])
+def test_peers_that_know_no_grouped_heads_say_so(name, monkeypatch):
+    monkeypatch.setenv("ADASPLASH_PYPI", "somewhere")
+    case = replace(SMALL, device="cuda", heads=4)
+    assert PEERS[name].refuses(case) is None
+    assert PEERS[name].refuses(replace(case, kv_heads=2)) == "as many heads of keys as of queries only"
+
+
+def test_flash_attention_3_is_left_out_where_it_cannot_run(monkeypatch):
+    refuses, case = PEERS["fa3"].refuses, replace(SMALL, device="cuda", dtype="bf16")
+    assert refuses(replace(case, device="cpu")) == "a GPU only"
+    monkeypatch.setattr(fa3, "installed", lambda: None)
+    assert "pip install --no-deps fa3-fwd" in refuses(case)
+    monkeypatch.setattr(fa3, "installed", lambda: fa3.WHEEL)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert refuses(case) == "Hopper GPUs only"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert refuses(case) is None
+    assert "bf16 only" in refuses(replace(case, dtype="fp16"))
+    assert "head sizes" in refuses(replace(case, head_dim=36))
+
+
+@pytest.fixture
+def stand_in_for_fa3(tmp_path, monkeypatch):
+    """A module with the wheel's names and layout; as the wheel, without a backward."""
+    if importlib.util.find_spec(fa3.OWN):
+        pytest.skip("FlashAttention's own package is here, which comes before the wheel")
+    (tmp_path / "fa3_fwd_config.py").write_text("CONFIG = {}\n")
+    (tmp_path / f"{fa3.WHEEL}.py").write_text(
+        "import torch\n"
+        "from flash_attn_config import CONFIG\n"
+        "def flash_attn_func(q, k, v, causal=False):\n"
+        "    assert not torch.is_grad_enabled() and q.shape[1] == k.shape[1] > q.shape[2] >= k.shape[2]\n"
+        "    q, k, v = (x.transpose(1, 2) for x in (q, k, v))\n"
+        "    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))\n"
+        "    scores = q @ k.mT * q.shape[-1] ** -0.5\n"
+        "    if causal:\n"
+        "        scores += torch.full(scores.shape[-2:], -torch.inf).triu(1)\n"
+        "    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous()\n"
+    )
+    for name in (fa3.WHEEL, "fa3_fwd_config", "flash_attn_config"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PEERS, "fa3", replace(PEERS["fa3"], refuses=lambda case: None))
+    yield
+    for name in (fa3.WHEEL, "fa3_fwd_config", "flash_attn_config"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("kv_heads", [0, 2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_attention_3_has_its_layout_and_its_forward_alone(stand_in_for_fa3, kv_heads, causal):
+    case = replace(SMALL, heads=4, kv_heads=kv_heads, causal=causal)
+    check = make_check(case, make_inputs(case), make_grad(case), count=16)
+    runner = local("fa3", case)
+    (out,) = runner.results(check.grad)
+    assert check.errors("softmax", (out,)).keys() == {"out"}
+    torch.testing.assert_close(out, local("sdpa", case).results(check.grad)[0])
+    sample = runner.sample(2)
+    assert sample.forward > 0 and sample.backward is None and sample.both is None and sample.spent == sample.forward
+    assert runner.memory(results.INFERENCE_MEMORY) < 64  # MiB; it runs without gradients, which the stand-in asserts
+
+
+class Bar:
+    """What the benchmark asks of a progress bar."""
+
+    n = 0
+
+    def set_postfix_str(self, text): ...
+
+    def refresh(self): ...
+
+
+def test_a_peer_without_a_backward_beside_others(stand_in_for_fa3):
+    goals = (Goal("fa3", FORWARD, 1e9), Goal("sdpa", BOTH, 0))
+    effort = Effort(seconds=0, fewest=3)
+    bench = attention.Bench(Bar())
+    rows = bench.run(Entry(SMALL, ("sdpa", "fa3"), goals, effort))
+    assert not bench.problems
+    found = {(row["peer"], row["what"]): row for row in rows}
+    assert {what for peer, what in found if peer == "fa3"} == {FORWARD}
+    assert {what for peer, what in found if peer == "sdpa"} == set(PASSES)
+    assert found["fa3", FORWARD]["reached"] is True and found["sdpa", BOTH]["reached"] is False
+    assert found["fa3", FORWARD]["errors"].keys() == {"out"}
+    assert "FlashAttention-3" in tables.times(rows_with_facts(rows))
+
+
+def rows_with_facts(rows):
+    return [{"date": "2026-01-02", "preset": "own", "entry": 0, **row} for row in rows]
 
 
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
@@ -181,9 +293,11 @@ def test_peak_memory_sees_the_matrix_of_weights():
     peaks = {}
     for name in (OURS, "entmax-exact"):
         runner = RemoteRunner(PEERS[name], case)
-        peaks[name] = runner.memory()
+        peaks[name] = {what: runner.memory(what) for what in (results.PEAK_MEMORY, results.INFERENCE_MEMORY)}
         runner.close()
-    assert peaks[OURS] < 4 < 3 * 4 < peaks["entmax-exact"]  # 4 MiB: one matrix
+    ours, dense = (peaks[name] for name in (OURS, "entmax-exact"))
+    assert ours[results.PEAK_MEMORY] < 4 < 3 * 4 < dense[results.PEAK_MEMORY]  # 4 MiB: one matrix
+    assert ours[results.INFERENCE_MEMORY] < 4 < dense[results.INFERENCE_MEMORY]
 
 
 def test_the_goals_are_those_that_were_set():
@@ -200,6 +314,42 @@ def test_the_goals_are_those_that_were_set():
     assert found[replace(base, length=65536, heads=1), OURS, results.PEAK_MEMORY] == 64
 
 
+def test_the_goals_for_models_are_those_that_were_set():
+    entries = PRESETS["gpu-models"]()
+    found = {(entry.case, goal.peer, goal.what): goal.at_most for entry in entries for goal in entry.goals}
+    assert found[TRAINED_CASE, "fa3", FORWARD] == 1 and found[TRAINED_CASE, "sdpa-cudnn", BOTH] == 0.45
+    assert found[SHORT_CASE, "sdpa-flash", FORWARD] == 1 and found[SHORT_CASE, "sdpa-cudnn", BOTH] == 0.9
+    by_input = {}
+    for (case, peer, what), goal in found.items():
+        if (case.length, case.heads) == (16384, 16):
+            by_input[case.input, case.head_dim, peer, what] = goal
+    cudnn = {("structured:0", 64): 1.2, ("structured:0", 128): 1.1, ("gaussian:1.5", 64): 0.75}
+    cudnn["gaussian:1.5", 128] = 0.75
+    forward = {
+        "structured:0": (2, 2.2),
+        "structured:0.5": (1.15, 1.3),
+        "structured:0.85": (0.7, 0.8),
+        "gaussian:1.5": (1.7, 2),
+    }
+    expected = {(*key, "sdpa-cudnn", BOTH): goal for key, goal in cudnn.items()}
+    for name, goals in forward.items():
+        expected |= {(name, size, "fa3", FORWARD): goal for size, goal in zip((64, 128), goals, strict=True)}
+    assert by_input == expected
+    others = {(entry.case.input, entry.case.length, entry.case.causal): entry for entry in entries}
+    grouped, flat = others["gaussian:1.5", 8192, True], others["flat", 8192, True]
+    assert (grouped.case.heads, grouped.case.kv_heads, grouped.case.head_dim) == (32, 8, 128)
+    assert grouped.goals == (Goal("sdpa-cudnn", BOTH, 0.8),) and flat.goals == (Goal("sdpa-cudnn", BOTH, 1.3),)
+    assert others["gaussian:1.5", 4096, False].goals == ()
+    memory = others["gaussian:1.5", 32768, True]
+    assert memory.memory and not memory.timed
+    assert {(goal.what, goal.at_most) for goal in memory.goals} == {
+        (results.INFERENCE_MEMORY, 1.05),
+        (results.PEAK_MEMORY, 0.85),
+    }
+    # The page shows what is measured.
+    assert {entry.case for entry in entries} == set(blocks.BLOCKS[blocks.MODELS].cases)
+
+
 def test_every_preset_can_be_read():
     for name in PRESETS:
         entries = entries_of([name])
@@ -214,9 +364,11 @@ def test_from_the_command_to_the_report(tmp_path, capsys):
     for row in rows:
         assert row["support"] > 0
         assert 0 <= row["empty_tiles"] < 1
-        assert row["median"] > 0 or row["what"] == results.PEAK_MEMORY
+        assert row["median"] > 0 or row["what"] in (results.PEAK_MEMORY, results.INFERENCE_MEMORY)
         assert (row["ratio"] is None) == (row["peer"] == OURS)
         assert {"date", "processor", "torch", "commit", "threads_used"} <= set(row)
+    of_memory = {row["what"] for row in rows if row["unit"] == "MiB"}
+    assert of_memory == {results.PEAK_MEMORY, results.INFERENCE_MEMORY}
     report.main([str(file)])
     text = capsys.readouterr().out
     assert "| reached |" in text
@@ -261,6 +413,101 @@ def test_the_page_shows_a_few_cases_of_what_was_measured():
     assert table[2:] == ["| random vectors | 6.7 of 4,096 | 12.3 / 12.3 | 0.61 / 0.009 | – |"]
     with pytest.raises(ValueError, match="no case that it shows"):
         blocks.block(rows[4:], "every.md")
+
+
+def model_rows(ratios: dict[tuple[Case, str, str], tuple[float, float | None]]) -> list[results.Row]:
+    """Rows of a GPU by case, peer and what; each has a ratio and a goal, and ours has a time for each."""
+    facts = dict(device="cuda", processor="H", torch="2", commit="a", cuda="13", driver="5", triton="3", preset="own")
+    facts |= dict(date="2026-01-02", entry=0, support=6.73, median=12.34, empty_tiles=0.5, keys_of_block=0.05)
+    none = dict(ratio=None, goal=None, reached=None)
+    rows = []
+    for (case, peer, what), (ratio, goal) in ratios.items():
+        row = {**facts, **case.to_dict(), "what": what}
+        rows.append({**row, "peer": OURS, **none})
+        reached = None if goal is None else ratio <= goal
+        rows.append({**row, "peer": peer, "ratio": ratio, "goal": goal, "reached": reached})
+    return rows
+
+
+def test_the_page_says_which_goals_were_reached():
+    memory = next(entry.case for entry in PRESETS["gpu-models"]() if entry.memory)
+    step = replace(TRAINED_CASE, batch=4)
+    rows = model_rows(
+        {
+            (TRAINED_CASE, "fa3", FORWARD): (1.97, 1.0),
+            (TRAINED_CASE, "sdpa-cudnn", FORWARD): (1.69, None),
+            (TRAINED_CASE, "sdpa-cudnn", BOTH): (0.45, 0.45),
+            (memory, "sdpa-flash", results.PEAK_MEMORY): (0.83, 0.85),
+            (memory, "sdpa-flash", results.INFERENCE_MEMORY): (1.26, 1.05),
+            (step, "sdpa-flash", results.TRAINING_STEP): (0.7, 0.75),
+            (step, "sdpa-cudnn", results.TRAINING_STEP): (0.9, 0.75),
+        }
+    )
+    text = blocks.block(rows, "every.md", blocks.MODELS)
+    (line,) = [line for line in text.splitlines() if line.startswith("|")][2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:6] == ["12.3 / 12.3", "–", "1.69 / 0.45", "1.97"]
+    assert cells[6] == "cuDNN, training, 0.45: reached; FlashAttention-3, forward, 1: **missed by 97 %**"
+    assert "gradients included: 0.83 of FlashAttention-2's at 32,768 tokens (goal 0.85: reached)." in text
+    assert "output included: 1.26 of FlashAttention-2's at 32,768 tokens (goal 1.05: **missed by 20 %**)." in text
+    assert (
+        "A training step of the whole trained GPT, 4 × 8,192 tokens, takes 12.3 ms, 0.70 of that with "
+        "FlashAttention-2, 0.90 of that with cuDNN (goal 0.75: **missed by 20 %**)." in text
+    )
+
+
+def test_the_page_shows_what_models_give_a_gpu():
+    shown = f"<!-- bench:{blocks.MODELS} -->\n{report.models(report.models_files())}\n<!-- /bench:{blocks.MODELS} -->"
+    assert shown in report.BENCHMARKS.read_text()
+
+
+def test_before_anything_was_measured_the_page_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    assert report.models_files() == []
+    assert report.models([]).startswith("Nothing was measured yet.")
+    step = tmp_path / f"20260101-0000-cuda-{results.TRAINING_STEP_PRESET}.jsonl"
+    step.touch()
+    assert report.models_files() == []  # not without the table
+    first = tmp_path / f"20260101-0000-cuda-{blocks.MODELS}.jsonl"
+    first.touch()
+    assert report.models_files() == [first, step]
+
+
+def test_a_training_step_is_timed_and_leaves_the_model_as_it_is(tmp_path, capsys):
+    text = capture.__file__
+    out = tmp_path / "rows.jsonl"
+    training_step.main(["--quick", "--text", text, "--out", str(out)])
+    assert "sdpa-cudnn is left out: not on cpu" in capsys.readouterr().err
+    rows = results.read([out])
+    assert [row["peer"] for row in rows] == [OURS, "sdpa-flash"]
+    for row in rows:
+        assert row["what"] == results.TRAINING_STEP and row["median"] > 0 and row["samples"] == 3
+        assert (row["ratio"] is None) == (row["peer"] == OURS)
+        assert row["goal"] is None  # which is that of another model
+        assert (row["layers"], row["width"], row["length"]) == (2, 32, 128)
+        assert 1 <= row["support"] <= 128 and 0 < row["keys_of_block"] <= 1 and 0 <= row["empty_tiles"] < 1
+
+
+def test_what_a_training_step_is_of(tmp_path):
+    """The model that bench.capture wrote, with the same weights for all, before and after."""
+    config = GPTConfig(layers=1, heads=2, width=32, context=64)
+    out = tmp_path / "some.pt"
+    capture.make(out, Path(capture.__file__), config, steps=2, device=torch.device("cpu"))
+    model, loaded = capture.load_model(capture.model_file(out), torch.device("cpu"))
+    assert loaded == config
+    tokens = capture.load_corpus(Path(capture.__file__), 64).validation_windows(2, 64)
+    runners = [training_step.StepRunner(PEERS[name], model, config, tokens) for name in (OURS, "sdpa-flash")]
+    assert [runner.model.blocks[0].attention.entmax for runner in runners] == [True, False]
+    rows = list(training_step.bench(runners, Effort(0, fewest=3, most=3), goal=0.0))
+    assert [row["reached"] for row in rows] == [None, False]
+    for runner in runners:
+        for name, weight in runner.model.state_dict().items():
+            assert torch.equal(weight, model.state_dict()[name])
+        assert any(weight.grad.abs().max() > 0 for weight in runner.model.parameters())
+    saved = torch.load(out, weights_only=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = capture.capture(model, capture.load_corpus(Path(capture.__file__), 64).validation_windows(1, 64)[0])
+    assert torch.equal(saved["query"], again["query"].bfloat16())
 
 
 def test_exponents():

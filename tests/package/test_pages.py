@@ -117,13 +117,13 @@ def test_the_guide_to_cpp(tmp_path):
     for block in BLOCKS[ROOT / "docs/guides/cpp.md"]:
         blocks.setdefault(block.language, []).append(block.code)
     (tmp_path / "export.py").write_text(blocks["python"][0])
-    (tmp_path / "app.cpp").write_text(blocks["cpp"][0])
-    (tmp_path / "package.cpp").write_text(blocks["cpp"][1])
+    (tmp_path / "package.cpp").write_text(blocks["cpp"][0])
+    (tmp_path / "app.cpp").write_text(blocks["cpp"][1])
     (tmp_path / "CMakeLists.txt").write_text(blocks["cmake"][0])
     run(sys.executable, "export.py", cwd=tmp_path)
     run("cmake", "-B", "build", f"-DCMAKE_PREFIX_PATH={adasplash.cmake_prefix_path}", cwd=tmp_path)
     run("cmake", "--build", "build", cwd=tmp_path)
-    printed = "".join(run(tmp_path / "build" / name, cwd=tmp_path).stdout for name in ("app", "package"))
+    printed = "".join(run(tmp_path / "build" / name, cwd=tmp_path).stdout for name in ("package", "app"))
     assert printed == blocks["text"][0]
 
     inputs = [torch.randn(1, heads, 50, 64) for heads in (8, 2, 2)]

@@ -2,7 +2,9 @@
 every public name. Nothing is built: that is `make docs`."""
 
 import importlib
+import json
 import re
+import sys
 
 import pytest
 
@@ -73,3 +75,35 @@ def test_the_readme_repeats_measured_rows():
 
 def test_bug_reports_are_asked_what_is_installed():
     assert "python -m adasplash.info" in (ROOT / ".github/ISSUE_TEMPLATE/bug.md").read_text()
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=name_of(page)) for page in PAGES])
+def test_no_line_is_lost_as_a_comment(page):
+    """A line that begins with % is text on GitHub, and a comment on the site."""
+    assert [line for line in pages.without_blocks(page).splitlines() if line.startswith("%")] == []
+
+
+def test_a_notebook_is_shown_as_a_page():
+    """Its text, code, what was printed and drawn; a link without a place on the site stays as words."""
+    pytest.importorskip("markdown_it")  # comes with what `make docs` needs
+    sys.path.insert(0, str(ROOT / "docs/site"))
+    import notebook_page
+
+    cells = [
+        {"cell_type": "markdown", "source": ["## Zeros\n", "[here](a.md), [there](b.md)"]},
+        {
+            "cell_type": "code",
+            "source": ["print(1 < 2)"],
+            "outputs": [
+                {"output_type": "stream", "text": ["Tr"]},
+                {"output_type": "stream", "text": ["ue\n"]},
+                {"output_type": "display_data", "data": {"image/png": "AAAA\n", "text/plain": ["<a figure>"]}},
+            ],
+        },
+    ]
+    shown = notebook_page.html_of(
+        json.dumps({"cells": cells}), "[{1}:{0}]".format, {"a.md": "a.html", "b.md": None}.__getitem__
+    )
+    assert "<h2>Zeros</h2>" in shown and '<a href="a.html">here</a>' in shown and 'href="b' not in shown
+    assert "[python:print(1 < 2)]" in shown and "[text:True\n]" in shown
+    assert '<img alt="&lt;a figure&gt;" src="data:image/png;base64,AAAA">' in shown
