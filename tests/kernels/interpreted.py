@@ -34,6 +34,7 @@ from triton_src.lib.tile_lists import count_tile_rows, count_tile_words
 from triton_src.lib.visibility import Sequences
 
 TILE = visibility.TILE.value
+UNTOUCHED = 12345  # a number that results and scratch hold before
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Result(NamedTuple):
     dv: Tensor | None = None
     alpha_terms: Tensor | None = None  # of each row; empty where alpha is a number
     summary: Summary | tuple = ()
+    remaining: Tensor | tuple = ()  # of each tile row: candidates whose keys the forward gathered, or -1
 
 
 def matrix(x: Tensor) -> Matrix:
@@ -240,7 +242,7 @@ def attention(
             variants.KERNELS[name].kernel[(programs,)](**arguments, call=call, **constants)
 
     # Filled with what must not stay: everything is to be written.
-    garbage = 12345.0
+    garbage = float(UNTOUCHED)
     out = query.new_full((*query.shape[:-1], value_dim), garbage)
     if offsets is None:
         row_state = torch.full((batch, heads, longest_q, 2), garbage)
@@ -257,10 +259,11 @@ def attention(
     key_value = [matrix(x) if table is None else paged_matrix(x, table) for x in (key, value)]
     inputs = dict(query=matrix(query), key=key_value[0], value=key_value[1])
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
+    remaining = ()
     if longest_q > few_queries:
         gathers = table is None and gather_below > 0
         marked = dict(
-            remaining=torch.full((tile_lists[..., 0].numel(), 2), 12345, dtype=torch.int32),
+            remaining=torch.full((tile_lists[..., 0].numel(), 2), UNTOUCHED, dtype=torch.int32),
             gathered=torch.full((tile_lists[..., 0].numel(), marks.GATHER_ROOM.value), -1, dtype=torch.int32),
             gather_from=gather_from if gathers else visibility.UNLIMITED.value,
             gather_below=gather_below,
@@ -268,6 +271,7 @@ def attention(
         for gather in (False, True) if gathers else (False,):
             constants = dict(SCAN_N=tiles.scan_n, GATHER=gather)
             launch("attend", **inputs, out=matrix(out), **scratch, **marked, constants=constants)
+        remaining = marked["remaining"][:, 0].view(tile_lists.shape[:-1]) if gathers else ()
     elif few_queries >= 0:
         bits.zero_()  # as the portable forward does
     if few_queries >= 0:
@@ -285,7 +289,7 @@ def attention(
         arguments = dict(query=inputs["query"], key=inputs["key"], **scratch, **found._asdict())
         launch("count_support", **arguments, counts_batch_stride=2 * heads)
     if grad is None:
-        return Result(out, row_state, bits, summary=found)
+        return Result(out, row_state, bits, summary=found, remaining=remaining)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
     if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
@@ -349,7 +353,7 @@ def attention(
             **probe,
             constants=dict(GATHER=gather),
         )
-    return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found)
+    return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found, remaining)
 
 
 def suffix_of(kernel: str, arguments: dict) -> str:
