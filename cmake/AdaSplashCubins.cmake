@@ -19,6 +19,7 @@ target_sources(adasplash PRIVATE
   csrc/cuda/portable/call.cpp
   csrc/cuda/portable/few.cpp
   csrc/cuda/portable/forward.cpp
+  csrc/cuda/portable/gathering.cpp
   csrc/cuda/portable/portable.cpp
   csrc/cuda/portable/summary.cpp)
 target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})

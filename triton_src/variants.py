@@ -73,7 +73,7 @@ class Shape:
     stages: int = 1
     registers: int | None = None  # at most so many a thread, so that more programs fit a multiprocessor; None: no limit
     step_d: int | None = None  # head dimensions at a time in q.k, see lib.matrices.products
-    scan_n: int | None = None  # keys that attend scans at a time
+    scan_n: int | None = None  # keys that are scanned at a time
 
 
 @dataclass(frozen=True)

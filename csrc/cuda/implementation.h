@@ -76,9 +76,9 @@ class Implementation {
   virtual std::optional<std::string> refusal(const CallKind& kind) const = 0;
 
   // The scratch of a call, which says what parts it is cut into. Each part then allocates its own.
-  virtual const Scratch& forward_scratch(const AttentionInputs& inputs, bool training) const = 0;
-  virtual const Scratch& backward_scratch(const AttentionInputs& inputs) const = 0;
-  virtual const Scratch& summary_scratch(const AttentionInputs& inputs) const = 0;
+  virtual Scratch forward_scratch(const AttentionInputs& inputs, bool training) const = 0;
+  virtual Scratch backward_scratch(const AttentionInputs& inputs) const = 0;
+  virtual Scratch summary_scratch(const AttentionInputs& inputs) const = 0;
 
   // Launches the kernels of a part on the current stream of its device, which is the current device. There is
   // something to write: `out` is not empty, and there are heads.

@@ -158,11 +158,15 @@ struct AttendArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
+  Exactly<int32_t*> remaining;
+  Exactly<int32_t*> gathered;
+  Exactly<int32_t> gather_from;
+  Exactly<int32_t> gather_below;
   Call call;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 360);
+static_assert(sizeof(AttendArguments) == 384);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -174,7 +178,7 @@ struct MarkArguments {
   Exactly<const float*> row_state;
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> tile_lists;
-  Exactly<int32_t*> key_marks;
+  Exactly<int16_t*> key_marks;
   Exactly<int16_t*> row_marks;
   Exactly<int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
@@ -203,6 +207,7 @@ struct GradQueryArguments {
   Exactly<const int32_t*> tiles;
   Exactly<int32_t*> tile_lists;
   Exactly<const int32_t*> marks;
+  Exactly<int32_t*> row_marks;
   Exactly<int32_t*> gathered;
   Exactly<const int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
@@ -210,7 +215,7 @@ struct GradQueryArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 472);
+static_assert(sizeof(GradQueryArguments) == 480);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -344,11 +349,15 @@ struct AttendPagedArguments {
   Exactly<int32_t*> tiles;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
+  Exactly<int32_t*> remaining;
+  Exactly<int32_t*> gathered;
+  Exactly<int32_t> gather_from;
+  Exactly<int32_t> gather_below;
   Call call;
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 424);
+static_assert(sizeof(AttendPagedArguments) == 448);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);

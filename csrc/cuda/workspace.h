@@ -61,6 +61,17 @@ class Scratch {
   constexpr Scratch(const Piece<T>&... pieces)
       : entries_{Entry{pieces.name, static_cast<int64_t>(sizeof(T)) * pieces.count, pieces.per}...} {}
 
+  // With the pieces of another one behind its own.
+  Scratch& operator+=(const Scratch& other) {
+    auto* const end = std::find_if(entries_.begin(), entries_.end(), [](const Entry& entry) { return !entry.per; });
+    const auto count =
+        std::find_if(other.entries_.begin(), other.entries_.end(), [](auto& entry) { return !entry.per; }) -
+        other.entries_.begin();
+    TORCH_INTERNAL_ASSERT(count <= entries_.end() - end);
+    std::copy_n(other.entries_.begin(), count, end);
+    return *this;
+  }
+
   // Its size in words of 32 bits. Every piece starts at a multiple of kAlignedWords.
   int64_t words(const Extents& extents) const {
     int64_t sum = 0;
@@ -94,7 +105,7 @@ class Scratch {
     }
   };
 
-  static constexpr size_t kMostPieces = 18;
+  static constexpr size_t kMostPieces = 24;
   static constexpr int64_t kAlignedWords = 4;  // ALIGNMENT of triton_src/spec.py
   std::array<Entry, kMostPieces> entries_;
 };
@@ -102,7 +113,7 @@ class Scratch {
 // The memory itself. One allocation: allocating is much of what the host does for a small call.
 class Workspace {
  public:
-  // On the device of `like`. `scratch` must outlive the workspace.
+  // On the device of `like`.
   Workspace(const Scratch& scratch, const Extents& extents, const at::Tensor& like)
       : scratch_(scratch),
         extents_(extents),
@@ -128,7 +139,7 @@ class Workspace {
   }
 
  private:
-  const Scratch& scratch_;
+  const Scratch scratch_;
   const Extents extents_;
   const at::Tensor memory_;
   int32_t* const words_;

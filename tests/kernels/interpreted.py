@@ -30,10 +30,11 @@ from triton_src.lib.dropout import Dropout
 from triton_src.lib.entmax import Alpha
 from triton_src.lib.matrices import EvenPagedMatrix, Matrix, PagedMatrix
 from triton_src.lib.scores import Scores
-from triton_src.lib.tile_lists import WORD, count_tile_rows, count_tile_words
+from triton_src.lib.tile_lists import count_tile_rows, count_tile_words
 from triton_src.lib.visibility import Sequences
 
 TILE = visibility.TILE.value
+UNTOUCHED = 12345  # a number that results and scratch hold before
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Result(NamedTuple):
     dv: Tensor | None = None
     alpha_terms: Tensor | None = None  # of each row; empty where alpha is a number
     summary: Summary | tuple = ()
+    remaining: Tensor | tuple = ()  # of each tile row: candidates whose keys the forward gathered, or -1
 
 
 def matrix(x: Tensor) -> Matrix:
@@ -150,15 +152,17 @@ def attention(
     alpha_code: str | None = None,
     tiles: Tiles | None = None,
     gather_below: int = 101,
+    gather_from: int = 1,
     summary: bool = False,
     few_queries: int = -1,
     sharers: int = 2,
     index: Tensor | None = None,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
-    ones do (0: nothing is probed), else over tiles. Padded tensors (B, H, M, D), with `lengths` of queries and keys,
-    (B,) lengths or (B, 2) first rows and ends; or packed ones (tokens, H, D) with `offsets` (cu_seqlens_q,
-    cu_seqlens_k, longest query, longest key). alpha as a number, or (H,) of heads, which asks for its gradient.
+    ones do (0: nothing is probed), else over tiles; sequences shorter than `gather_from` are not probed. Padded tensors
+    (B, H, M, D), with `lengths` of queries and keys, (B,) lengths or (B, 2) first rows and ends; or packed ones
+    (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key). alpha as a number, or (H,)
+    of heads, which asks for its gradient.
     Sequences of up to `few_queries` queries go the way of attention/few.py, where `sharers` programs share the keys.
     An `index` of the keys is used there. With a `table` (B, W) key and value are a paged cache, (blocks, H_kv, page,
     D); queries may still be packed.
@@ -229,6 +233,8 @@ def attention(
         )
         programs = math.ceil(math.ceil(length / block) / every) * count * batch
         shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
+        if "BLOCK_N" not in variants.KERNELS[name].constants:
+            del shape["BLOCK_N"]
         name += suffix_of(name, arguments)
         code = alpha_code if alpha_code in variants.KERNELS[name].alphas else "any"
         constants = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
@@ -236,7 +242,7 @@ def attention(
             variants.KERNELS[name].kernel[(programs,)](**arguments, call=call, **constants)
 
     # Filled with what must not stay: everything is to be written.
-    garbage = 12345.0
+    garbage = float(UNTOUCHED)
     out = query.new_full((*query.shape[:-1], value_dim), garbage)
     if offsets is None:
         row_state = torch.full((batch, heads, longest_q, 2), garbage)
@@ -253,8 +259,19 @@ def attention(
     key_value = [matrix(x) if table is None else paged_matrix(x, table) for x in (key, value)]
     inputs = dict(query=matrix(query), key=key_value[0], value=key_value[1])
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
+    remaining = ()
     if longest_q > few_queries:
-        launch("attend", **inputs, out=matrix(out), **scratch, constants=dict(SCAN_N=tiles.scan_n))
+        gathers = table is None and gather_below > 0
+        marked = dict(
+            remaining=torch.full((tile_lists[..., 0].numel(), 2), UNTOUCHED, dtype=torch.int32),
+            gathered=torch.full((tile_lists[..., 0].numel(), marks.GATHER_ROOM.value), -1, dtype=torch.int32),
+            gather_from=gather_from if gathers else visibility.UNLIMITED.value,
+            gather_below=gather_below,
+        )
+        for gather in (False, True) if gathers else (False,):
+            constants = dict(SCAN_N=tiles.scan_n, GATHER=gather)
+            launch("attend", **inputs, out=matrix(out), **scratch, **marked, constants=constants)
+        remaining = marked["remaining"][:, 0].view(tile_lists.shape[:-1]) if gathers else ()
     elif few_queries >= 0:
         bits.zero_()  # as the portable forward does
     if few_queries >= 0:
@@ -272,7 +289,7 @@ def attention(
         arguments = dict(query=inputs["query"], key=inputs["key"], **scratch, **found._asdict())
         launch("count_support", **arguments, counts_batch_stride=2 * heads)
     if grad is None:
-        return Result(out, row_state, bits, summary=found)
+        return Result(out, row_state, bits, summary=found, remaining=remaining)
 
     dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
     if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
@@ -284,17 +301,16 @@ def attention(
     key_marks = torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32)
     row_marks = torch.full((*tile_lists.shape, 4), -1, dtype=torch.int16)
     probe = dict(probe_counts=torch.zeros(batch * kv_heads, 2, dtype=torch.int32), gather_below=gather_below)
-    for probe_from in (1, 0) if gather_below else ():
+    for probe_from in (gather_from, 0) if gather_below else ():
         launch(
             "mark",
-            block_n=max(tiles.walk, WORD.value),
             every=marks.PROBE_EVERY.value if probe_from else 1,
             query=inputs["query"],
             key=inputs["key"],
             row_state=row_state,
             tiles=bits,
             tile_lists=tile_lists,
-            key_marks=key_marks,
+            key_marks=key_marks.view(torch.int16),
             row_marks=row_marks,
             **probe,
             probe_from=probe_from,
@@ -316,6 +332,7 @@ def attention(
             tiles=bits,
             tile_lists=tile_lists,
             marks=key_marks,
+            row_marks=row_marks.view(torch.int32),
             gathered=gathered,
             **probe,
             constants=dict(GATHER=gather),
@@ -336,7 +353,7 @@ def attention(
             **probe,
             constants=dict(GATHER=gather),
         )
-    return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found)
+    return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found, remaining)
 
 
 def suffix_of(kernel: str, arguments: dict) -> str:

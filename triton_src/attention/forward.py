@@ -1,12 +1,9 @@
-"""The forward: a program looks at every key tile its rows see once, solves for tau, and gathers where it must.
+"""The forward: a program scans every key that its rows see once, solves for tau, and gathers where it must.
 
 For a block of query rows and the keys j that a row sees,
     row_max = max_j z_j,    p_j = [z_j - tau]+^(1/(alpha-1)) with sum_j p_j = 1,    out = sum_j p_j v_j,
-and only keys with z_j > row_max - 1 can have weight. A running maximum knows a superset of those: while it finds
-row_max, `scan` writes four margins a tile, one for 16 rows: the largest (row's maximum in the tile - row's running
-maximum). It also keeps the largest score of each of CLASSES classes of keys: a subset of the row's keys, whose tau is a
-lower bound of the row's own, and a close one. `solve` then walks the list of the tiles with a margin above that bound
-of gap = tau - row_max:
+and only few keys can have weight. scan.py says how row_max, a lower bound of gap = tau - row_max, and the candidates
+are found, which are tiles of keys. `solve` then walks the list of those, or of the keys in them that are marked:
 
   1. sums over the row at gap, and a step towards the solution, until the next step arrives (mostly once);
   2. the output, divided by the sum of the weights it was made with. That sum also tells whether gap was good enough for
@@ -40,14 +37,12 @@ from ..lib.entmax import (
     LOG2_E,
     Threshold,
     column_counts,
-    excess_of,
     newton_step,
     threshold_of,
     threshold_step,
     weigh,
-    weights,
 )
-from ..lib.marks import WARP_ROWS
+from ..lib.marks import GATHER_ROOM, WARP_ROWS, MarkedKeys, MarkedRows, list_at_once, mark_keys, visit_marked
 from ..lib.matrices import (
     ROW_PARTS,
     Code,
@@ -68,34 +63,32 @@ from ..lib.scores import QueryBlock, block_scores, score_rules
 from ..lib.tile_lists import (
     LIST_CHUNK,
     WORD,
+    TileList,
     all_edges,
-    list_tiles,
     listed_tile,
     part_of,
     stages,
     steps,
     visit_tiles,
 )
-from ..lib.visibility import TILE, VisibleTiles, keys_of_block, ordered_tile, visible_keys, visible_tiles
+from ..lib.visibility import TILE, keys_of_block, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
+from .scan import list_candidates, margins_of, scan_tiles, sound_rows
 
-CLASSES = tl.constexpr(64)  # of keys, whose maxima scan keeps
-# Newton steps towards tau of those: any number gives a lower bound, these come within about a thousandth.
-BOUND_STEPS_1_5 = tl.constexpr(3)
-BOUND_STEPS = tl.constexpr(5)
-# How much an fp32 z - row_max or a bound of gap may be off, relative to row_max or to 1: a few roundings.
-ROUNDING = tl.constexpr(2.0**-21)
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 
 @triton.jit
 def attend(
-    query, key, value, out, row_state, tiles, tile_margins, tile_lists, call,
+    query, key, value, out, row_state, tiles, tile_margins, tile_lists, remaining, gathered, gather_from, gather_below,
+    call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
-    SCAN_N: tl.constexpr,
+    SCAN_N: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
-    holds weight."""
+    holds weight. In sequences with `gather_from` or more keys blocks of rows that are expected to weigh few keys remain
+    for the code with GATHER, which looks for the keys that may weigh and works on these alone: less than `gather_below`
+    per cent of those of the candidates, added up over the rows. More than 100 per cent: all blocks of rows."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
@@ -109,8 +102,15 @@ def attend(
     row_state += 2 * first_state_row(call, at)
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
     first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
+    may_remain = at.keys.length >= gather_from
     if first_row >= at.queries.extent:
         return
+    tile_row = tile_row_of(call, at, first_row)
+    remaining += 2 * tile_row
+    if GATHER:
+        remaining_count = tl.load(remaining, mask=may_remain, other=-1)
+        if remaining_count < 0:
+            return
 
     row = first_row + tl.arange(0, BLOCK_M)
     visible = visible_keys(row, at.band)
@@ -121,146 +121,81 @@ def attend(
     tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
     keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
-    tile_row = tile_row_of(call, at, first_row)
     values = ValueBlock(
         value_rows, dropout_of_sequence(call.dropout, batch, ALPHA), row_seeds_of(call.dropout, batch, head, row, ALPHA)
     )
-    margins = tile_margins + (tile_row * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS)) * key_tiles
+    margins = margins_of(tile_margins, tile_row, key_tiles)
     entries = tile_lists + tile_row * key_tiles
+    tiles += tile_row * call.tile_words
 
-    if ALPHA == ALPHA_ANY:  # noqa: SIM102
+    if ALPHA == ALPHA_ANY and not GATHER:  # noqa: SIM102
         if scale.alpha == 1.0:
+            tl.store(remaining, -1, mask=may_remain)
             SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
             weighted, sum_p, row_max = softmax(queries, values, tiles_seen, SOFTMAX_CODE)
             sound = sees & (tl.abs(row_max) < float("inf"))
             gap = tl.where(sound, tl.maximum(tl.log(sum_p), 0.0), float("inf"))
             row_max = tl.where(sound, row_max, 0.0)
             store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
-            store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, tiles_seen, True)
+            store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
             return
 
-    row_max, gap = scan(queries, sees, tiles_seen, margins, SCAN_CODE)
-    # Rows that see a NaN or an infinite score are broken, and all rows where alpha is NaN: their output is NaN.
-    sound = sees & (tl.abs(row_max) + scale.alpha < float("inf"))
-    row_max = tl.where(sound, row_max, 0.0)
-    gap = tl.where(sound, gap, float("inf"))  # rows that see nothing, and broken ones, weigh nothing below
-    tl.debug_barrier()  # what other threads wrote is read from here on
-    candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
-    weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, CODE)
-
-    broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
-    store_tile_bits(tiles + tile_row * call.tile_words, call.tile_words, margins, tiles_seen, any_row(broken))
+    if GATHER:
+        row_max, gap = load_state(row_state, row, at.queries.extent)
+        sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
+        candidates = TileList(entries, tl.load(remaining + 1), remaining_count)
+        # Nobody needs the margins any more: the marks of keys take their place, as many numbers a tile.
+        key_marks = tile_margins + tile_row * key_tiles * (TILE // WARP_ROWS)
+        MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
+        marked = mark_keys(queries, threshold_of(row_max, gap, EXACT), candidates, key_marks, MARK_CODE)
+        tl.debug_barrier()  # what other threads wrote is read from here on
+        words = key_marks.to(tl.pointer_type(tl.int32), bitcast=True)  # of two groups of 16 keys each
+        rows = MarkedRows(words, 1, gathered + tile_row * GATHER_ROOM)
+        keys = MarkedKeys(rows, candidates, marked, list_at_once(rows, candidates, marked))
+        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, keys, tiles, call.tile_words, CODE, True)
+        broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
+        if any_row(broken):
+            store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
+    else:
+        row_max, gap, support = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
+        sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
+        tl.debug_barrier()  # what other threads wrote is read from here on
+        candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
+        if may_remain:
+            expected = tl.sum(tl.where(sound, support, 0.0), 0)
+            few = (expected * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)) | (gather_below > 100)
+            tl.store(remaining, tl.where(few, candidates.count, -1))
+            tl.store(remaining + 1, candidates.inner)
+            if few:
+                store_state(row_state, row_max, tl.where(sees & ~sound, float("nan"), gap), row, at.queries.extent)
+                return
+        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, False)
+        broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
+        store_tile_bits(tiles, call.tile_words, margins, tiles_seen, any_row(broken))
 
 
 ATTEND = Spec(
     attend,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX,
-        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", call=CALL,
+        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", remaining="*i32",
+        gathered="*i32", gather_from="i32", gather_below="i32", call=CALL,
     ),
-    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N"),
+    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "remaining", "gathered"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(
         tile_margins="four numbers for each tile row of queries and each tile of keys",
         tile_lists="an entry for each of those",
+        remaining="two numbers for each tile row of queries, where keys may be gathered",
+        gathered="GATHER_ROOM entries for each tile row of queries, there too",
     ),
     shapes="attention",
+    gathers=True,
 )  # fmt: skip
-ATTEND_PAGED = ATTEND.over_pages(alphas=("any", "1_5"))  # what is rare there is not worth the time to compile
-
-
-# ---- row_max, and which tiles may hold weight ------------------------------------------------------------------------
-
-
-@triton.jit
-def scan(queries, sees, tiles_seen, margins, CODE):
-    """(row_max, a lower bound of gap) of each row. Writes the margins of each visible tile, as the upper half of an
-    fp32; `margins` are pointers to those of tile 0. BLOCK_N is a multiple of TILE."""
-    # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
-    MANY: tl.constexpr = CODE.BLOCK_N // TILE
-    EDGE_CODE: tl.constexpr = Code(CODE.BLOCK_M, TILE, CODE.BLOCK_D, CODE.STEP_D, CODE.ALPHA, CODE.EXACT)
-    whole = tiles_seen.inner // MANY * MANY
-    edge = tiles_seen.edge + (tiles_seen.inner - whole)
-    one_by_one = VisibleTiles(tiles_seen.first, tiles_seen.inner_first, whole, edge)
-    never = tl.where(sees, 0.0, float("-inf"))  # added to margins: a row that sees no key makes no tile a candidate
-    row_max = tl.full([CODE.BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
-    largest = tl.full([CODE.BLOCK_M, CLASSES], float("-inf"), tl.float32)
-    for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find row_max there
-        for index in tl.range(edge if EDGE else whole // MANY, num_stages=stages(EDGE, CODE.ALPHA)):
-            if EDGE:
-                tile = ordered_tile(whole + edge - 1 - index, one_by_one)
-                qk = block_scores(queries, tile * TILE, EDGE_CODE, True)
-            else:
-                tile = tiles_seen.inner_first + index * MANY
-                qk = block_scores(queries, tile * TILE, CODE, False)
-            row_max, largest, above = maxima(qk, row_max, largest)
-            margin = largest_of_warps(above + (tl.abs(row_max) * ROUNDING + never)[:, None, None]) * queries.scale.z
-            scanned = tile + tl.arange(0, 1 if EDGE else MANY)
-            tl.store(margins[:, None] + scanned[None, :], upper_half(margin))
-
-    row_max *= queries.scale.z
-    return row_max, gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA)
-
-
-@triton.jit
-def maxima(qk, row_max, largest):
-    """(row_max, largest, (rows, tiles, 4) numbers whose maximum is a tile's largest score less row_max) with the scores
-    of some tiles' keys. Keys of one class are equal modulo ROW_PARTS, so that one thread holds them. A row of a tile is
-    held by four threads, each with two of the ROW_PARTS: the four numbers are theirs, not to be compared yet."""
-    ROWS: tl.constexpr = qk.shape[0]
-    TILES: tl.constexpr = qk.shape[1] // TILE
-    SPAN: tl.constexpr = CLASSES // TILES  # classes that a tile's keys fall into
-    here = max_or_nan(tl.reshape(qk, [ROWS, TILES, SPAN // ROW_PARTS, TILE // SPAN, ROW_PARTS]), 3)
-    largest = tl.maximum(largest, tl.reshape(here, [ROWS, CLASSES]))
-    of_thread = max_or_nan(tl.reshape(max_or_nan(here, 2), [ROWS, TILES, ROW_PARTS // 2, 2]), 3)
-    row_max = tl.maximum(row_max, max_or_nan(max_or_nan(of_thread, 1), 1), propagate_nan=tl.PropagateNan.ALL)
-    return row_max, largest, of_thread - row_max[:, None, None]
-
-
-@triton.jit
-def gap_of_classes(largest, row_max, scale, ALPHA: tl.constexpr):
-    """A lower bound of gap: that of the largest scores of each class of keys, less what rounding may do."""
-    gap = tl.full(row_max.shape, -1.0, tl.float32)
-    # Not unrolled: it is rarely much of the time, and would be most of the code.
-    for _ in range(BOUND_STEPS_1_5 if ALPHA == ALPHA_1_5 else BOUND_STEPS):
-        excess = excess_of(largest, scale.z, Threshold(row_max + gap, gap), 0, False)
-        p, u = weights(excess, scale.alpha, ALPHA, False)
-        gap += tl.maximum(newton_step(tl.sum(p, 1), tl.sum(u, 1), scale.alpha, ALPHA), 0.0)
-    return gap - (1.0 + tl.abs(row_max)) * ROUNDING
-
-
-@triton.jit
-def largest_of_warps(x):
-    """(groups, tiles): the largest of (rows, tiles, n) in WARP_ROWS rows of a tile, NaN only where all are. x is above
-    0 by no more than rounding. As integers, which one instruction reduces over a warp: with the sign bit set the
-    largest number is the lowest one, and NaN is above all."""
-    GROUPS: tl.constexpr = x.shape[0] // WARP_ROWS
-    bits = x.to(tl.int32, bitcast=True) | -(2**31)
-    bits = tl.reshape(bits, [GROUPS, WARP_ROWS, x.shape[1], x.shape[2]])
-    bits = tl.reshape(tl.permute(bits, [0, 2, 1, 3]), [GROUPS, x.shape[1], WARP_ROWS * x.shape[2]])
-    return tl.min(bits, 2).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def upper_half(x):
-    """The upper 16 bits of an fp32. For x <= 0 that rounds up, so that a number stays a bound."""
-    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
-
-
-@triton.jit
-def list_candidates(entries, margins, gap, tiles_seen, ALPHA: tl.constexpr):
-    """The TileList of the visible tiles with a margin above the lowest gap of its rows."""
-    lowest_gap = tl.min(tl.reshape(gap, [TILE // WARP_ROWS, WARP_ROWS]), 1)[:, None]
-    return list_tiles(may_weigh, (margins, lowest_gap), entries, tiles_seen, ALPHA)
-
-
-@triton.jit
-def may_weigh(tile, index, known, context):
-    margins, lowest_gap = context
-    margin = tl.load(margins[:, None] + tile[None, :], mask=known[None, :], other=0).to(tl.int32) << 16
-    above = margin.to(tl.float32, bitcast=True) > lowest_gap
-    return known & (tl.max(above.to(tl.int32), 0) > 0)
+ATTEND_PAGED = ATTEND.over_pages(
+    alphas=("any", "1_5"), gathers=False
+)  # what is rare there is not worth the time to compile
 
 
 # ---- tau, and the output ---------------------------------------------------------------------------------------------
@@ -292,9 +227,10 @@ def a_step_away(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def solve(queries, values, row_max, gap, sound, candidates, margins, CODE):
+def solve(queries, values, row_max, gap, sound, candidates, seen_to_weigh, words, CODE, GATHER: tl.constexpr):
     """(the weighted values, the sum of their weights, gap) of each row, as the file's head says. The gap is a step
-    ahead of the one that the values were weighted at."""
+    ahead of the one that the values were weighted at. Candidates are a TileList, and tiles that weigh become known by
+    their margins; if GATHER they are MarkedKeys, and by `words` words of bits."""
     DTYPE: tl.constexpr = values.rows.data.dtype.element_ty
     weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
     sum_p = tl.zeros([CODE.BLOCK_M], tl.float32)
@@ -311,7 +247,10 @@ def solve(queries, values, row_max, gap, sound, candidates, margins, CODE):
         distant = moving & (outputs_made % 2 == 0)
         while any_row(distant):
             threshold = threshold_of(row_max, gap, CODE.EXACT)
-            sum_p, here_u = sum_weights(queries, threshold, candidates, CODE)
+            if GATHER:
+                sum_p, here_u = sum_marked_weights(queries, threshold, candidates, CODE)
+            else:
+                sum_p, here_u = sum_weights(queries, threshold, candidates, CODE)
             near = tl.abs(sum_p - 1.0) <= a_step_away(DTYPE, CODE.ALPHA)
             step, here_u, here_slope = threshold_step(sum_p, here_u, gap, near, queries.scale.alpha, CODE.ALPHA)
             moved = (gap + step != gap) & (attempts < ATTEMPTS)
@@ -323,7 +262,12 @@ def solve(queries, values, row_max, gap, sound, candidates, margins, CODE):
 
         # 2. The output, and its sums.
         threshold = threshold_of(row_max, gap, CODE.EXACT)
-        weighted, sum_p, here_u = weigh_values(queries, values, threshold, candidates, margins, CODE)
+        if GATHER:
+            weighted, sum_p, here_u = weigh_marked_values(
+                queries, values, threshold, candidates, seen_to_weigh, words, CODE
+            )
+        else:
+            weighted, sum_p, here_u = weigh_values(queries, values, threshold, candidates, seen_to_weigh, CODE)
         if CODE.ALPHA != ALPHA_ANY:
             here_u = sum_u + slope_u * sum_p
         if CODE.ALPHA == ALPHA_1_5:  # u <= -gap, so this is a bound: no step passes row_max, settled support or not
@@ -361,8 +305,36 @@ def sum_weights(queries, threshold, candidates, CODE):
                 part_n += column_counts(p)
             else:
                 part_u += column_sums(u)
+    return sums_of_row(part_p, part_u, part_n, CODE)
+
+
+@triton.jit
+def sums_of_row(part_p, part_u, part_n, CODE):
+    """(sum p, sum u) of each row from their parts."""
     sum_p = tl.sum(part_p, 1)
     return sum_p, tl.sum(part_n, 1).to(tl.float32) if CODE.ALPHA == ALPHA_2 else tl.sum(part_u, 1)
+
+
+@triton.jit
+def sum_marked_weights(queries, threshold, keys, CODE):
+    """The same over MarkedKeys."""
+    zeros = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
+    sums = (zeros, zeros, tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.int32), zeros)
+    part_p, part_u, part_n, _ = visit_marked(add_weights, sums, (queries, threshold), keys, CODE.BLOCK_N, CODE)
+    return sums_of_row(part_p, part_u, part_n, CODE)
+
+
+@triton.jit
+def add_weights(sums, first_key, context, CODE, EDGE: tl.constexpr):
+    queries, threshold = context
+    part_p, part_u, part_n, lost = sums
+    p, u = weigh(block_scores(queries, first_key, CODE, EDGE), queries.scale, threshold, 0, CODE)
+    part_p, lost = kahan_add(part_p, lost, column_sums(p), CODE.EXACT)
+    if CODE.ALPHA == ALPHA_2:
+        part_n += column_counts(p)
+    else:
+        part_u += column_sums(u)
+    return part_p, part_u, part_n, lost
 
 
 class ValueBlock(NamedTuple):
@@ -416,6 +388,36 @@ def add_values(sums, tile, index, context, CODE, EDGE: tl.constexpr):
 
 
 @triton.jit
+def weigh_marked_values(queries, values, threshold, keys, bits, words, CODE):
+    """The same over MarkedKeys. Of the `words` words of tile bits those of tiles that weigh are set, the others 0."""
+    for start in range(0, words, LIST_CHUNK):
+        word = start + tl.arange(0, LIST_CHUNK)
+        tl.store(bits + word, tl.zeros([LIST_CHUNK], tl.int32), mask=word < words)
+    tl.debug_barrier()
+    zeros = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
+    sums = (tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32), zeros, zeros, zeros)
+    context = (queries, values, threshold, bits)
+    weighted, part_p, part_u, _ = visit_marked(add_marked_values, sums, context, keys, CODE.BLOCK_N, CODE)
+    tl.debug_barrier()
+    return weighted, tl.sum(part_p, 1), tl.sum(part_u, 1)
+
+
+@triton.jit
+def add_marked_values(sums, first_key, context, CODE, EDGE: tl.constexpr):
+    queries, values, threshold, bits = context
+    weighted, part_p, part_u, lost = sums
+    p, u = weigh(block_scores(queries, first_key, CODE, EDGE), queries.scale, threshold, 0, CODE)
+    weighted = add_weighted(weighted, p, values, first_key, CODE, EDGE)
+    part_p, lost = kahan_add(part_p, lost, column_sums(p), CODE.EXACT)
+    if CODE.ALPHA == ALPHA_ANY:
+        part_u += column_sums(u)
+    weighs = tl.max(p.to(tl.int32, bitcast=True), 0) > 0  # as integers, which order as numbers from 0 on do
+    tile = first_key // TILE
+    tl.atomic_or(bits + tile // WORD, tl.full(tile.shape, 1, tl.int32) << (tile % WORD), mask=weighs, sem="relaxed")
+    return weighted, part_p, part_u, lost
+
+
+@triton.jit
 def add_weighted(total, p, values, first_key, CODE, EDGE: tl.constexpr):
     """The sum of weighted values with those of some more keys."""
     v = load_rows(values.rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
@@ -453,14 +455,26 @@ def softmax(queries, values, tiles_seen, CODE):
 
 
 @triton.jit
+def store_state(row_state, row_max, gap, row, end):
+    tl.store(row_state + 2 * row, row_max, mask=row < end)
+    tl.store(row_state + 2 * row + 1, gap, mask=row < end)
+
+
+@triton.jit
+def load_state(row_state, row, end):
+    """(row_max, gap) of rows whose gap is only known to be as large: broken ones have NaN."""
+    row_max = tl.load(row_state + 2 * row, mask=row < end, other=0.0)
+    return row_max, tl.load(row_state + 2 * row + 1, mask=row < end, other=float("inf"))
+
+
+@triton.jit
 def store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE):
     """row_state and the output of rows, from the weighted values and the sum of their weights. Returns which of them
     are broken: they see keys and are not sound."""
     row = first_row + tl.arange(0, CODE.BLOCK_M)
     broken = sees & ~sound
     row_max = tl.where(broken, float("nan"), row_max)
-    tl.store(row_state + 2 * row, row_max, mask=row < out_rows.end)
-    tl.store(row_state + 2 * row + 1, tl.where(broken, float("nan"), gap), mask=row < out_rows.end)
+    store_state(row_state, row_max, tl.where(broken, float("nan"), gap), row, out_rows.end)
     weighted *= (1.0 / tl.where(sound & (sum_p > 0.0), sum_p, 1.0))[:, None]
     weighted = tl.where(broken[:, None], float("nan"), weighted)
     store_rows(out_rows, weighted, first_row, CODE.BLOCK_M, CODE.BLOCK_D)

@@ -38,7 +38,7 @@ from ..lib.entmax import (
     weigh,
     weights_threshold,
 )
-from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
+from ..lib.marks import GATHER_ROOM, MarkedRows, add_row_marks, gathers, visit_rows
 from ..lib.matrices import (
     ROW_PARTS,
     Code,
@@ -75,6 +75,7 @@ class BackwardBlock(NamedTuple):
     alpha_source: tl.tensor
     dropout: SequenceDropout
     row_seeds: tl.tensor
+    row_marks: tl.tensor  # of its tile row, where keys are gathered
 
 
 class Sums(NamedTuple):
@@ -93,13 +94,13 @@ class Sums(NamedTuple):
 @triton.jit
 def grad_query(
     query, key, value, out, grad_out, grad_query, row_terms, row_seeds, alpha_terms, row_state, tiles, tile_lists,
-    marks, gathered, probe_counts, gather_below, call,
+    marks, row_marks, gathered, probe_counts, gather_below, call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     GATHER: tl.constexpr,
 ):  # fmt: skip
     """dq, and what grad_key_value needs of rows: `row_terms`, with dropout `row_seeds` too. `alpha_terms` are the rows'
-    parts of the gradient of alpha, where that is asked for. Visits the keys that are in `marks` if GATHER, else all of
-    tiles with weight, of the key heads that `probe_counts` say so of."""
+    parts of the gradient of alpha, where that is asked for. Visits the keys that are in `marks` if GATHER, and marks
+    the rows that weigh them, else all of tiles with weight, of the key heads that `probe_counts` say so of."""
     block, head, batch = block_of_program(tl.cdiv(call.queries.max_seqlen, BLOCK_M), call.heads)
     if gathers(probe_counts, kv_head_of(call, batch, head), gather_below) != GATHER:
         return
@@ -131,6 +132,7 @@ def grad_query(
     entries = tile_lists + tile_row * key_tiles
     gathered += tile_row * GATHER_ROOM
     marks += tile_row * key_tiles * (TILE // WORD)
+    row_marks += tile_row * key_tiles * (TILE // WORD)
     keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
     key_rows = rows_from(key_rows, keys_seen.first, keys_seen.end)
     value_rows = rows_from(value_rows, keys_seen.first, keys_seen.end)
@@ -153,6 +155,7 @@ def grad_query(
         call.alpha.source,
         dropout_of_sequence(call.dropout, batch, ALPHA),
         seeds,
+        row_marks,
     )
     marked = MarkedRows(marks, 1, gathered)
     sums = zero_sums(CODE)
@@ -172,9 +175,9 @@ GRAD_QUERY = Spec(
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX, grad_out=MATRIX, grad_query=MATRIX, row_terms="*fp32",
         row_seeds="*i64", alpha_terms="*fp32", row_state="*fp32", tiles="*i32", tile_lists="*i32", marks="*i32",
-        gathered="*i32", probe_counts="*i32", gather_below="i32", call=CALL,
+        row_marks="*i32", gathered="*i32", probe_counts="*i32", gather_below="i32", call=CALL,
     ),
-    writes=("grad_query", "row_terms", "row_seeds", "alpha_terms", "tile_lists", "gathered"),
+    writes=("grad_query", "row_terms", "row_seeds", "alpha_terms", "tile_lists", "row_marks", "gathered"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(
@@ -210,6 +213,8 @@ def add_keys(sums, first_key, held, CODE, EDGE: tl.constexpr):
     k = load_rows(queries.key_rows, first_key, CODE.BLOCK_N, CODE.BLOCK_D, EDGE)
     qk = block_scores(queries, first_key, CODE, EDGE)  # of the same rows of keys: one load for both
     p, u = weigh(qk, scale, held.threshold, 0, CODE)
+    if len(first_key.shape) > 0:  # gathered
+        add_row_marks(held.row_marks, tl.maximum(p, u) > 0.0, first_key)
     dp = products(held.do, held.value_rows, first_key, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
     dp = drop(dp, held.dropout, held.row_seeds, row_numbers(first_key, CODE.BLOCK_N), CODE)
     sum_p, lost, sum_u_term, sum_u_dp_term = sums.p, sums.lost, sums.u_term, sums.u_dp_term

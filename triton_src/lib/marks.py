@@ -7,13 +7,16 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .matrices import INTERPRETED
-from .tile_lists import WORD, all_edges, part_of, stages
+from .scores import turned_scores
+from .tile_lists import WORD, TileList, all_edges, part_of, stages, visit_tiles
 from .visibility import TILE, UNLIMITED
 
 WARP_ROWS = tl.constexpr(16)  # of one warp in the matrix units' layout: for what is kept of each, no other warp waits
 PROBE_EVERY = tl.constexpr(16)  # one of so many blocks of rows is probed, at about so many tiles of it
 TILES_AT_ONCE = tl.constexpr(32)  # tiles whose marked rows are listed together
 GATHER_ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for
+# With so many or less of them there is room for those of TILES_AT_ONCE tiles more.
+ROOM_AT_LEAST = tl.constexpr(GATHER_ROOM.value - TILES_AT_ONCE.value * TILE.value)
 
 
 @triton.jit
@@ -41,21 +44,52 @@ def bits_set(x):
 
 
 @triton.jit
-def marks_of(qk, z_scale, threshold, broken, EXACT: tl.constexpr):
-    """Of a block of rows and keys with scores qk: ((groups of rows, words) bits of the keys that a row of the group
-    weighs, (groups,) bits of the rows that weigh a key, or are broken). What `excess_of` takes the positive part of is
-    negated here, so that its sign is the mark: a key weighs by these bits if and only if it has an excess."""
-    ROWS: tl.constexpr = qk.shape[0]
-    WORDS: tl.constexpr = qk.shape[1] // WORD
-    high, low = threshold.high[:, None], threshold.low[:, None]
+def marks_of_keys(qk, z_scale, threshold, EXACT: tl.constexpr):
+    """Of a block of keys and rows with scores qk, (keys, rows): (groups of WARP_ROWS keys,) bits of the keys that a row
+    weighs. What `excess_of` takes the positive part of is negated here, so that its sign is the mark: a key weighs by
+    these bits if and only if it has an excess."""
+    KEYS: tl.constexpr = qk.shape[0]
+    high, low = threshold.high[None, :], threshold.low[None, :]
     below = (high - qk * z_scale) + low if EXACT else high - qk * z_scale
-    bit = tl.full([qk.shape[1]], 1, tl.int32) << (tl.arange(0, qk.shape[1]) % WORD)
-    weighs = (below.to(tl.int32, bitcast=True) >> 31) & bit[None, :]
-    words = any_bits(tl.reshape(weighs, [ROWS, WORDS, WORD]), 2)
-    row_bit = tl.full([ROWS], 1, tl.int32) << (tl.arange(0, ROWS) % WARP_ROWS)
-    row_bits = tl.where((any_bits(words, 1) != 0) | broken, row_bit, 0)
-    groups = tl.reshape(words, [ROWS // WARP_ROWS, WARP_ROWS, WORDS])
-    return any_bits(groups, 1), any_bits(tl.reshape(row_bits, [ROWS // WARP_ROWS, WARP_ROWS]), 1)
+    signs = any_bits(below.to(tl.int32, bitcast=True), 1)
+    bit = tl.full([KEYS], 1, tl.int32) << (tl.arange(0, KEYS) % WARP_ROWS)
+    return any_bits(tl.reshape((signs >> 31) & bit, [KEYS // WARP_ROWS, WARP_ROWS]), 1)
+
+
+@triton.jit
+def mark_keys(queries, threshold, tile_list, key_marks, CODE):
+    """Marks the keys of the tiles of a list that any row weighs at a threshold, a whole tile at a step, and returns how
+    many they are. A warp has 16 keys, and all rows, so it waits for no other."""
+    marked = tl.zeros([TILE // WARP_ROWS], tl.int32)
+    marked = visit_tiles(add_key_marks, marked, (queries, threshold, key_marks), tile_list, CODE)
+    return tl.sum(marked, 0)
+
+
+@triton.jit
+def add_key_marks(marked, tile, index, context, CODE, EDGE: tl.constexpr):
+    queries, threshold, key_marks = context
+    qk = turned_scores(queries, tile * TILE, CODE, EDGE)
+    bits = marks_of_keys(qk, queries.scale.z, threshold, CODE.EXACT)
+    tl.store(key_marks + tile * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS), bits.to(tl.int16))
+    return marked + bits_set(bits)
+
+
+@triton.jit
+def bits_of_rows(marked):
+    """Of (rows, n) conditions: (groups of WARP_ROWS rows, n) bits of the rows for which they hold."""
+    ROWS: tl.constexpr = marked.shape[0]
+    bit = tl.full([ROWS], 1, tl.int32) << (tl.arange(0, ROWS) % WARP_ROWS)
+    bits = tl.where(marked, bit[:, None], 0)
+    return any_bits(tl.reshape(bits, [ROWS // WARP_ROWS, WARP_ROWS, marked.shape[1]]), 1)
+
+
+@triton.jit
+def add_row_marks(row_marks, marked, key):
+    """Marks rows of tiles of keys for which a condition, (rows, keys), holds: of the tiles that some keys are in."""
+    bits = bits_of_rows(marked)
+    group = tl.arange(0, TILE // WARP_ROWS)[:, None]  # two to a word
+    place = row_marks + (key // TILE * (TILE // WORD))[None, :] + group // 2
+    tl.atomic_or(place, bits << (group % 2 * WARP_ROWS), mask=bits != 0, sem="relaxed")
 
 
 @triton.jit
@@ -87,31 +121,77 @@ def visit_rows(
     start = 0
     while start < tile_list.count:
         if GATHER:
-            n, inner_n, start = list_marked(marked, tile_list, unused, start)
+            n, inner_n, start = list_marked(marked, tile_list, unused, start, ROOM_AT_LEAST)
         else:
             n, inner_n, start = tile_list.count * TILE, tile_list.inner * TILE, tile_list.count
-        for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
-            begin, end = (inner_n // ROWS, tl.cdiv(n, ROWS)) if EDGE else (0, inner_n // ROWS)
-            entries = tile_list.entries + unused if EDGE else tile_list.entries
-            ahead = listed_step(marked.gathered, entries, begin, n, ROWS, GATHER)
-            for index in tl.range(begin, end, num_stages=stages(EDGE and SHORT_EDGES, CODE.ALPHA)):
-                first = first_of_step(ahead, index, ROWS, GATHER)
-                ahead = listed_step(marked.gathered, entries, index + 1, n, ROWS, GATHER)
-                sums = add(sums, first, context, CODE, EDGE)
+        entries = tile_list.entries
+        sums = visit_steps(add, sums, context, marked, entries, unused, n, inner_n, ROWS, SHORT_EDGES, CODE, GATHER)
     return sums
 
 
 @triton.jit
-def list_marked(marked, tile_list, unused, start):
-    """Lists the marked rows of the tiles of a list from the start-th on, as long as there is room: (how many, how many
-    of them in inner tiles, which come first, the tile to go on with)."""
+def visit_steps(
+    add, sums, context, marked, entries, unused, n, inner_n, ROWS: tl.constexpr, SHORT_EDGES: tl.constexpr, CODE,
+    GATHER: tl.constexpr,
+):  # fmt: skip
+    """The loops of visit_rows, over n rows of a list or of its tiles, the first inner_n of which are in inner tiles."""
+    for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
+        begin, end = (inner_n // ROWS, tl.cdiv(n, ROWS)) if EDGE else (0, inner_n // ROWS)
+        of_edge = entries + unused if EDGE else entries
+        ahead = listed_step(marked.gathered, of_edge, begin, n, ROWS, GATHER)
+        for index in tl.range(begin, end, num_stages=stages(EDGE and SHORT_EDGES, CODE.ALPHA)):
+            first = first_of_step(ahead, index, ROWS, GATHER)
+            ahead = listed_step(marked.gathered, of_edge, index + 1, n, ROWS, GATHER)
+            sums = add(sums, first, context, CODE, EDGE)
+    return sums
+
+
+class MarkedKeys(NamedTuple):
+    """The marked keys of a list of tiles, for sums over them that are taken more than once."""
+
+    marked: MarkedRows
+    tiles: TileList
+    count: tl.tensor
+    inner: tl.tensor  # of them those in inner tiles, as list_at_once says
+
+
+@triton.jit
+def list_at_once(marked, tile_list, count):
+    """Lists all marked rows of a list of tiles, which are `count`, if there is room for them; returns how many are in
+    inner tiles."""
+    inner = 0
+    start = tl.where(count <= GATHER_ROOM, 0, tile_list.count)
+    while start < tile_list.count:
+        _, inner, start = list_marked(marked, tile_list, 0, start, GATHER_ROOM)
+    return inner
+
+
+@triton.jit
+def visit_marked(add, sums, context, keys, ROWS: tl.constexpr, CODE):
+    """Sums over MarkedKeys, ROWS at a step. Those that are too many for one list are listed part by part, anew each
+    time."""
+    start = 0
+    while start < keys.tiles.count:
+        n, inner_n = keys.count, keys.inner
+        if keys.count <= GATHER_ROOM:
+            start = keys.tiles.count
+        else:
+            n, inner_n, start = list_marked(keys.marked, keys.tiles, 0, start, ROOM_AT_LEAST)
+        sums = visit_steps(add, sums, context, keys.marked, keys.tiles.entries, 0, n, inner_n, ROWS, False, CODE, True)
+    return sums
+
+
+@triton.jit
+def list_marked(marked, tile_list, unused, start, most):
+    """Lists the marked rows of the tiles of a list from the start-th on, until there are more than `most`: (how many,
+    how many of them in inner tiles, which come first, the tile to go on with)."""
     n = 0
     inner_n = 0
     bit = tl.arange(0, WORD)
     below = (tl.full([WORD], 1, tl.int32) << bit) - 1
     half = tl.arange(0, TILE // WORD)
     tl.debug_barrier()  # the old list may still be read
-    while (start < tile_list.count) & (n <= GATHER_ROOM - TILES_AT_ONCE * TILE):
+    while (start < tile_list.count) & (n <= most):
         index = start + tl.arange(0, TILES_AT_ONCE)
         known = index < tile_list.count
         place = tile_list.entries + index + tl.where(index < tile_list.inner, 0, unused)

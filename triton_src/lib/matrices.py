@@ -294,6 +294,23 @@ def products(a, b, first, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, CODE, MASK
 
 
 @triton.jit
+def turned_products(a, b, first, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, CODE, MASKED: tl.constexpr):
+    """The same products with the rows of b along the first axis: what is reduced over the rows of a then stays within a
+    thread of the matrix units' layout."""
+    if CODE.STEP_D == CODE.BLOCK_D:
+        found = dot(load_rows(b, first, B_ROWS, CODE.BLOCK_D, MASKED), tl.trans(a.block))
+    else:
+        found = tl.zeros([B_ROWS, A_ROWS], tl.float32)
+        for column in range(0, a.rows.columns, CODE.STEP_D):
+            a_part = columns_from(a.rows, column)
+            b_part = columns_from(b, column)
+            a_block = load_rows(a_part, a.first, A_ROWS, CODE.STEP_D, True)
+            b_block = load_rows(b_part, first, B_ROWS, CODE.STEP_D, MASKED)
+            found = dot(b_block, tl.trans(a_block), found)
+    return found
+
+
+@triton.jit
 def dot(a, b, acc=None):
     """a @ b (+ acc) in fp32. fp32 operands are split into three bf16 each, whose six largest products keep all digits,
     and take as long as three tf32 products, which lose two bits."""

@@ -3,57 +3,34 @@
 // whole tiles. Of each key head one of the two does the work; only the GPU knows which, and the other returns at once.
 #include <ATen/ops/zeros_like.h>
 
-#include <algorithm>
-#include <atomic>
-
 #include "cuda/portable/call.h"
+#include "cuda/portable/gathering.h"
 #include "cuda/portable/portable.h"
 
 namespace adasplash::cuda::portable {
 namespace {
-
-// From how many queries and keys on it is probed whether to gather what weighs, and below which share of the probed
-// keys, in per cent, that pays: docs/notes/2026-11-27-gathering.md. The matrix products of large heads hide more of
-// what gathering costs.
-std::atomic<int32_t> probe_from{8192};
-std::atomic<int32_t> gather_below_small{30}, gather_below_large{50};
-constexpr int64_t kSmallHead = 64;
-
-// The per cent that kernels take; 0 if there is nothing to probe. It follows from the largest lengths that there may
-// be; for each sequence the kernel that probes looks at its own.
-int32_t gather_below(const AttentionInputs& inputs) {
-  const auto& [op, query, key, value, options, first] = inputs;
-  const int64_t rows = options.packed() ? 0 : 2;
-  const auto shorter = std::min(longest_sequence(options, options.max_seqlen_q, query.size(rows)).expect_int(),
-                                longest_sequence(options, options.max_seqlen_k, key.size(rows)).expect_int());
-  if (shorter < probe_from || query.numel() == 0) return 0;
-  return std::max(query.sizes().back(), value.sizes().back()) <= kSmallHead ? gather_below_small : gather_below_large;
-}
 
 // What grad_query leaves of each row for grad_key_value: the threshold as two numbers, delta, and the normaliser.
 constexpr Piece<float> kRowTerms{"row_terms", 4, &Extents::state_rows};
 constexpr Piece<int32_t> kTileLists{"tile_lists", 1, &Extents::tile_pairs};
 constexpr Scratch kWalkingScratch = {kRowTerms, kTileLists};
 
-// With dropout also what the row's weights are dropped by. It comes first in memory, being twice as wide as the rest.
+// With dropout also what the row's weights are dropped by.
 constexpr Piece<int64_t> kRowSeeds{"row_seeds", 1, &Extents::state_rows};
-constexpr Scratch kWalkingDropoutScratch = {kRowSeeds, kRowTerms, kTileLists};
 
-// To gather: for each key head how many probed keys weigh and how many there were; one bit for each of the 64 keys of a
-// tile, and one for each of its 64 rows, which `mark` writes 16 at a time and grad_key_value reads as words, like those
-// of keys; and the keys or rows that are visited.
-constexpr Piece<int32_t> kGathered{"gathered", kGatherRoom, &Extents::tile_rows};
+// To gather, also for each key head how many probed keys weigh and how many there were; and one bit for each of the 64
+// keys of a tile, which `mark` writes 16 at a time and grad_query reads as words, and for each of its 64 rows, which
+// `mark` begins, grad_query adds to and grad_key_value reads.
 constexpr Piece<int32_t> kProbeCounts{"probe_counts", 2, &Extents::kv_heads};
 constexpr Piece<int32_t> kKeyMarks{"key_marks", 2, &Extents::query_tile_pairs};
 constexpr Piece<int32_t> kRowMarks{"row_marks", 2, &Extents::query_tile_pairs};
-constexpr Scratch kGatheringScratch = {kRowTerms, kTileLists, kGathered, kProbeCounts, kKeyMarks, kRowMarks};
-constexpr Scratch kGatheringDropoutScratch = {kRowSeeds,    kRowTerms, kTileLists, kGathered,
-                                              kProbeCounts, kKeyMarks, kRowMarks};
+constexpr Scratch kGatheringScratch = {kGathered, kProbeCounts, kKeyMarks, kRowMarks};
 
-const Scratch& scratch_for(int32_t gather_below, const AttentionOptions& options) {
-  const bool dropout = options.dropout_p > 0;
-  if (gather_below > 0) return dropout ? kGatheringDropoutScratch : kGatheringScratch;
-  return dropout ? kWalkingDropoutScratch : kWalkingScratch;
+Scratch scratch_for(const Gathering& gathering, const AttentionOptions& options) {
+  Scratch scratch = kWalkingScratch;
+  if (options.dropout_p > 0) scratch += {kRowSeeds};
+  if (gathering.possible()) scratch += kGatheringScratch;
+  return scratch;
 }
 
 // The launches of one part, and what several of them are given.
@@ -69,13 +46,13 @@ class Backward {
         row_state_(saved.row_state.const_data_ptr<float>()),
         tiles_(saved.tiles.const_data_ptr<int32_t>()),
         alpha_terms_(outputs.alpha_terms.mutable_data_ptr<float>()),
-        gather_below_(gather_below(inputs)),
-        workspace_(scratch_for(gather_below_, inputs.options), call_.extents(), call_.query) {}
+        gathering_(Gathering::of_backward(inputs)),
+        workspace_(scratch_for(gathering_, inputs.options), call_.extents(), call_.query) {}
 
   void run() const {
     // Nobody writes the terms of tokens that no sequence has.
     if (call_.packed) workspace_.zero(kRowTerms);
-    const bool may_gather = gather_below_ > 0;
+    const bool may_gather = gathering_.possible();
     if (may_gather) mark_what_weighs();
     if (call_.query.numel() > 0) {
       compute_grad_query(false);
@@ -95,7 +72,7 @@ class Backward {
     workspace_.zero(kProbeCounts);
     const Variant& variant = call_.variant(Kernel::kMark);
     const int64_t blocks = call_.query_programs(variant) / call_.heads;
-    launch_mark(variant, (blocks + kProbeEvery - 1) / kProbeEvery * call_.heads, probe_from);
+    launch_mark(variant, (blocks + kProbeEvery - 1) / kProbeEvery * call_.heads, gathering_.from);
     launch_mark(variant, blocks * call_.heads, 0);
   }
 
@@ -108,10 +85,10 @@ class Backward {
              .row_state = row_state_,
              .tiles = tiles_,
              .tile_lists = workspace_.write(kTileLists),
-             .key_marks = workspace_.write(kKeyMarks),
+             .key_marks = reinterpret_cast<int16_t*>(workspace_.write(kKeyMarks)),
              .row_marks = reinterpret_cast<int16_t*>(workspace_.write(kRowMarks)),
              .probe_counts = workspace_.write(kProbeCounts),
-             .gather_below = gather_below_,
+             .gather_below = gathering_.below,
              .probe_from = length_to_probe,
              .call = call_.arguments,
          });
@@ -134,9 +111,10 @@ class Backward {
                    .tiles = tiles_,
                    .tile_lists = workspace_.write(kTileLists),
                    .marks = workspace_.read(kKeyMarks),
+                   .row_marks = workspace_.write(kRowMarks),
                    .gathered = workspace_.write(kGathered),
                    .probe_counts = workspace_.read(kProbeCounts),
-                   .gather_below = gather_below_,
+                   .gather_below = gathering_.below,
                    .call = call_.arguments,
                });
   }
@@ -158,7 +136,7 @@ class Backward {
                        .marks = workspace_.read(kRowMarks),
                        .gathered = workspace_.write(kGathered),
                        .probe_counts = workspace_.read(kProbeCounts),
-                       .gather_below = gather_below_,
+                       .gather_below = gathering_.below,
                        .call = call_.arguments,
                    });
   }
@@ -169,14 +147,14 @@ class Backward {
   const float* const row_state_;
   const int32_t* const tiles_;
   float* const alpha_terms_;
-  const int32_t gather_below_;
+  const Gathering gathering_;
   const Workspace workspace_;
 };
 
 }  // namespace
 
-const Scratch& Portable::backward_scratch(const AttentionInputs& inputs) const {
-  return scratch_for(gather_below(inputs), inputs.options);
+Scratch Portable::backward_scratch(const AttentionInputs& inputs) const {
+  return scratch_for(Gathering::of_backward(inputs), inputs.options);
 }
 
 void Portable::backward(const AttentionInputs& inputs, const BackwardInputs& saved,
@@ -185,10 +163,3 @@ void Portable::backward(const AttentionInputs& inputs, const BackwardInputs& sav
 }
 
 }  // namespace adasplash::cuda::portable
-
-// For tests: sets from which length on it is probed whether to gather, and below which per cent it is done.
-extern "C" __attribute__((visibility("default"))) void adasplash_gather(int32_t from, int32_t below) {
-  using namespace adasplash::cuda::portable;
-  probe_from = from;
-  gather_below_small = gather_below_large = below;
-}

@@ -1,43 +1,92 @@
-// The forward of the portable kernels: one launch of `attend`, and those of few.h for sequences of few queries.
+// The forward of the portable kernels: `attend`, and the launches of few.h for sequences of few queries.
 #include "cuda/portable/call.h"
 #include "cuda/portable/few.h"
+#include "cuda/portable/gathering.h"
 #include "cuda/portable/portable.h"
 
 namespace adasplash::cuda::portable {
 namespace {
 
+// Where keys are gathered, their marks come in the place of margins.
 constexpr Piece<int16_t> kTileMargins{"tile_margins", 4, &Extents::query_tile_pairs};
 constexpr Piece<int32_t> kTileLists{"tile_lists", 1, &Extents::query_tile_pairs};
 // Inference keeps nothing, but the kernels write these in any case; those of few queries write no tile bits then.
 constexpr Piece<float> kRowState{"row_state", 2, &Extents::state_rows};
 constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
 
-constexpr Scratch kTrainingScratch = {kTileMargins, kTileLists};
-constexpr Scratch kInferenceScratch = {kTileMargins, kRowState, kTileLists, kTiles};
-constexpr Scratch kFewTrainingScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,
-                                         kListedKeys, kIsLong,  kWeighted,     kWeightSums};
-constexpr Scratch kFewInferenceScratch = {kRowState,   kScores, kTileMax,  kFewTileLists, kListedScores,
-                                          kListedKeys, kIsLong, kWeighted, kWeightSums};
-constexpr Scratch kFewIndexedScratch = {kRowState,    kScores,     kTileMax,  kFewTileLists, kListedScores,
-                                        kListedKeys,  kIsLong,     kWeighted, kWeightSums,   kTurned,
-                                        kTurnedTerms, kTileBounds, kFloors,   kFound};
-// Where the lengths that the GPU has decide.
-constexpr Scratch kBothTrainingScratch = {kTileMargins,  kTileLists,  kScores, kTileMax,  kFewTileLists,
-                                          kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
-constexpr Scratch kBothInferenceScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
-                                           kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums};
-constexpr Scratch kBothIndexedScratch = {kTileMargins,  kRowState,     kTileLists,  kTiles,  kScores,   kTileMax,
-                                         kFewTileLists, kListedScores, kListedKeys, kIsLong, kWeighted, kWeightSums,
-                                         kTurned,       kTurnedTerms,  kTileBounds, kFloors, kFound};
+constexpr Scratch kAttendScratch = {kTileMargins, kTileLists};
+
+// To gather keys, also how many candidates there are of tile rows whose keys are gathered, and how many of them inner.
+constexpr Piece<int32_t> kRemaining{"remaining", 2, &Extents::tile_rows};
+constexpr Scratch kGatheringScratch = {kRemaining, kGathered};
+
+constexpr Scratch kFewScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,
+                                 kListedKeys, kIsLong,  kWeighted,     kWeightSums};
+constexpr Scratch kIndexScratch = {kTurned, kTurnedTerms, kTileBounds, kFloors, kFound};
+
+// The launches over all keys of sequences that do not have few queries.
+class Attend {
+ public:
+  Attend(const PreparedCall& call, const Gathering& gathering, const Workspace& workspace, const at::Tensor& out,
+         float* row_state, int32_t* tiles)
+      : call_(call), gathering_(gathering), workspace_(workspace), out_(out), row_state_(row_state), tiles_(tiles) {}
+
+  // In long sequences the first launch leaves blocks of rows that weigh few keys to the second, which gathers these.
+  // Only the GPU knows which, and programs that have nothing to do return at once.
+  void run() const {
+    call_.over_keys([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
+      launch(key, value, false);
+      if (gathering_.possible()) launch(key, value, true);
+    });
+  }
+
+ private:
+  template <typename KeyMatrix>
+  void launch(const KeyMatrix& key, const KeyMatrix& value, bool gather) const {
+    using Kernels = KeyKernels<KeyMatrix>;
+    const Variant& variant = call_.variant(Kernels::kAttend, gather);
+    Kernels::attend(variant, call_.place, call_.query_programs(variant),
+                    {
+                        .query = matrix_of(call_.query),
+                        .key = key,
+                        .value = value,
+                        .out = mutable_matrix_of(out_),
+                        .row_state = row_state_,
+                        .tiles = tiles_,
+                        .tile_margins = workspace_.write(kTileMargins),
+                        .tile_lists = workspace_.write(kTileLists),
+                        .remaining = workspace_.write(kRemaining),
+                        .gathered = workspace_.write(kGathered),
+                        .gather_from = gathering_.possible() ? gathering_.from : kUnlimited,
+                        .gather_below = gathering_.below,
+                        .call = call_.arguments,
+                    });
+  }
+
+  const PreparedCall& call_;
+  const Gathering& gathering_;
+  const Workspace& workspace_;
+  const at::Tensor& out_;
+  float* const row_state_;
+  int32_t* const tiles_;
+};
 
 }  // namespace
 
-const Scratch& Portable::forward_scratch(const AttentionInputs& inputs, bool training) const {
+Scratch Portable::forward_scratch(const AttentionInputs& inputs, bool training) const {
   const FewQueries few = FewQueries::of(inputs);
-  if (few.some() && uses_index(inputs)) return few.all() ? kFewIndexedScratch : kBothIndexedScratch;
-  if (few.all()) return training ? kFewTrainingScratch : kFewInferenceScratch;
-  if (few.some()) return training ? kBothTrainingScratch : kBothInferenceScratch;
-  return training ? kTrainingScratch : kInferenceScratch;
+  Scratch scratch;
+  if (!training) scratch += {kRowState};
+  if (!few.all()) {
+    scratch += kAttendScratch;
+    if (!training) scratch += {kTiles};
+    if (Gathering::of_forward(inputs).possible()) scratch += kGatheringScratch;
+  }
+  if (few.some()) {
+    scratch += kFewScratch;
+    if (uses_index(inputs)) scratch += kIndexScratch;
+  }
+  return scratch;
 }
 
 void Portable::forward(const AttentionInputs& inputs, const ForwardOutputs& outputs) const {
@@ -51,22 +100,8 @@ void Portable::forward(const AttentionInputs& inputs, const ForwardOutputs& outp
   if (few.all()) {
     if (training) outputs.tiles.zero_();  // bits are set one by one
   } else {
-    call.over_keys([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
-      using Kernels = KeyKernels<KeyMatrix>;
-      const Variant& variant = call.variant(Kernels::kAttend);
-      Kernels::attend(variant, call.place, call.query_programs(variant),
-                      {
-                          .query = matrix_of(call.query),
-                          .key = key,
-                          .value = value,
-                          .out = mutable_matrix_of(out.rows),
-                          .row_state = row_state,
-                          .tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles),
-                          .tile_margins = workspace.write(kTileMargins),
-                          .tile_lists = workspace.write(kTileLists),
-                          .call = call.arguments,
-                      });
-    });
+    int32_t* const tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles);
+    Attend(call, Gathering::of_forward(inputs), workspace, out.rows, row_state, tiles).run();
   }
   if (few.some()) {
     attend_few(call, few, workspace, out.rows, row_state,

@@ -10,14 +10,14 @@ class Portable final : public Implementation {
   const char* name() const override { return "portable"; }
   std::optional<std::string> refusal(const CallKind& kind) const override;
 
-  const Scratch& forward_scratch(const AttentionInputs& inputs, bool training) const override;
+  Scratch forward_scratch(const AttentionInputs& inputs, bool training) const override;
   void forward(const AttentionInputs& inputs, const ForwardOutputs& outputs) const override;
 
-  const Scratch& backward_scratch(const AttentionInputs& inputs) const override;
+  Scratch backward_scratch(const AttentionInputs& inputs) const override;
   void backward(const AttentionInputs& inputs, const BackwardInputs& saved,
                 const BackwardOutputs& outputs) const override;
 
-  const Scratch& summary_scratch(const AttentionInputs& inputs) const override;
+  Scratch summary_scratch(const AttentionInputs& inputs) const override;
   void summarize(const AttentionInputs& inputs, const SummaryInputs& saved,
                  const SummaryOutputs& outputs) const override;
 };

@@ -10,7 +10,7 @@ constexpr Scratch kSummaryScratch = {kTileLists};
 
 }  // namespace
 
-const Scratch& Portable::summary_scratch(const AttentionInputs&) const { return kSummaryScratch; }
+Scratch Portable::summary_scratch(const AttentionInputs&) const { return kSummaryScratch; }
 
 void Portable::summarize(const AttentionInputs& inputs, const SummaryInputs& saved,
                          const SummaryOutputs& outputs) const {

@@ -1,0 +1,29 @@
+// Whether a call looks for the keys and rows that weigh, to gather them instead of walking whole tiles. When that pays
+// was measured: docs/notes/2026-11-27-gathering.md, and for the forward 2026-11-30-gathering-forward.md.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/implementation.h"
+#include "cuda/launchers.h"
+#include "cuda/workspace.h"
+
+namespace adasplash::cuda::portable {
+
+// For the kernels, which look at each sequence's own lengths.
+struct Gathering {
+  int32_t from = 0;  // how long a sequence must be
+  int32_t below =
+      0;  // of the keys that are probed less than so many per cent must weigh; 0: no sequence is long enough
+
+  // By the number of keys alone, or by the shorter side.
+  static Gathering of_forward(const AttentionInputs& inputs);
+  static Gathering of_backward(const AttentionInputs& inputs);
+
+  bool possible() const { return below > 0; }
+};
+
+// The keys or rows that are visited.
+constexpr Piece<int32_t> kGathered{"gathered", kGatherRoom, &Extents::tile_rows};
+
+}  // namespace adasplash::cuda::portable

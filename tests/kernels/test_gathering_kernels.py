@@ -1,0 +1,77 @@
+"""Which blocks of rows gather their keys, and what of that shows: that they do so at all in both directions is what
+checked.py forces."""
+
+import pytest
+import torch
+from checked import TYPES
+from interpreted import UNTOUCHED, attention
+
+import reference
+from common import Inputs, assert_same_bits, make_inputs, normal_like
+
+pytestmark = pytest.mark.backends("cpu")
+
+
+def sharp_and_flat() -> Inputs:
+    """64 queries that weigh one key each, of 16 keys that lie in all four tiles, and then 64 that weigh all keys."""
+    query, key, value = make_inputs(1, 1, 128, 256, size=16, sigma=0.01)
+    feature = torch.arange(16)
+    key[0, 0, 16 * feature, feature] = 20.0
+    query[0, 0, torch.arange(64), torch.arange(64) % 16] = 20.0
+    return Inputs(query, key, value)
+
+
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_blocks_that_weigh_few_keys_gather_them(alpha):
+    """By the support that the scan expects, one block of rows at a time: 64 keys are 25 per cent of the candidates'."""
+    inputs = sharp_and_flat()
+    found = attention(*inputs, alpha, gather_below=30)
+    assert found.remaining[0, 0, 0] >= 0 and found.remaining[0, 0, 1] == -1
+    expected = reference.attention(*(x.double() for x in inputs), alpha, False).out
+    torch.testing.assert_close(found.out.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@TYPES
+def test_gathered_and_walked_agree(dtype):
+    """The same τ and tile bits, and outputs that differ by the order of sums."""
+    inputs = make_inputs(1, 2, 130, 300, size=16, sigma=1.5, dtype=dtype)
+    gathered, walked = (attention(*inputs, 1.5, True, gather_below=below) for below in (101, 0))
+    assert (gathered.remaining[..., :3] >= 0).all() and walked.remaining == ()
+    assert torch.equal(gathered.tiles, walked.tiles)
+    torch.testing.assert_close(gathered.row_state, walked.row_state, atol=2e-3, rtol=2e-3)
+    close = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(gathered.out, walked.out, atol=close, rtol=close)
+
+
+def test_more_keys_than_a_list_holds():
+    """All weigh, for all rows, in inner tiles and at the edge: they are listed part by part, in every pass."""
+    inputs = make_inputs(1, 1, 70, 2700, size=16, sigma=0.01)
+    grad = normal_like(inputs.query)
+    gathered, walked = (attention(*inputs, 1.5, True, grad=grad, gather_below=below) for below in (101, 0))
+    for name in ("out", "dq", "dk", "dv"):
+        torch.testing.assert_close(getattr(gathered, name), getattr(walked, name), atol=3e-6, rtol=3e-6)
+
+
+def test_lengths_decide_for_each_sequence_alone():
+    """Sequences with fewer keys than `gather_from` walk tiles; every sequence has the bits that it has alone."""
+    inputs = make_inputs(3, 2, 70, 200, size=16, sigma=1.5)
+    keys = torch.tensor([200, 130, 40], dtype=torch.int32)
+    found = attention(*inputs, 1.5, lengths=(None, keys), gather_below=101, gather_from=131)
+    for entry, length in enumerate(keys.tolist()):
+        query, key, value = (x[entry, None] for x in inputs)
+        alone = attention(query, key[:, :, :length], value[:, :, :length], 1.5, gather_below=101, gather_from=131)
+        for result, place in ((found, entry), (alone, 0)):
+            candidates = result.remaining[place, :, :2]
+            assert (candidates == UNTOUCHED).all() if length < 131 else (candidates.clamp(0, 4) == candidates).all()
+        assert_same_bits(found.out[entry], alone.out[0])
+        assert_same_bits(found.row_state[entry], alone.row_state[0])
+
+
+def test_rows_that_are_nan_reach_all_keys_that_they_see():
+    """Through row marks, which grad_query does not make for them."""
+    inputs = make_inputs(1, 1, 130, 200, size=16, sigma=1.5)
+    inputs.query[0, 0, 3] = torch.nan
+    found = attention(*inputs, 1.5, grad=normal_like(inputs.query), gather_below=101)
+    assert found.out[0, 0, 3].isnan().all() and found.dq[0, 0, 3].isnan().all()
+    assert found.out[0, 0, 4:].isfinite().all() and found.dq[0, 0, 4:].isfinite().all()
+    assert found.dk.isnan().all() and found.dv.isnan().all()
