@@ -170,7 +170,7 @@ def implementations(backend):
 
 @pytest.fixture(autouse=True)
 def gathering(request):
-    """On the GPU one half of the tests goes backward over tiles as short sequences do, the other over marked keys."""
+    """On the GPU one half of the tests goes over tiles as short sequences do, the other over marked keys."""
     if request.config.getoption("--backend") != "cpu":
         common.gather(1 if zlib.crc32(request.node.nodeid.encode()) % 2 else common.MANY)
 

@@ -7,7 +7,7 @@ import torch
 
 import reference
 from adasplash import entmax_attn
-from common import gradients, normal_like
+from common import gathers, gradients, normal_like
 
 BAD = (torch.nan, torch.inf, -torch.inf)
 SHAPE = dict(batch=2, heads=4, m=70, n=90, kv_heads=2)
@@ -19,8 +19,16 @@ def alpha(request):
 
 
 def same_bits_elsewhere(clean, dirty, touched):
-    """Equal to the bit outside `touched`; everything outside is finite."""
-    assert torch.equal(clean[~touched], dirty[~touched]) and clean.isfinite().all()
+    """Equal to the bit outside `touched`, where everything is finite. Where keys are gathered, rows of one block of 64
+    queries are sums over one list, and nearly equal."""
+    near = touched
+    if gathers():
+        rows = touched.shape[-1]
+        blocks = torch.nn.functional.pad(touched, (0, -rows % 64)).unflatten(-1, (-1, 64))
+        near = blocks.any(-1, keepdim=True).expand_as(blocks).flatten(-2)[..., :rows]
+    assert torch.equal(clean[~near], dirty[~near]) and clean.isfinite().all()
+    close = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[clean.dtype]
+    torch.testing.assert_close(clean[near & ~touched], dirty[near & ~touched], atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("bad", BAD)

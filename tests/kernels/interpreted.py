@@ -261,7 +261,7 @@ def attention(
     scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
     remaining = ()
     if longest_q > few_queries:
-        gathers = table is None and gather_below > 0
+        gathers = gather_below > 0
         marked = dict(
             remaining=torch.full((tile_lists[..., 0].numel(), 2), UNTOUCHED, dtype=torch.int32),
             gathered=torch.full((tile_lists[..., 0].numel(), marks.GATHER_ROOM.value), -1, dtype=torch.int32),

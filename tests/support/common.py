@@ -151,9 +151,19 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(library_path())
 
 
+_gathers_from = MANY
+
+
 def gather(length: int, below: int = 101) -> None:
-    """From how many queries and keys on, and below what per cent of weighing ones, the GPU's backward gathers."""
+    """From how many queries and keys on, and below what per cent of weighing ones, they are gathered on the GPU."""
+    global _gathers_from
+    _gathers_from = length
     library().adasplash_gather(ctypes.c_int32(length), ctypes.c_int32(below))
+
+
+def gathers() -> bool:
+    """Whether `gather` has made all sequences gather."""
+    return _gathers_from == 1
 
 
 def cuda_implementations() -> list[str]:

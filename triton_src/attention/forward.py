@@ -193,9 +193,7 @@ ATTEND = Spec(
     shapes="attention",
     gathers=True,
 )  # fmt: skip
-ATTEND_PAGED = ATTEND.over_pages(
-    alphas=("any", "1_5"), gathers=False
-)  # what is rare there is not worth the time to compile
+ATTEND_PAGED = ATTEND.over_pages(alphas=("any", "1_5"))  # what is rare there is not worth the time to compile
 
 
 # ---- tau, and the output ---------------------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ def solve(queries, values, row_max, gap, sound, candidates, seen_to_weigh, words
     sum_u = tl.zeros([CODE.BLOCK_M], tl.float32)
     slope_u = tl.zeros([CODE.BLOCK_M], tl.float32)  # of sum u as sum p moves
     solved = gap
-    moving = sound  # rows that look for gap; the others stay as they are: no row's bits depend on its neighbours
+    moving = sound  # rows that look for gap; the others stay as they are: no row takes a step for its neighbours
     attempts = 0
     outputs_made = 0
     more = 1
@@ -396,7 +394,7 @@ def weigh_marked_values(queries, values, threshold, keys, bits, words, CODE):
     tl.debug_barrier()
     zeros = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
     sums = (tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32), zeros, zeros, zeros)
-    context = (queries, values, threshold, bits)
+    context = (queries, values, threshold, bits, words)
     weighted, part_p, part_u, _ = visit_marked(add_marked_values, sums, context, keys, CODE.BLOCK_N, CODE)
     tl.debug_barrier()
     return weighted, tl.sum(part_p, 1), tl.sum(part_u, 1)
@@ -404,7 +402,7 @@ def weigh_marked_values(queries, values, threshold, keys, bits, words, CODE):
 
 @triton.jit
 def add_marked_values(sums, first_key, context, CODE, EDGE: tl.constexpr):
-    queries, values, threshold, bits = context
+    queries, values, threshold, bits, words = context
     weighted, part_p, part_u, lost = sums
     p, u = weigh(block_scores(queries, first_key, CODE, EDGE), queries.scale, threshold, 0, CODE)
     weighted = add_weighted(weighted, p, values, first_key, CODE, EDGE)
@@ -413,6 +411,7 @@ def add_marked_values(sums, first_key, context, CODE, EDGE: tl.constexpr):
         part_u += column_sums(u)
     weighs = tl.max(p.to(tl.int32, bitcast=True), 0) > 0  # as integers, which order as numbers from 0 on do
     tile = first_key // TILE
+    weighs = weighs & (tile // WORD < words)  # there may be none
     tl.atomic_or(bits + tile // WORD, tl.full(tile.shape, 1, tl.int32) << (tile % WORD), mask=weighs, sem="relaxed")
     return weighted, part_p, part_u, lost
 

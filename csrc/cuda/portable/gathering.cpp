@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cuda/sides.h"
+
 namespace adasplash::cuda::portable {
 namespace {
 
@@ -12,26 +14,16 @@ std::atomic<int32_t> gather_from{8192};
 std::atomic<int32_t> forward_below{30}, backward_below_small{30}, backward_below_large{50};
 constexpr int64_t kSmallHead = 64;
 
-int64_t longest_query(const AttentionInputs& inputs) {
-  const int64_t rows = inputs.options.packed() ? 0 : 2;
-  return longest_sequence(inputs.options, inputs.options.max_seqlen_q, inputs.query.size(rows)).expect_int();
-}
-
-int64_t longest_key(const AttentionInputs& inputs) {
-  const int64_t rows = inputs.options.packed() ? 0 : 2;
-  return longest_sequence(inputs.options, inputs.options.max_seqlen_k, inputs.key.size(rows)).expect_int();
-}
-
 }  // namespace
 
-// Keys in pages are not gathered: there is no code for it.
 Gathering Gathering::of_forward(const AttentionInputs& inputs) {
-  if (inputs.options.paged() || longest_key(inputs) < gather_from) return {};
+  if (StoredSide::of_keys(inputs).max_seqlen < gather_from) return {};
   return {gather_from, forward_below};
 }
 
 Gathering Gathering::of_backward(const AttentionInputs& inputs) {
-  if (std::min(longest_query(inputs), longest_key(inputs)) < gather_from || inputs.query.numel() == 0) return {};
+  const int64_t shorter = std::min(StoredSide::of_queries(inputs).max_seqlen, StoredSide::of_keys(inputs).max_seqlen);
+  if (shorter < gather_from || inputs.query.numel() == 0) return {};
   const bool small = std::max(inputs.query.sizes().back(), inputs.value.sizes().back()) <= kSmallHead;
   return {gather_from, small ? backward_below_small : backward_below_large};
 }
