@@ -62,7 +62,7 @@ def built(request, tmp_path_factory):
         shutil.copytree(ROOT / "adasplash", folder / "adasplash", ignore=own)
         run("cmake", "--install", objects, "--prefix", folder / "adasplash")
 
-    return Built(build_once(tmp_path_factory, request.param.replace("/", " "), build), compiler)
+    return Built(build_once(tmp_path_factory, request.param.replace("/", "-"), build), compiler)
 
 
 def test_it_was_made_by_that_compiler_and_linker(built, request):
