@@ -2,6 +2,7 @@
 # make test   the tests: up to 2 cases of each on the CPU, and 1 of the GPU's code, emulated (about 23 minutes with set-up)
 # make test-all   every case, the library built in all ways, all of the emulation, and the site (about an hour)
 # make test-models  the tests of models with transformers 5.2, then with the newest, peft and sentence-transformers (10 minutes)
+# make test-compilers  the library as other compilers and linkers make it: COMPILERS="g++-11 clang++-14/lld" (8 minutes each)
 # make sanitize  NVIDIA's compute-sanitizer over the kernels, on a GPU (a minute)
 # make wheel  one wheel for several releases of torch, in dist/ (an hour of compiling from nothing; docs/installing.md)
 # make test-wheel  that wheel in environments made from nothing, of three torches and two Pythons (downloads gigabytes)
@@ -27,11 +28,16 @@ WHEEL_PYTHONS ?= $(or $(strip $(foreach minor,10 11 12 13 14,$(shell command -v 
 # The systems that it is for, which auditwheel sees to: packaging/manylinux.cpp.
 WHEEL_PLATFORM = manylinux_2_28_$(shell uname -m)
 WHEEL_ARCHS = $(if $(filter auto,$(ADASPLASH_ARCHS)),80 90,$(ADASPLASH_ARCHS))
+# What test-compilers builds with, where it is on the path; COMPILER/LINKER links with that one.
+FOUND_COMPILERS = $(strip $(foreach name,$(addprefix g++-,11 12 13 14) $(addprefix clang++-,14 15 16 17 18 19),\
+  $(if $(shell command -v $(name)),$(name))))
+COMPILERS ?= $(FOUND_COMPILERS) $(foreach linker,lld mold,\
+  $(if $(shell command -v ld.$(linker)),$(lastword $(FOUND_COMPILERS))/$(linker)))
 HAS_GPU := $(shell command -v nvidia-smi)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo demo-quick examples test test-all test-models wheel test-wheel sanitize lint bench docs docs-links clean
+.PHONY: help setup demo demo-quick examples test test-all test-models wheel test-wheel test-compilers sanitize lint bench docs docs-links clean
 help:
 	@sed -n '/^$$/q; s/^# //p' Makefile
 
@@ -122,6 +128,10 @@ test-wheel: wheel $(VENV)/.installed
 	ADASPLASH_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ADASPLASH_WHEEL_TORCH="$(WHEEL_TORCH)" \
 	  ADASPLASH_WHEEL_TESTED="$(WHEEL_TESTED)" ADASPLASH_WHEEL_PYTHONS="$(WHEEL_PYTHONS)" \
 	  $(BIN)/python -m pytest tests/package/test_wheel.py
+
+# Each is compiled with warnings as errors, and the CPU alone; objects stay in build/compilers.
+test-compilers: $(VENV)/.installed
+	ADASPLASH_COMPILERS="$(COMPILERS)" $(BIN)/python -m pytest tests/package/test_compilers.py
 
 # Without torch's cache of memory, so that every tensor ends where its memory does.
 sanitize: setup

@@ -136,11 +136,10 @@ class FewScores {
       fetch(first + kLanes<A>, next);
       const Rows<A> products{z + (first - keys.begin), FewRows<A>::kStride};
       int64_t r = 0;
-      for (; r + 4 <= rows_; r += 4) multiply_rows<4>(r, key, products);
-      if (r + 2 <= rows_) {
-        multiply_rows<2>(r, key, products);
-        r += 2;
+      if constexpr (kLanes<A> >= 4) {  // a vector of NEON has two of double
+        for (; r + 4 <= rows_; r += 4) multiply_rows<4>(r, key, products);
       }
+      for (; r + 2 <= rows_; r += 2) multiply_rows<2>(r, key, products);
       if (r < rows_) multiply_rows<1>(r, key, products);
     }
   }
