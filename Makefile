@@ -22,9 +22,10 @@ TEXT ?=
 ADASPLASH_ARCHS ?= auto
 # The releases of torch that the wheel serves, and the architectures of its GPU kernels.
 WHEEL_TORCH ?= 2.11 2.12 2.13 2.14 2.15
-# Which of them it is tested beside, and with which Pythons, in turn: all of 3.10 and newer that are on the path.
+# Which of them it is tested beside, and with which Pythons, in turn: all of 3.10 and newer that are on the path and
+# start, which those that pyenv puts there need not do.
 WHEEL_TESTED ?= 2.11 2.13 2.15
-WHEEL_PYTHONS ?= $(or $(strip $(foreach minor,10 11 12 13 14,$(shell command -v python3.$(minor)))),$(PYTHON))
+WHEEL_PYTHONS ?= $(or $(strip $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c "" 2>&- && command -v python3.$(minor)))),$(PYTHON))
 # The systems that it is for, which auditwheel sees to: packaging/manylinux.cpp.
 WHEEL_PLATFORM = manylinux_2_28_$(shell uname -m)
 WHEEL_ARCHS = $(if $(filter auto,$(ADASPLASH_ARCHS)),80 90,$(ADASPLASH_ARCHS))

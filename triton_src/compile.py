@@ -7,7 +7,8 @@ Writes to DIR
     variants.cpp    the same as a table in C++
     resources.txt   registers, spills, stack, shared memory and size of each
 and says which variants break triton_src/limits.json; with --strict it fails then. Results are cached by content
-(sources, compiler, variant), so a second run takes seconds.
+(sources, compiler, variant), so a second run takes seconds; ADASPLASH_CUBINS_FROM names a wheel, or the folder of an
+installed package, whose kernels are put into that cache first.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import lzma
 import os
 import re
 import sys
@@ -42,6 +42,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from . import launchers  # noqa: E402
+from .kept import compress, keep, take  # noqa: E402
 from .spec import APPENDED  # noqa: E402
 from .variants import ARCHS, DEFAULT_ARCHS, SHARED_KIB, variants  # noqa: E402
 
@@ -113,10 +114,15 @@ def signature(variant):
     return {name: types.get(name, "constexpr") for name in variant.spec.kernel.arg_names}
 
 
-def compile_variant(variant, arch, cache):
+def ptx_arch(archs):
+    """The architecture whose PTX is kept: the lowest below 90, as every later GPU's driver can translate it."""
+    return min((arch for arch in archs if arch < 90), default=None)
+
+
+def compile_variant(variant, arch, cache, needs_ptx=False):
     """Compiles one variant unless it is in the cache. Returns (description, from cache)."""
     stored = Path(cache) / cache_key(variant, arch)
-    if stored.with_suffix(".json").exists():
+    if stored.with_suffix(".json").exists() and (not needs_ptx or stored.with_suffix(".ptx").exists()):
         return json.loads(stored.with_suffix(".json").read_text()) | {"stored": str(stored)}, True
     kernel, divisors = variant.spec.kernel, variant.divisibility()
     attributes = {
@@ -157,16 +163,12 @@ def compile_variant(variant, arch, cache):
         "spilled": usage(r"(\d+) bytes spill stores"),
         "stack": usage(r"(\d+) bytes stack frame"),
     }
-    # By renaming, as others may read the cache; the description last: an interrupted run leaves nothing half done.
     contents = {".cubin": compiled.asm["cubin"], ".ptx": compiled.asm["ptx"].encode()}
-    for suffix, content in {**contents, ".json": json.dumps(description).encode()}.items():
-        partial = stored.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(content)
-        partial.rename(stored.with_suffix(suffix))
+    keep(stored, contents | {".json": json.dumps(description).encode()})
     return description | {"stored": str(stored)}, False
 
 
-def compile_all(archs, cache, jobs):
+def compile_all(archs, cache, jobs, taken_from=None):
     tasks = [(variant, arch) for arch in archs for variant in variants(arch)]
     try:
         Path(cache).mkdir(parents=True, exist_ok=True)
@@ -178,10 +180,19 @@ def compile_all(archs, cache, jobs):
             f"AdaSplash: {cache}, where compiled kernels are kept, cannot be written to: set XDG_CACHE_HOME to a "
             "folder that can"
         )
+    if taken_from:
+        try:
+            print(f"{take(taken_from, cache)} variants taken from {taken_from}", flush=True)
+        except FileNotFoundError:
+            sys.exit(
+                f"AdaSplash: ADASPLASH_CUBINS_FROM names {taken_from}, which has no kernels: give the path of a wheel "
+                "of torch-adasplash, or of the folder of an installed package"
+            )
     done = {}
     cached = 0
     with ProcessPoolExecutor(jobs) as pool:
-        futures = {pool.submit(compile_variant, *task, cache): task for task in tasks}
+        portable = ptx_arch(archs)
+        futures = {pool.submit(compile_variant, *task, cache, task[1] == portable): task for task in tasks}
         for future in as_completed(futures):
             variant, arch = futures[future]
             description, hit = future.result()
@@ -234,20 +245,6 @@ def write_if_changed(path, content):
         path.write_bytes(content)
 
 
-#: How PTX is compressed: csrc/cuda/lzma.h reads it.
-LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 6}]
-
-
-def compress(text, cache):
-    """LZMA of this text, which takes a second for a megabyte, from the cache if it is there. Returns its file."""
-    stored = Path(cache) / f"{hashlib.sha256(repr(LZMA).encode() + text).hexdigest()}.lzma"
-    if not stored.exists():
-        partial = stored.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(lzma.compress(text, lzma.FORMAT_RAW, filters=LZMA))
-        partial.rename(stored)
-    return stored
-
-
 def compress_ptx(descriptions, cache, jobs):
     """Says of each of these variants where its PTX is: in which file, and where in what that holds. Those of a kernel
     are in one, each ended by a zero, as the driver reads a string."""
@@ -269,10 +266,9 @@ def compress_ptx(descriptions, cache, jobs):
 
 
 def write_outputs(descriptions, out, cache, jobs):
-    """Lays the code out in cubins.bin, and writes what says where it is. PTX is that of the lowest architecture below
-    90: every later GPU's driver can translate it."""
+    """Lays the code out in cubins.bin, and writes what says where it is."""
     out.mkdir(parents=True, exist_ok=True)
-    portable = min((one["arch"] for one in descriptions if one["arch"] < 90), default=None)
+    portable = ptx_arch({one["arch"] for one in descriptions})
     compress_ptx([one for one in descriptions if one["arch"] == portable], cache, jobs)
     blob = bytearray()
 
@@ -285,9 +281,10 @@ def write_outputs(descriptions, out, cache, jobs):
 
     for one in descriptions:
         one["code"] = code_name(one["arch"])
-        stored = Path(one.pop("stored"))
+        stored, follows = Path(one.pop("stored")), one.pop("follows", None)
+        one["key"] = stored.name
         one |= place(stored.with_suffix(".cubin"))
-        one["follows"] = WAIT in stored.with_suffix(".ptx").read_text()
+        one["follows"] = WAIT in stored.with_suffix(".ptx").read_text() if follows is None else follows
         if "ptx" in one:
             one["ptx"] |= place(one["ptx"].pop("stored"))
     manifest = {
@@ -316,7 +313,7 @@ def main():
     header = SOURCE.parent / "csrc" / "cuda" / "launchers.h"
     if header.read_text() != launchers.header():
         sys.exit(f"{header} does not fit the kernels: python -m triton_src.launchers > {header}")
-    descriptions = compile_all(sorted(set(args.arch)), args.cache, args.jobs)
+    descriptions = compile_all(sorted(set(args.arch)), args.cache, args.jobs, os.environ.get("ADASPLASH_CUBINS_FROM"))
     write_outputs(descriptions, args.out, args.cache, args.jobs)
     if args.table:
         print((args.out / "resources.txt").read_text(), end="")

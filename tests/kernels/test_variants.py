@@ -5,7 +5,9 @@ import json
 import lzma
 import os
 import struct
+import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -66,6 +68,60 @@ def test_a_second_run_comes_from_the_cache(compiled, outside):
 
     count = sum(len(variants(arch)) for arch in DEFAULT_ARCHS)
     assert f"{count} variants, {count} from the cache" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ("libadasplash_kernels.so", "torch2.13/libadasplash.so"))
+def test_kernels_are_taken_from_a_wheel(compiled, outside, tmp_path, library):
+    """From the library that several releases of torch share, in a wheel, or from the only one, in a folder: into an
+    empty cache, from which then the same is made."""
+    (tmp_path / "cubins.s").write_text(
+        ".section .rodata\n.globl adasplash_cubins\n.type adasplash_cubins, %object\nadasplash_cubins:\n"
+        f'.incbin "{compiled}/cubins.bin"\n.size adasplash_cubins, .-adasplash_cubins\n'
+    )
+    run("g++", "-shared", "-nostdlib", tmp_path / "cubins.s", "-o", tmp_path / "library.so")
+    place = tmp_path / "some.whl"
+    with zipfile.ZipFile(place, "w") as archive:
+        archive.write(compiled / "manifest.json", "adasplash/lib/adasplash/manifest.json")
+        archive.write(tmp_path / "library.so", f"adasplash/lib/{library}")
+    if library != "libadasplash_kernels.so":
+        zipfile.ZipFile(place).extractall(tmp_path / "site")
+        place = tmp_path / "site" / "adasplash"
+    options = ["--arch", 80, 90, "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    environment = {**outside, "ADASPLASH_CUBINS_FROM": str(place)}
+    done = run(sys.executable, "-m", "triton_src.compile", *options, cwd=ROOT, env=environment)
+    count = len(json.loads((compiled / "manifest.json").read_text())["variants"])
+    assert f"{count} variants taken from {place}" in done.stdout
+    assert f"{count} variants, {count} from the cache" in done.stdout
+    for name in ("cubins.bin", "manifest.json", "resources.txt", "variants.cpp"):
+        assert (tmp_path / "out" / name).read_bytes() == (compiled / name).read_bytes()
+
+
+def test_ptx_that_a_wheel_has_not_is_compiled_for(outside, tmp_path):
+    """A wheel has PTX of its lowest architecture only: where that of another is needed, its kernels are compiled."""
+    code = """
+import sys
+from pathlib import Path
+from triton_src import compile, variants
+variant = next(v for v in variants.variants(86) if v.kernel == "append")
+stored = Path(compile.compile_variant(variant, 86, sys.argv[1])[0]["stored"])
+stored.with_suffix(".ptx").unlink()
+for needs_ptx, cached in ((False, True), (True, False), (True, True)):
+    assert compile.compile_variant(variant, 86, sys.argv[1], needs_ptx)[1] == cached, needs_ptx
+assert stored.with_suffix(".ptx").exists()
+"""
+    run(sys.executable, "-c", code, tmp_path, cwd=ROOT, env=outside)
+
+
+@pytest.mark.parametrize("there", (False, True), ids=("nothing", "no kernels"))
+def test_a_wheel_without_kernels_is_refused(outside, tmp_path, there):
+    if there:
+        zipfile.ZipFile(tmp_path / "some.whl", "w").close()
+    command = [sys.executable, "-m", "triton_src.compile", "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    environment = {**outside, "ADASPLASH_CUBINS_FROM": str(tmp_path / "some.whl")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("AdaSplash: ADASPLASH_CUBINS_FROM names ")
 
 
 @pytest.mark.builds
@@ -247,7 +303,7 @@ def parameters(cubin: bytes, symbol: str) -> list[tuple[int, int]]:
 
 def test_ptx_is_kept_compressed(compiled):
     """Of the lowest architecture, each ended by a zero; the library's own decoder meets it in the emulation."""
-    from triton_src.compile import LZMA
+    from triton_src.kept import LZMA
 
     code = (compiled / "cubins.bin").read_bytes()
     with_ptx = [one for one in json.loads((compiled / "manifest.json").read_text())["variants"] if "ptx" in one]

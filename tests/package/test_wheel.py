@@ -4,8 +4,10 @@ With no compiler, no CMake and no Ninja on the path where none is needed. Each e
 to a folder whose name has spaces.
 """
 
+import json
 import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -141,6 +143,19 @@ def test_the_wheel_fits_every_python_and_has_every_release():
     }
     assert "adasplash/lib/adasplash/manifest.json" in names  # GPU kernels are inside
     assert Path(WHEEL).stat().st_size < 20e6
+
+
+def test_another_build_takes_its_kernels(tmp_path):
+    """And compiles none, as they are of the same sources."""
+    with zipfile.ZipFile(WHEEL) as archive:
+        manifest = json.loads(archive.read("adasplash/lib/adasplash/manifest.json"))
+    count, folders = len(manifest["variants"]), ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    done = run(
+        sys.executable, "-m", "triton_src.compile", "--arch", *manifest["archs"], *folders,
+        cwd=ROOT, env={**os.environ, "ADASPLASH_CUBINS_FROM": WHEEL},
+    )  # fmt: skip
+    assert f"{count} variants taken from" in done.stdout and f"{count} variants, {count} from the cache" in done.stdout
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
 
 
 def test_python_trains_and_saves_a_model(smoke):
