@@ -108,13 +108,14 @@ def test_how_many_programs_share_keys_changes_no_bit(window):
 
 @pytest.mark.parametrize("way", (-1, MOST), ids=("many", "few"))
 def test_packed_queries(way):
-    """Each sequence as it is alone; a token that no sequence has is left out."""
+    """Each sequence as it is alone; a token that no sequence has is left out. Over tiles: by lists of keys a row's bits
+    also depend on which other queries of its sequence there are."""
     inputs = make_inputs(3, 2, 5, CAPACITY, kv_heads=1)
     counts = (5, 2, 4)
-    _, padded = both(inputs, 16, 1.5, True, few_queries=way)
+    _, padded = both(inputs, 16, 1.5, True, few_queries=way, gather_below=0)
     tokens = torch.cat([inputs.query[i, :, -n:].transpose(0, 1) for i, n in enumerate(counts)])
     offsets = torch.tensor([0, *counts]).cumsum(0).int(), None, 5, None
-    paged, _ = both(Inputs(tokens, *inputs[1:]), 16, 1.5, True, offsets=offsets, few_queries=way)
+    paged, _ = both(Inputs(tokens, *inputs[1:]), 16, 1.5, True, offsets=offsets, few_queries=way, gather_below=0)
     for entry, (out, count) in enumerate(zip(paged.out.split(counts), counts, strict=True)):
         assert_same_bits(out.transpose(0, 1), padded.out[entry, :, -count:])
 

@@ -52,7 +52,7 @@ def test_every_default_variant_compiles_within_the_limits(compiled):
     found = {(one["name"], one["arch"]): one for one in manifest["variants"]}
     assert set(found) == {(variant.name, arch) for arch in DEFAULT_ARCHS for variant in variants(arch)}
     assert len(found) <= limits["default_variants"]
-    assert (compiled / "cubins.bin").stat().st_size < 42e6
+    assert (compiled / "cubins.bin").stat().st_size < 46e6
     for one in found.values():
         assert one["registers"] > 0 and one["size"] <= limits["cubin_bytes"], one["name"]
         assert one["shared"] <= SHARED_KIB[one["arch"]] * 1024, one["name"]
@@ -132,7 +132,7 @@ def test_other_architectures_compile(tmp_path, outside, arch):
 import sys
 from triton_src import compile, variants
 largest = [v for v in variants.variants({arch}) if "bf16_d256_aany" in v.name]
-assert len(largest) == 22, [v.name for v in largest]
+assert len(largest) == 24, [v.name for v in largest]
 for variant in largest:
     one, _ = compile.compile_variant(variant, {arch}, sys.argv[1])
     assert one["shared"] <= variants.SHARED_KIB[{arch}] * 1024, one["name"]
