@@ -221,7 +221,8 @@ void test(const Variant& variant, const Matrix& rows, const MutableMatrix& out, 
       .few_queries = int32_t{-1}};
   attend(variant, Place{0, nullptr}, 1, {
       .query = rows, .key = rows, .value = rows, .out = out, .row_state = floats, .tiles = words,
-      .tile_margins = margins, .tile_lists = words, .call = call});
+      .tile_margins = margins, .tile_lists = words, .remaining = words, .gathered = words,
+      .gather_from = int32_t{1}, .gather_below = int32_t{1}, .call = call});
   activate(variant, Place{0, nullptr}, 1, {
       .input = static_cast<const void*>(floats), .out = static_cast<void*>(floats),
       .row_alpha = static_cast<const float*>(floats), .own_alphas = int64_t{1}, .rows = int64_t{1},
