@@ -20,9 +20,9 @@ struct Extents {
   // Pairs of a query tile and a key tile, of all heads: laid out by query tiles, each of which has room for a pair with
   // any key tile; and laid out so or by key tiles, whichever are more.
   int64_t query_tile_pairs = 0, tile_pairs = 0;
-  int64_t tile_rows = 0;   // of all heads, of queries or of keys, whichever are more
-  int64_t state_rows = 0;  // rows of row_state
-  int64_t tile_words = 0;  // words of tile bits
+  int64_t query_tile_rows = 0, tile_rows = 0;  // of all heads: of queries; of queries or of keys, whichever are more
+  int64_t state_rows = 0;                      // rows of row_state
+  int64_t tile_words = 0;                      // words of tile bits
   int64_t kv_heads = 0;
 
   // Of the sequences of few queries that there may be (portable/few.h), with rows of key heads as attention/few.py
@@ -41,6 +41,7 @@ struct Extents {
     return {
         .query_tile_pairs = query_tile_pairs,
         .tile_pairs = std::max(query_tile_pairs, key_tile_pairs),
+        .query_tile_rows = queries.tile_rows,
         .tile_rows = std::max(queries.tile_rows, keys.tile_rows),
     };
   }

@@ -359,6 +359,31 @@ def test_heads_that_weigh_few_keys_gather(driver):
 
 
 @torch.no_grad()
+def test_scratch_to_gather_keys_follows_the_queries(driver):
+    """And not the keys, of which there are many more: 21 KiB of lists a head, so that all heads are one part."""
+    gather(1)
+    inputs = make_inputs(1, 4, 20, 2000, size=16)
+    before = driver.limit_scratch(4 * 30_000)
+    driver.launches.clear()
+    try:
+        attend(inputs)
+    finally:
+        driver.limit_scratch(before)
+    assert kernels(driver) == 2 * FORWARD
+
+
+@torch.no_grad()
+def test_a_narrow_window_gathers_no_keys(driver):
+    """However long the sequence: what a query may see decides."""
+    gather(100)
+    attend(make_inputs(1, 1, 120, 120, size=16), is_causal=True, window=(98, 5))
+    assert kernels(driver) == FORWARD
+    driver.launches.clear()
+    attend(make_inputs(1, 1, 120, 120, size=16), is_causal=True, window=(99, 5))
+    assert kernels(driver) == 2 * FORWARD
+
+
+@torch.no_grad()
 def test_parts_are_as_large_as_each_other(driver):
     """Scratch for three of four heads, of 48 bytes each, makes two parts of two heads."""
     inputs = make_inputs(1, 4, 70, 90)

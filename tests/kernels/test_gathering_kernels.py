@@ -43,6 +43,19 @@ def test_gathered_and_walked_agree(dtype):
     torch.testing.assert_close(gathered.out, walked.out, atol=close, rtol=close)
 
 
+def test_weights_that_underflow_mark_their_tile():
+    """At alpha near 1 p becomes 0 before u does; the tile's bit is set either way, and the key counted."""
+    query, key = torch.zeros(1, 1, 1, 16), torch.full((1, 1, 256, 16), 0.0)
+    query[..., 0], key[..., 0] = 1.0, -200.0
+    key[0, 0, 0, 0], key[0, 0, 200, 0] = 0.0, (-1 + 2e-5) / 0.1
+    value = torch.randn(1, 1, 256, 16)
+    gathered, walked = (
+        attention(query, key, value, 1.1, scale=1.0, summary=True, gather_below=below) for below in (101, 0)
+    )
+    assert torch.equal(gathered.tiles, walked.tiles)
+    assert gathered.summary.support_size.item() == walked.summary.support_size.item() == 2
+
+
 def test_more_keys_than_a_list_holds():
     """All weigh, for all rows, in inner tiles and at the edge: they are listed part by part, in every pass."""
     inputs = make_inputs(1, 1, 70, 2700, size=16, sigma=0.01)

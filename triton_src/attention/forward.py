@@ -409,7 +409,8 @@ def add_marked_values(sums, first_key, context, CODE, EDGE: tl.constexpr):
     part_p, lost = kahan_add(part_p, lost, column_sums(p), CODE.EXACT)
     if CODE.ALPHA == ALPHA_ANY:
         part_u += column_sums(u)
-    weighs = tl.max(p.to(tl.int32, bitcast=True), 0) > 0  # as integers, which order as numbers from 0 on do
+    # As add_values has it: u may be above 0 where p has become 0. As integers, which order as numbers from 0 on do.
+    weighs = tl.max((u if CODE.ALPHA == ALPHA_ANY else p).to(tl.int32, bitcast=True), 0) > 0
     tile = first_key // TILE
     weighs = weighs & (tile // WORD < words)  # there may be none
     tl.atomic_or(bits + tile // WORD, tl.full(tile.shape, 1, tl.int32) << (tile % WORD), mask=weighs, sem="relaxed")

@@ -126,7 +126,7 @@ def grad_key_value(
         row_terms += 4 * call.queries.rows
         row_seeds += call.queries.rows
         tiles += call.queries.tile_rows * call.tile_words
-        marks += call.queries.tile_rows * key_tiles * (TILE // WORD)
+        marks += call.queries.tile_rows.to(tl.int64) * key_tiles * (TILE // WORD)
 
     # Without its sign, which the queries came with; dq is multiplied by it as it is, as the keys came without.
     dk = sums.dk * tl.abs(call.scores.scale)

@@ -20,7 +20,8 @@ constexpr Piece<int64_t> kRowSeeds{"row_seeds", 1, &Extents::state_rows};
 
 // To gather, also for each key head how many probed keys weigh and how many there were; and one bit for each of the 64
 // keys of a tile, which `mark` writes 16 at a time and grad_query reads as words, and for each of its 64 rows, which
-// `mark` begins, grad_query adds to and grad_key_value reads.
+// `mark` begins, grad_query adds to and grad_key_value reads; and the keys or rows that are visited.
+constexpr Piece<int32_t> kGathered{"gathered", kGatherRoom, &Extents::tile_rows};
 constexpr Piece<int32_t> kProbeCounts{"probe_counts", 2, &Extents::kv_heads};
 constexpr Piece<int32_t> kKeyMarks{"key_marks", 2, &Extents::query_tile_pairs};
 constexpr Piece<int32_t> kRowMarks{"row_marks", 2, &Extents::query_tile_pairs};

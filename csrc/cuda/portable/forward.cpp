@@ -16,8 +16,10 @@ constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
 
 constexpr Scratch kAttendScratch = {kTileMargins, kTileLists};
 
-// To gather keys, also how many candidates there are of tile rows whose keys are gathered, and how many of them inner.
-constexpr Piece<int32_t> kRemaining{"remaining", 2, &Extents::tile_rows};
+// To gather keys, also how many candidates there are of tile rows whose keys are gathered, and how many of them inner;
+// and the keys that are visited.
+constexpr Piece<int32_t> kRemaining{"remaining", 2, &Extents::query_tile_rows};
+constexpr Piece<int32_t> kGathered{"gathered", kGatherRoom, &Extents::query_tile_rows};
 constexpr Scratch kGatheringScratch = {kRemaining, kGathered};
 
 constexpr Scratch kFewScratch = {kScores,     kTileMax, kFewTileLists, kListedScores,

@@ -5,8 +5,6 @@
 #include <cstdint>
 
 #include "cuda/implementation.h"
-#include "cuda/launchers.h"
-#include "cuda/workspace.h"
 
 namespace adasplash::cuda::portable {
 
@@ -22,8 +20,5 @@ struct Gathering {
 
   bool possible() const { return below > 0; }
 };
-
-// The keys or rows that are visited.
-constexpr Piece<int32_t> kGathered{"gathered", kGatherRoom, &Extents::tile_rows};
 
 }  // namespace adasplash::cuda::portable
