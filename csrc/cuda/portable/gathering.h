@@ -11,10 +11,10 @@ namespace adasplash::cuda::portable {
 // For the kernels, which look at each sequence's own lengths.
 struct Gathering {
   int32_t from = 0;  // how long a sequence must be
-  int32_t below =
-      0;  // of the keys that are probed less than so many per cent must weigh; 0: no sequence is long enough
+  // Less than so many per cent of the keys must weigh; 0 if no sequence can be long enough.
+  int32_t below = 0;
 
-  // By the number of keys alone, or by the shorter side.
+  // By the number of keys that a query may see, and by the shorter side.
   static Gathering of_forward(const AttentionInputs& inputs);
   static Gathering of_backward(const AttentionInputs& inputs);
 
