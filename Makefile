@@ -122,7 +122,7 @@ wheel: $(VENV)/.requirements
 	rm -rf dist build/lib* build/wheel
 	ADASPLASH_TORCH="$$($(BIN)/python packaging/fetch_torch.py $(WHEEL_TORCH) --out build/torches)" \
 	  ADASPLASH_ARCHS="$(WHEEL_ARCHS)" $(BIN)/python -m pip wheel --verbose --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) --only-plat --wheel-dir dist \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -z 9 --plat $(WHEEL_PLATFORM) --only-plat --wheel-dir dist \
 	  --exclude "libtorch*.so*" --exclude "libc10*.so*" --exclude "libgomp*.so*" build/wheel/*.whl
 
 test-wheel: wheel $(VENV)/.installed

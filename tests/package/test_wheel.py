@@ -92,7 +92,8 @@ def environment(request, tmp_path_factory):
         run(python, "-m", "venv", made)
         pip = [made / "bin/python", "-m", "pip", "install", "--quiet"]
         run(*pip, f"torch=={request.param}.*", "numpy", "pytest", "hypothesis")
-        run(*pip, "--no-index", WHEEL, env=ALONE)
+        settings = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        run(*pip, "--no-index", WHEEL, env=ALONE | settings)
         made.rename(folder / "a moved environment")
 
     folder = build_once(tmp_path_factory, f"environment of torch {request.param}", build)
@@ -142,7 +143,7 @@ def test_the_wheel_fits_every_python_and_has_every_release():
         *(f"adasplash/lib/torch{release}/libadasplash.so" for release in RELEASES),
     }
     assert "adasplash/lib/adasplash/manifest.json" in names  # GPU kernels are inside
-    assert Path(WHEEL).stat().st_size < 20e6
+    assert Path(WHEEL).stat().st_size < 21e6
 
 
 def test_another_build_takes_its_kernels(tmp_path):
