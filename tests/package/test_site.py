@@ -57,20 +57,17 @@ def test_the_reference_has_every_public_name(module):
 
 def test_the_readme_repeats_measured_rows():
     """What stands in its table stands so in docs/benchmarks.md."""
-    rows = {
-        cells[0]: cells[1:]
-        for cells in (
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in (ROOT / "docs/benchmarks.md").read_text().splitlines()
-            if line.startswith("|")
-        )
-    }
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs/benchmarks.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     readme = (ROOT / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
     shown = [line for line in readme.splitlines() if line.startswith("|")][2:]
     assert shown
     for line in shown:
         name, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
-        assert numbers == rows[name][1 : 1 + len(numbers)], name
+        assert numbers in [row[2 : 2 + len(numbers)] for row in rows if row[0] == name], name
 
 
 def test_bug_reports_are_asked_what_is_installed():
