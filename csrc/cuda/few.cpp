@@ -50,9 +50,7 @@ bool uses_index(const AttentionInputs& inputs) {
     if (std::string_view(wanted) == "read") return true;
     if (std::string_view(wanted) == "leave") return false;
   }
-  int64_t room = StoredSide::of_keys(inputs).max_seqlen;
-  const int64_t left = options.window[0], right = options.is_causal ? 0 : options.window[1];
-  if (left >= 0 && right >= 0) room = std::min(room, left + FewQueries::of(inputs).queries() + right);
+  const int64_t room = most_visible(inputs, FewQueries::of(inputs).queries());
   return options.paged() ? room >= kManyPagedKeys : room >= kManyKeys && inputs.key.size(3) > kSmallHead;
 }
 

@@ -37,4 +37,12 @@ struct StoredSide {
   }
 };
 
+// The most keys that so many neighbouring queries of a sequence may see between them.
+inline int64_t most_visible(const AttentionInputs& inputs, int64_t queries) {
+  const AttentionOptions& options = inputs.options;
+  const int64_t keys = StoredSide::of_keys(inputs).max_seqlen;
+  const int64_t left = options.window[0], right = options.is_causal ? 0 : options.window[1];
+  return left < 0 || right < 0 || left >= keys || right >= keys ? keys : std::min(keys, left + queries + right);
+}
+
 }  // namespace adasplash::cuda

@@ -14,18 +14,10 @@ std::atomic<int32_t> gather_from{8192};
 std::atomic<int32_t> forward_below{30}, backward_below_small{30}, backward_below_large{50};
 constexpr int64_t kSmallHead = 64;
 
-// The most keys that a query may see.
-int64_t most_visible(const AttentionInputs& inputs) {
-  const auto& options = inputs.options;
-  const int64_t keys = StoredSide::of_keys(inputs).max_seqlen;
-  const int64_t left = options.window[0], right = options.is_causal ? 0 : options.window[1];
-  return left < 0 || right < 0 || left >= keys || right >= keys ? keys : std::min(keys, left + right + 1);
-}
-
 }  // namespace
 
 Gathering Gathering::of_forward(const AttentionInputs& inputs) {
-  if (most_visible(inputs) < gather_from) return {};
+  if (most_visible(inputs, 1) < gather_from) return {};
   return {gather_from, forward_below};
 }
 
