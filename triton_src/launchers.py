@@ -10,7 +10,7 @@ import struct
 
 from .attention.few import LISTED, SPLIT
 from .attention.few_indexed import PLANES, SCORERS_TOGETHER, TERMS
-from .lib.marks import GATHER_ROOM, PROBE_EVERY
+from .lib.marks import GATHER_ROOM, PLACES_BEFORE_MARKS, PROBE_EVERY
 from .spec import APPENDED, Aligned, is_group
 from .variants import KERNELS
 
@@ -126,6 +126,7 @@ def header():
         text.append(group_struct(name, argument, written) + "\n")
     text.append("// Of the kernels that gather, see triton_src/lib/marks.py.\n")
     text.append(f"constexpr int64_t kProbeEvery = {PROBE_EVERY.value}, kGatherRoom = {GATHER_ROOM.value};\n")
+    text.append(f"constexpr int64_t kPlacesBeforeMarks = {PLACES_BEFORE_MARKS.value};\n")
     text.append("// Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.\n")
     text.append(f"constexpr int64_t kListed = {LISTED.value}, kSplitTiles = {SPLIT.value};\n")
     text.append(

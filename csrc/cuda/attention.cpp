@@ -7,6 +7,7 @@
 #include "cuda/implementation.h"
 #include "cuda/ops.h"
 #include "cuda/part.h"
+#include "cuda/portable/gathering.h"
 #include "ops/attention_checks.h"
 
 namespace adasplash::cuda {
@@ -27,6 +28,10 @@ void sum_alpha_terms(const at::Tensor& alpha_terms, const at::Tensor& grad_alpha
 
 }  // namespace
 
+c10::SymInt support_capacity(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options) {
+  return portable::Gathering::kept_capacity(query, key, options);
+}
+
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                       const AttentionOptions& options, const c10::SymInt& support_capacity) {
   const AttentionInputs inputs{"_entmax_attn_forward", query, key, value, options};
@@ -43,7 +48,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
     // Tile rows that no query has: the shape rounds up, and they lie between packed sequences.
     const int64_t queries = query.size(packed ? 0 : 2);
     if (packed || tiles.size(-2) > count_tiles(queries)) tiles.zero_();
-    // Rows of support are not listed here; the backward goes by tiles.
+    // Rows of support are not listed here; the backward goes by tiles, and by marks in the places behind this.
     if (support.numel() > 0) support.fill_(kSupportOverflow);
   }
   if (out.numel() == 0) return result;
@@ -52,7 +57,7 @@ ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::
     implementation.forward(
         {inputs.op, part.queries(query), part.keys(key), part.keys(value), part.options(options), part.first()},
         {part.queries(out), training ? part.rows(row_state) : at::Tensor(),
-         training ? part.rows(tiles) : at::Tensor()});
+         training ? part.rows(support) : at::Tensor(), training ? part.rows(tiles) : at::Tensor()});
   }
   return result;
 }
@@ -66,7 +71,8 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
   const Implementation& implementation = implementation_for(inputs);
   const c10::DeviceGuard guard(query.device());
 
-  const at::Tensor row_state = saved.row_state.contiguous(), tiles = saved.tiles.contiguous();
+  const at::Tensor row_state = saved.row_state.contiguous(), support = saved.support.contiguous(),
+                   tiles = saved.tiles.contiguous();
   const at::Tensor alpha_terms = options.head_alpha
                                      ? at::empty(row_state.sizes().slice(0, row_state.dim() - 1), row_state.options())
                                      : at::empty({0}, row_state.options());
@@ -83,7 +89,7 @@ BackwardResult backward(const at::Tensor& grad_out, const at::Tensor& query, con
     for (const Part& part : Part::all(inputs, implementation.backward_scratch(inputs))) {
       implementation.backward(
           {inputs.op, part.queries(query), part.keys(key), part.keys(value), part.options(options), part.first()},
-          {part.queries(grad_out), part.rows(row_state), part.rows(tiles),
+          {part.queries(grad_out), part.rows(row_state), part.rows(support), part.rows(tiles),
            saved.out ? OptionalTensor(part.queries(*saved.out)) : std::nullopt},
           {part.queries(grad_query), part.keys(grad_key), part.keys(grad_value),
            options.head_alpha ? part.rows(alpha_terms) : alpha_terms});

@@ -88,7 +88,7 @@ void attend_cache(const at::Tensor& query, const at::Tensor& key, const at::Tens
   for (const Part& part : Part::all(inputs, implementation.forward_scratch(inputs, /*training=*/false))) {
     implementation.forward(
         {inputs.op, part.queries(query), part.keys(key), part.keys(value), part.options(options), part.first()},
-        {part.queries(out), at::Tensor(), at::Tensor()});
+        {part.queries(out), at::Tensor(), at::Tensor(), at::Tensor()});
   }
 }
 

@@ -2,8 +2,9 @@
 // attention is an Implementation in a folder of its own; implementation.cpp lists them in order of preference, and the
 // first that serves a call computes it.
 //
-// What a forward saves is the same for all, as docs/contract.md says: row_state, tiles, and the output. So any
-// implementation's backward takes what any implementation's forward left, and each direction is chosen for itself.
+// What a forward saves is the same for all, as docs/contract.md says: row_state, tiles, the output, and in the places of
+// support marks of keys, where it has any. So any implementation's backward takes what any implementation's forward
+// left, and each direction is chosen for itself.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -40,14 +41,15 @@ struct AttentionInputs {
 };
 
 // Where the forward writes: every row that a sequence has. Tokens of the packed form that no sequence has, and tile
-// rows that no query has, are zero already. row_state and tiles are undefined in inference, where nobody wants them.
+// rows that no query has, are zero already, and all of support is kSupportOverflow. row_state, support and tiles are
+// undefined in inference, where nobody wants them.
 struct ForwardOutputs {
-  const at::Tensor &out, &row_state, &tiles;
+  const at::Tensor &out, &row_state, &support, &tiles;
 };
 
-// What the backward starts from, beside the inputs. row_state and tiles are contiguous, or parts of such.
+// What the backward starts from, beside the inputs. row_state, support and tiles are contiguous, or parts of such.
 struct BackwardInputs {
-  const at::Tensor &grad_out, &row_state, &tiles;
+  const at::Tensor &grad_out, &row_state, &support, &tiles;
   const OptionalTensor& out;  // the forward's output, where it was kept
 };
 

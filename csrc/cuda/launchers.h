@@ -143,6 +143,7 @@ struct MutableKeyIndex {
 
 // Of the kernels that gather, see triton_src/lib/marks.py.
 constexpr int64_t kProbeEvery = 16, kGatherRoom = 2560;
+constexpr int64_t kPlacesBeforeMarks = 2;
 // Of attention/few.py: keys that a row's list has room for, and tiles of keys that make a split.
 constexpr int64_t kListed = 1024, kSplitTiles = 16;
 // Of attention/few_indexed.py: planes of a turned query, numbers that are kept of it, and shares of
@@ -155,7 +156,9 @@ struct AttendArguments {
   Matrix value;
   MutableMatrix out;
   Exactly<float*> row_state;
+  Exactly<int32_t*> support;
   Exactly<int32_t*> tiles;
+  Exactly<int32_t> support_capacity;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
   Exactly<int32_t*> remaining;
@@ -166,7 +169,7 @@ struct AttendArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendArguments) == 384);
+static_assert(sizeof(AttendArguments) == 400);
 inline void attend(const Variant& variant, const Place& place, int64_t programs,
                    const AttendArguments& arguments) {
   launch(Kernel::kAttend, variant, place, programs, &arguments, sizeof arguments);
@@ -176,9 +179,11 @@ struct MarkArguments {
   Matrix query;
   Matrix key;
   Exactly<const float*> row_state;
+  Exactly<const int32_t*> support;
   Exactly<const int32_t*> tiles;
+  Exactly<int32_t> support_capacity;
   Exactly<int32_t*> tile_lists;
-  Exactly<int16_t*> key_marks;
+  Exactly<int32_t*> key_marks;
   Exactly<int16_t*> row_marks;
   Exactly<int32_t*> probe_counts;
   Exactly<int32_t> gather_below;
@@ -187,7 +192,7 @@ struct MarkArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(MarkArguments) == 320);
+static_assert(sizeof(MarkArguments) == 336);
 inline void mark(const Variant& variant, const Place& place, int64_t programs,
                  const MarkArguments& arguments) {
   launch(Kernel::kMark, variant, place, programs, &arguments, sizeof arguments);
@@ -204,9 +209,11 @@ struct GradQueryArguments {
   Exactly<int64_t*> row_seeds;
   Exactly<float*> alpha_terms;
   Exactly<const float*> row_state;
+  Exactly<const int32_t*> support;
   Exactly<const int32_t*> tiles;
+  Exactly<int32_t> support_capacity;
   Exactly<int32_t*> tile_lists;
-  Exactly<const int32_t*> marks;
+  Exactly<const int32_t*> key_marks;
   Exactly<int32_t*> row_marks;
   Exactly<int32_t*> gathered;
   Exactly<const int32_t*> probe_counts;
@@ -215,7 +222,7 @@ struct GradQueryArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(GradQueryArguments) == 480);
+static_assert(sizeof(GradQueryArguments) == 496);
 inline void grad_query(const Variant& variant, const Place& place, int64_t programs,
                        const GradQueryArguments& arguments) {
   launch(Kernel::kGradQuery, variant, place, programs, &arguments, sizeof arguments);
@@ -346,7 +353,9 @@ struct AttendPagedArguments {
   PagedMatrix value;
   MutableMatrix out;
   Exactly<float*> row_state;
+  Exactly<int32_t*> support;
   Exactly<int32_t*> tiles;
+  Exactly<int32_t> support_capacity;
   Exactly<int16_t*> tile_margins;
   Exactly<int32_t*> tile_lists;
   Exactly<int32_t*> remaining;
@@ -357,7 +366,7 @@ struct AttendPagedArguments {
   int8_t* global_scratch = nullptr;
   int8_t* profile_scratch = nullptr;
 };
-static_assert(sizeof(AttendPagedArguments) == 448);
+static_assert(sizeof(AttendPagedArguments) == 464);
 inline void attend_paged(const Variant& variant, const Place& place, int64_t programs,
                          const AttendPagedArguments& arguments) {
   launch(Kernel::kAttendPaged, variant, place, programs, &arguments, sizeof arguments);

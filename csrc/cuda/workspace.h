@@ -22,7 +22,6 @@ struct Extents {
   int64_t query_tile_pairs = 0, tile_pairs = 0;
   int64_t query_tile_rows = 0, tile_rows = 0;  // of all heads: of queries; of queries or of keys, whichever are more
   int64_t state_rows = 0;                      // rows of row_state
-  int64_t tile_words = 0;                      // words of tile bits
   int64_t kv_heads = 0;
 
   // Of the sequences of few queries that there may be (portable/few.h), with rows of key heads as attention/few.py

@@ -37,7 +37,7 @@ struct AttentionShape {
 // packed form has no dimension B. Keys and tiles are counted from the start of their sequence.
 struct SavedForBackward {
   at::Tensor row_state;  // (B, H, M, 2): a row's max and gap = tau - max, in units of z = (alpha - 1) * score
-  at::Tensor support;    // (B, H, M, capacity) int32: ascending keys, kEndOfSupport after the last one
+  at::Tensor support;    // (B, H, M, capacity) int32: ascending keys, kEndOfSupport after the last; or kSupportOverflow
   at::Tensor tiles;      // (B, H, tile rows, words) int32: bit t % 32 of word t / 32 is tile t; see saved_sizes
   OptionalTensor out;    // the output: dO.out shifts what the CUDA kernels sum, to round less; others do without
 };
@@ -46,7 +46,9 @@ using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor
 
 constexpr int64_t kInference = -1;        // support_capacity of a call that needs no backward
 constexpr int32_t kEndOfSupport = -1;     // the row's support ends here
-constexpr int32_t kSupportOverflow = -2;  // in the first place: the row's support did not fit, rebuild it
+// In the first place: the row's support did not fit, rebuild it. Places behind it are the backend's own: the CPU has
+// the number of keys in the second, the GPU marks of keys (kept_marks in triton_src/lib/marks.py).
+constexpr int32_t kSupportOverflow = -2;
 // How far q_positions may be from 0 either way: the CUDA kernels add them to a row and a window, in 32 bits.
 constexpr int64_t kFarthestPosition = (int64_t{1} << 29) - 1;
 // Edge of the tiles that the tile bits speak of: TILE in triton_src/lib/visibility.py, _TILE in adasplash/inspect.py.

@@ -24,8 +24,13 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// Support entries kept for each row. The CPU's backward walks the lists; the CUDA kernels walk tile bits.
-int64_t support_capacity(const at::Tensor& query) { return cuda::serves(query.device()) ? 0 : 128; }
+// Support entries listed for each row. The CPU's backward and summary walk the lists; the CUDA kernels walk tile bits.
+int64_t listed_support(const at::Tensor& query) { return cuda::serves(query.device()) ? 0 : 128; }
+
+// … and how many places there are where a backward follows, for which the CUDA kernels keep marks of keys there.
+c10::SymInt support_capacity(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options) {
+  return cuda::serves(query.device()) ? cuda::support_capacity(query, key, options) : listed_support(query);
+}
 
 OptionalTensor if_defined(const Variable& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
@@ -101,7 +106,8 @@ class EntmaxAttn : public torch::autograd::Function<EntmaxAttn> {
                           const OptionalTensor& /*head_alpha*/, const AttentionOptions& options,
                           SavedForBackward* told) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, row_state, support, tiles] = call_forward(query, key, value, options, support_capacity(query));
+    auto [out, row_state, support, tiles] =
+        call_forward(query, key, value, options, support_capacity(query, key, options));
     const auto kept_out = cuda::serves(query.device()) ? OptionalTensor(out) : std::nullopt;
     const SavedForBackward saved{.row_state = row_state, .support = support, .tiles = tiles, .out = kept_out};
     SavedCall::save(ctx, query, key, value, saved, options);
@@ -179,7 +185,7 @@ AttentionSummary with_summary(const at::Tensor& out, const at::Tensor& query, co
 // The forward of ours, for its output and for what it saves.
 std::pair<at::Tensor, SavedForBackward> forward_and_saved(const at::Tensor& query, const at::Tensor& key,
                                                           const at::Tensor& value, const AttentionOptions& options) {
-  auto [out, row_state, support, tiles] = call_forward(query, key, value, options, support_capacity(query));
+  auto [out, row_state, support, tiles] = call_forward(query, key, value, options, listed_support(query));
   return {out, {.row_state = row_state, .support = support, .tiles = tiles, .out = {}}};
 }
 

@@ -342,7 +342,7 @@ def test_heads_that_weigh_few_keys_gather(driver):
     def run(length, below):
         gather(length, below)
         driver.launches.clear()
-        return gradients(inputs, grad, torch.ops.adasplash.entmax_attn)
+        return gradients(inputs, grad, torch.ops.adasplash.entmax_attn, is_causal=True)
 
     walked = run(MANY, 101)
     assert kernels(driver) == FORWARD + BACKWARD
@@ -372,10 +372,33 @@ def test_scratch_to_gather_keys_follows_the_queries(driver):
     assert kernels(driver) == 2 * FORWARD
 
 
+@pytest.mark.parametrize("is_causal", (True, False))
+def test_marks_of_the_forward_are_kept_for_the_backward(driver, is_causal):
+    """In places of support that the shapes ask for, and for inference in none. A query that sees all keys sees twice as
+    many as one in causal order."""
+
+    def places(m, n, **options):
+        inputs = make_inputs(1, 1, m, n, size=16, requires_grad=True)
+        driver.launches.clear()
+        driver.run_kernels = False
+        attend(inputs, is_causal=is_causal, **options).sum().backward()
+        (given,) = {launch.arguments.get("support_capacity") for launch in driver.launches} - {None}
+        return given
+
+    gather(1)
+    assert [places(64, n) for n in (64, 2048, 2049, 65536)] == [3, 3, 4, 34]
+    assert places(64, 65537) == 0
+    assert places(64, 65537, kv_seqlens=torch.tensor([70])) == 34
+    gather(100)
+    assert [places(m, 120) for m in (49, 50, 99, 100)] == ([0, 0, 0, 3] if is_causal else [0, 3, 3, 3])
+    assert places(120, 140, window=(48, 0)) == 0 and places(120, 140, window=(49, 0)) == 3
+
+
 @torch.no_grad()
 def test_a_narrow_window_gathers_no_keys(driver):
-    """However long the sequence: what a query may see decides."""
-    gather(100)
+    """However long the sequence: what a query may see decides. Within a window, as where all see all keys, half as many
+    keys as in causal order suffice, where queries see half of them on average."""
+    gather(200)
     attend(make_inputs(1, 1, 120, 120, size=16), is_causal=True, window=(98, 5))
     assert kernels(driver) == FORWARD
     driver.launches.clear()

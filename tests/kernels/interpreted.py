@@ -34,6 +34,8 @@ from triton_src.lib.tile_lists import count_tile_rows, count_tile_words
 from triton_src.lib.visibility import Sequences
 
 TILE = visibility.TILE.value
+NOT_LISTED = -2  # in support: kSupportOverflow in csrc/ops/attention.h
+UNMARKED = -1
 UNTOUCHED = 12345  # a number that results and scratch hold before
 
 
@@ -63,6 +65,8 @@ class Result(NamedTuple):
     alpha_terms: Tensor | None = None  # of each row; empty where alpha is a number
     summary: Summary | tuple = ()
     remaining: Tensor | tuple = ()  # of each tile row: candidates whose keys the forward gathered, or -1
+    support: Tensor | tuple = ()
+    key_marks: Tensor | tuple = ()  # that the backward made itself; UNMARKED elsewhere
 
 
 def matrix(x: Tensor) -> Matrix:
@@ -153,13 +157,15 @@ def attention(
     tiles: Tiles | None = None,
     gather_below: int = 101,
     gather_from: int = 1,
+    keeps: bool = True,
     summary: bool = False,
     few_queries: int = -1,
     sharers: int = 2,
     index: Tensor | None = None,
 ) -> Result:
     """Forward, and with `grad` backward, over the keys that weigh where less than `gather_below` per cent of the probed
-    ones do (0: nothing is probed), else over tiles; sequences shorter than `gather_from` are not probed. Padded tensors
+    ones do (0: nothing is probed), else over tiles; sequences shorter than `gather_from` are not probed. If it
+    `keeps` them the backward finds the forward's marks. Padded tensors
     (B, H, M, D), with `lengths` of queries and keys, (B,) lengths or (B, 2) first rows and ends; or packed ones
     (tokens, H, D) with `offsets` (cu_seqlens_q, cu_seqlens_k, longest query, longest key). alpha as a number, or (H,)
     of heads, which asks for its gradient.
@@ -258,7 +264,10 @@ def attention(
         bits.zero_()  # as forward (csrc/cuda/attention.cpp) does: attend does not write all of it
     key_value = [matrix(x) if table is None else paged_matrix(x, table) for x in (key, value)]
     inputs = dict(query=matrix(query), key=key_value[0], value=key_value[1])
-    scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists)
+    capacity = marks.PLACES_BEFORE_MARKS.value + math.ceil(key_tiles / 32) if keeps and grad is not None else 0
+    support = torch.full((*row_state.shape[:-1], capacity), NOT_LISTED, dtype=torch.int32)
+    kept = dict(support=support, support_capacity=capacity)
+    scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists, **kept)
     remaining = ()
     if longest_q > few_queries:
         gathers = gather_below > 0
@@ -298,7 +307,7 @@ def attention(
     row_seeds = torch.full(row_state.shape[:-1], int(garbage))
     alpha_terms = torch.full(row_state.shape[:-1] if isinstance(alpha, Tensor) else (0,), garbage)
     tile_lists.fill_(1 << 30)
-    key_marks = torch.full((*tile_lists.shape, 2), -1, dtype=torch.int32)
+    key_marks = torch.full((*tile_lists.shape, 2), UNMARKED, dtype=torch.int32)
     row_marks = torch.full((*tile_lists.shape, 4), -1, dtype=torch.int16)
     probe = dict(probe_counts=torch.zeros(batch * kv_heads, 2, dtype=torch.int32), gather_below=gather_below)
     for probe_from in (gather_from, 0) if gather_below else ():
@@ -309,8 +318,9 @@ def attention(
             key=inputs["key"],
             row_state=row_state,
             tiles=bits,
+            **kept,
             tile_lists=tile_lists,
-            key_marks=key_marks.view(torch.int16),
+            key_marks=key_marks,
             row_marks=row_marks,
             **probe,
             probe_from=probe_from,
@@ -330,8 +340,9 @@ def attention(
             alpha_terms=alpha_terms,
             row_state=row_state,
             tiles=bits,
+            **kept,
             tile_lists=tile_lists,
-            marks=key_marks,
+            key_marks=key_marks,
             row_marks=row_marks.view(torch.int32),
             gathered=gathered,
             **probe,
@@ -353,7 +364,7 @@ def attention(
             **probe,
             constants=dict(GATHER=gather),
         )
-    return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found, remaining)
+    return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found, remaining, support, key_marks)
 
 
 def suffix_of(kernel: str, arguments: dict) -> str:

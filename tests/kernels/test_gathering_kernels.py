@@ -4,7 +4,7 @@ checked.py forces."""
 import pytest
 import torch
 from checked import TYPES
-from interpreted import UNTOUCHED, attention
+from interpreted import NOT_LISTED, UNMARKED, UNTOUCHED, attention
 
 import reference
 from common import Inputs, assert_same_bits, make_inputs, normal_like
@@ -88,3 +88,57 @@ def test_rows_that_are_nan_reach_all_keys_that_they_see():
     assert found.out[0, 0, 3].isnan().all() and found.dq[0, 0, 3].isnan().all()
     assert found.out[0, 0, 4:].isfinite().all() and found.dq[0, 0, 4:].isfinite().all()
     assert found.dk.isnan().all() and found.dv.isnan().all()
+
+
+@TYPES
+@pytest.mark.parametrize("alpha", (1.25, 1.5, 2.0))
+def test_the_backward_finds_the_marks_of_the_forward(dtype, alpha):
+    """Of each 64 rows, in places of their support; where they are fewer, as of the last two, `mark` marks keys itself.
+    What it would mark is part of what the forward did, so gradients differ by the order of sums alone."""
+    inputs = make_inputs(1, 2, 130, 2100, size=16, sigma=1.5, dtype=dtype)
+    grad = normal_like(inputs.query)
+    found = [attention(*inputs, alpha, True, grad=grad, keeps=keeps) for keeps in (True, False)]
+    support = found[0].support
+    assert support.shape == (1, 2, 130, 2 + 2) and found[1].support.shape == (1, 2, 130, 0)
+    assert (support[..., 0] == NOT_LISTED).all()
+    counts = support[0, :, [0, 64, 128], 1]
+    assert (counts[:, :2] > 0).all() and (counts[:, 2] == NOT_LISTED).all()
+    # The few that are seen everywhere are a probe's.
+    marked = [(result.key_marks[0, 0] != UNMARKED).sum((1, 2)) for result in found]
+    assert marked[0][1] == 0 and marked[1][1] > 20 and marked[0][2] == marked[1][2] > 20
+    close = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for name in ("dq", "dk", "dv"):
+        torch.testing.assert_close(*(getattr(result, name) for result in found), atol=close, rtol=close)
+
+
+def test_marks_are_the_keys_that_may_weigh():
+    inputs = sharp_and_flat()
+    found = attention(*inputs, 1.5, grad=normal_like(inputs.query), gather_below=30)
+    words = found.support[0, 0, :64, 2].view(32, 2)[:4]  # of a column of WORD tiles, those that there are
+    marked = (words[..., None] >> torch.arange(32)) & 1
+    assert marked.view(-1).nonzero().view(-1).tolist() == list(range(0, 256, 16)) and found.support[0, 0, 0, 1] == 16
+    assert found.support[0, 0, 64, 1] == NOT_LISTED  # walked
+
+
+def test_what_is_kept_follows_from_the_sequence_alone():
+    """Its own lengths, not those of the tensors, in which there would be room for its last 64 rows."""
+    inputs = make_inputs(2, 2, 192, 200, size=16, sigma=1.5)
+    grad = normal_like(inputs.query)
+    lengths = torch.tensor([150, 192], dtype=torch.int32), torch.tensor([200, 90], dtype=torch.int32)
+    found = attention(*inputs, 1.5, grad=grad, lengths=lengths)
+    assert ((found.support[:, 0, ::64, 1] >= 0) == torch.tensor([[True, True, False], [True, True, True]])).all()
+    for entry, (m, n) in enumerate(zip(*(x.tolist() for x in lengths), strict=True)):
+        query, key, value = (x[entry, None] for x in inputs)
+        alone = attention(query[:, :, :m], key[:, :, :n], value[:, :, :n], 1.5, grad=grad[entry, None, :, :m])
+        assert_same_bits(found.dq[entry, :, :m], alone.dq[0])
+        assert_same_bits(found.dk[entry, :, :n], alone.dk[0])
+        assert_same_bits(found.dv[entry, :, :n], alone.dv[0])
+
+
+def test_more_kept_keys_than_a_list_holds():
+    inputs = make_inputs(1, 1, 70, 2700, size=16, sigma=0.01)
+    grad = normal_like(inputs.query)
+    kept, marked = (attention(*inputs, 1.5, True, grad=grad, keeps=keeps) for keeps in (True, False))
+    assert kept.support[0, 0, 0, 1] > 2560
+    for name in ("dq", "dk", "dv"):
+        torch.testing.assert_close(getattr(kept, name), getattr(marked, name), atol=3e-6, rtol=3e-6)

@@ -42,7 +42,17 @@ from ..lib.entmax import (
     threshold_step,
     weigh,
 )
-from ..lib.marks import GATHER_ROOM, WARP_ROWS, MarkedKeys, MarkedRows, list_at_once, mark_keys, visit_marked
+from ..lib.marks import (
+    GATHER_ROOM,
+    WARP_ROWS,
+    MarkedKeys,
+    MarkedRows,
+    kept_marks,
+    kept_or_lent,
+    list_at_once,
+    mark_keys,
+    visit_marked,
+)
 from ..lib.matrices import (
     ROW_PARTS,
     Code,
@@ -73,22 +83,23 @@ from ..lib.tile_lists import (
 )
 from ..lib.visibility import TILE, keys_of_block, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
-from .scan import list_candidates, margins_of, scan_tiles, sound_rows
+from .scan import expected_support, list_candidates, margins_of, scan_tiles, sound_rows
 
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 
 
 @triton.jit
 def attend(
-    query, key, value, out, row_state, tiles, tile_margins, tile_lists, remaining, gathered, gather_from, gather_below,
-    call,
+    query, key, value, out, row_state, support, tiles, support_capacity, tile_margins, tile_lists, remaining, gathered,
+    gather_from, gather_below, call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     SCAN_N: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
     holds weight. In sequences with `gather_from` or more keys blocks of rows that are expected to weigh few keys remain
     for the code with GATHER, which looks for the keys that may weigh and works on these alone: less than `gather_below`
-    per cent of those of the candidates, added up over the rows. More than 100 per cent: all blocks of rows."""
+    per cent of those of the candidates, added up over the rows. More than 100 per cent: all blocks of rows. Its marks
+    stay in `support` for the backward, where that has room (kept_marks)."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA, EXACT)
     SCAN_CODE: tl.constexpr = Code(BLOCK_M, SCAN_N, BLOCK_D, STEP_D, ALPHA, EXACT)
@@ -99,7 +110,8 @@ def attend(
     key_rows = key_rows_of(key, at, call.head_dim, at.keys.length)
     value_rows = key_rows_of(value, at, call.value_dim, at.keys.length)
     out_rows = query_rows_of(out, at, call.value_dim, at.queries.extent)
-    row_state += 2 * first_state_row(call, at)
+    state_row = first_state_row(call, at)
+    row_state += 2 * state_row
     key_tiles = tl.cdiv(call.keys.max_seqlen, TILE)
     first_row = (blocks - 1 - block) * BLOCK_M  # in causal order the last are longest, and go first
     may_remain = at.keys.length >= gather_from
@@ -144,25 +156,31 @@ def attend(
         row_max, gap = load_state(row_state, row, at.queries.extent)
         sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
         candidates = TileList(entries, tl.load(remaining + 1), remaining_count)
-        # Nobody needs the margins any more: the marks of keys take their place, as many numbers a tile.
-        key_marks = tile_margins + tile_row * key_tiles * (TILE // WARP_ROWS)
+        # Marks that are not kept take the place of the margins, which nobody needs any more: as many numbers a tile.
+        words = tile_margins + tile_row * key_tiles * (TILE // WARP_ROWS)
+        words = words.to(tl.pointer_type(tl.int32), bitcast=True)  # of two groups of 16 keys each
+        kept, kept_count, of_row = kept_marks(support, support_capacity, state_row, first_row, at.queries, at.keys)
+        marks = kept_or_lent(kept, of_row, words)
         MARK_CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
-        marked = mark_keys(queries, threshold_of(row_max, gap, EXACT), candidates, key_marks, MARK_CODE)
+        marked = mark_keys(queries, threshold_of(row_max, gap, EXACT), candidates, marks, MARK_CODE)
         tl.debug_barrier()  # what other threads wrote is read from here on
-        words = key_marks.to(tl.pointer_type(tl.int32), bitcast=True)  # of two groups of 16 keys each
-        rows = MarkedRows(words, 1, gathered + tile_row * GATHER_ROOM)
+        rows = MarkedRows(marks, gathered + tile_row * GATHER_ROOM)
         keys = MarkedKeys(rows, candidates, marked, list_at_once(rows, candidates, marked))
         weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, keys, tiles, call.tile_words, CODE, True)
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         if any_row(broken):
             store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
+        else:
+            tl.store(kept_count, marked, mask=kept)
     else:
-        row_max, gap, support = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
+        row_max, gap, largest = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
         sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
+        expected = 0.0
+        if may_remain:
+            expected = tl.sum(expected_support(largest, row_max, gap, scale), 0)
         tl.debug_barrier()  # what other threads wrote is read from here on
         candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
         if may_remain:
-            expected = tl.sum(tl.where(sound, support, 0.0), 0)
             few = (expected * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)) | (gather_below > 100)
             tl.store(remaining, tl.where(few, candidates.count, -1))
             tl.store(remaining + 1, candidates.inner)
@@ -178,10 +196,10 @@ ATTEND = Spec(
     attend,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX,
-        row_state="*fp32", tiles="*i32", tile_margins="*i16", tile_lists="*i32", remaining="*i32",
-        gathered="*i32", gather_from="i32", gather_below="i32", call=CALL,
+        row_state="*fp32", support="*i32", tiles="*i32", support_capacity="i32", tile_margins="*i16",
+        tile_lists="*i32", remaining="*i32", gathered="*i32", gather_from="i32", gather_below="i32", call=CALL,
     ),
-    writes=("out", "row_state", "tiles", "tile_margins", "tile_lists", "remaining", "gathered"),
+    writes=("out", "row_state", "support", "tiles", "tile_margins", "tile_lists", "remaining", "gathered"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..lib.call import Head, band_of, block_of_program, first_state_row, head_scale, query_rows_of
 from ..lib.dropout import SequenceDropout, dropout_factors, dropout_of_sequence
 from ..lib.entmax import ALPHA_1, ALPHA_ANY, fixed_alpha, weigh
-from ..lib.marks import GATHER_ROOM, MarkedRows, gathers, visit_rows
+from ..lib.marks import GATHER_ROOM, MarkedRows, TileMarks, gathers, visit_rows
 from ..lib.matrices import (
     Code,
     Factor,
@@ -113,7 +113,8 @@ def grad_key_value(
         member_rows = HeadRows(member_query, member_grad_out, row_terms, row_seeds, scale, dropout)
         weighing = list_query_tiles(entries, query_tiles, tiles, call.tile_words, key_tile, at.band, CODE)
         unused = query_tiles - weighing.count
-        marked = MarkedRows(marks, key_tiles, gathered)
+        to_tile = key_tiles * (TILE // WORD)  # tiles follow each other down a column
+        marked = MarkedRows(TileMarks(marks, 1, to_tile, to_tile.to(tl.int64) * WORD), gathered)
         context = (held, member_rows, at.band)
         if ALPHA == ALPHA_ANY:
             SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)

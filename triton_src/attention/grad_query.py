@@ -38,7 +38,7 @@ from ..lib.entmax import (
     weigh,
     weights_threshold,
 )
-from ..lib.marks import GATHER_ROOM, MarkedRows, add_row_marks, gathers, visit_rows
+from ..lib.marks import GATHER_ROOM, MarkedRows, add_row_marks, gathers, kept_marks, kept_or_lent, visit_rows
 from ..lib.matrices import (
     ROW_PARTS,
     Code,
@@ -93,14 +93,15 @@ class Sums(NamedTuple):
 
 @triton.jit
 def grad_query(
-    query, key, value, out, grad_out, grad_query, row_terms, row_seeds, alpha_terms, row_state, tiles, tile_lists,
-    marks, row_marks, gathered, probe_counts, gather_below, call,
+    query, key, value, out, grad_out, grad_query, row_terms, row_seeds, alpha_terms, row_state, support, tiles,
+    support_capacity, tile_lists, key_marks, row_marks, gathered, probe_counts, gather_below, call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
     GATHER: tl.constexpr,
 ):  # fmt: skip
     """dq, and what grad_key_value needs of rows: `row_terms`, with dropout `row_seeds` too. `alpha_terms` are the rows'
-    parts of the gradient of alpha, where that is asked for. Visits the keys that are in `marks` if GATHER, and marks
-    the rows that weigh them, else all of tiles with weight, of the key heads that `probe_counts` say so of."""
+    parts of the gradient of alpha, where that is asked for. Visits the keys that the forward or `mark` marked if
+    GATHER, and marks the rows that weigh them, else all of tiles with weight, of the key heads that `probe_counts` say
+    so of."""
     block, head, batch = block_of_program(tl.cdiv(call.queries.max_seqlen, BLOCK_M), call.heads)
     if gathers(probe_counts, kv_head_of(call, batch, head), gather_below) != GATHER:
         return
@@ -131,7 +132,9 @@ def grad_query(
     tile_row = tile_row_of(call, at, first_row)
     entries = tile_lists + tile_row * key_tiles
     gathered += tile_row * GATHER_ROOM
-    marks += tile_row * key_tiles * (TILE // WORD)
+    kept, kept_count, of_row = kept_marks(support, support_capacity, state_row, first_row, at.queries, at.keys)
+    kept = tl.load(kept_count, mask=kept, other=-1) >= 0
+    marks = kept_or_lent(kept, of_row, key_marks + tile_row * key_tiles * (TILE // WORD))
     row_marks += tile_row * key_tiles * (TILE // WORD)
     keys_seen = keys_of_block(first_row, at.band, BLOCK_M)
     key_rows = rows_from(key_rows, keys_seen.first, keys_seen.end)
@@ -157,7 +160,7 @@ def grad_query(
         seeds,
         row_marks,
     )
-    marked = MarkedRows(marks, 1, gathered)
+    marked = MarkedRows(marks, gathered)
     sums = zero_sums(CODE)
     if ALPHA == ALPHA_ANY:
         SOFTMAX_CODE: tl.constexpr = Code(BLOCK_M, BLOCK_N, BLOCK_D, STEP_D, ALPHA_1, EXACT)
@@ -174,8 +177,9 @@ GRAD_QUERY = Spec(
     grad_query,
     arguments=dict(
         query=MATRIX, key=MATRIX, value=MATRIX, out=MATRIX, grad_out=MATRIX, grad_query=MATRIX, row_terms="*fp32",
-        row_seeds="*i64", alpha_terms="*fp32", row_state="*fp32", tiles="*i32", tile_lists="*i32", marks="*i32",
-        row_marks="*i32", gathered="*i32", probe_counts="*i32", gather_below="i32", call=CALL,
+        row_seeds="*i64", alpha_terms="*fp32", row_state="*fp32", support="*i32", tiles="*i32", support_capacity="i32",
+        tile_lists="*i32", key_marks="*i32", row_marks="*i32", gathered="*i32", probe_counts="*i32",
+        gather_below="i32", call=CALL,
     ),
     writes=("grad_query", "row_terms", "row_seeds", "alpha_terms", "tile_lists", "row_marks", "gathered"),
     constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "GATHER"),

@@ -1,9 +1,10 @@
 """Which keys of a tile weigh, and for which rows: what the backward gathers, where that pays.
 
 Within a tile with weight few keys may have any. Of long sequences `mark` first probes how many, for each key head.
-Where they are few it notes which, and the kernels after it gather them: grad_query the keys that a block of rows
-weighs, noting for which rows, and grad_key_value the rows that weigh a block of keys. Elsewhere the same kernels walk
-tiles. Both codes are launched, and one of them returns at once: only the GPU knows which.
+Where they are few it notes which, unless the forward has kept its marks of them, and the kernels after it gather them:
+grad_query the keys that a block of rows weighs, noting for which rows, and grad_key_value the rows that weigh a block
+of keys. Elsewhere the same kernels walk tiles. Both codes are launched, and one of them returns at once: only the GPU
+knows which.
 """
 
 import triton
@@ -20,23 +21,24 @@ from ..lib.call import (
     tile_row_of,
 )
 from ..lib.entmax import load_thresholds, mark_threshold
-from ..lib.marks import PROBE_EVERY, WARP_ROWS, bits_of_rows, gathers, mark_keys
+from ..lib.marks import PROBE_EVERY, WARP_ROWS, TileMarks, bits_of_rows, gathers, kept_marks, mark_keys
 from ..lib.matrices import Code, load_factor
 from ..lib.scores import QueryBlock, score_rules
-from ..lib.tile_lists import LIST_CHUNK, list_weighing
+from ..lib.tile_lists import LIST_CHUNK, WORD, list_weighing, list_where
 from ..lib.visibility import TILE, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
 
 
 @triton.jit
 def mark(
-    query, key, row_state, tiles, tile_lists, key_marks, row_marks, probe_counts, gather_below, probe_from, call,
+    query, key, row_state, support, tiles, support_capacity, tile_lists, key_marks, row_marks, probe_counts,
+    gather_below, probe_from, call,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
-    """Which keys of a tile with weight some row weighs, as bits; and bits for rows that weigh some key, which are those
-    that are broken: the others are for grad_query to add. Of other tiles nothing is written, and nothing read. As a
-    probe, if `probe_from` is above 0, it adds to the `probe_counts` of a key head how many keys weigh, and of how many,
-    in some tiles of sequences as long."""
+    """Which keys of a tile with weight some row weighs, as bits, in tile rows of which the forward kept none; and bits
+    for rows that weigh some key, which are those that are broken: the others are for grad_query to add. Of other tiles
+    nothing is written, and nothing read. As a probe, if `probe_from` is above 0, it adds to the `probe_counts` of a key
+    head how many keys weigh, and of how many, in some tiles of sequences as long."""
     EXACT: tl.constexpr = key.data.dtype.element_ty == tl.float32
     CODE: tl.constexpr = Code(BLOCK_M, TILE, BLOCK_D, STEP_D, ALPHA, EXACT)
     blocks = tl.cdiv(call.queries.max_seqlen, BLOCK_M)
@@ -68,13 +70,15 @@ def mark(
 
     tile_row = tile_row_of(call, at, first_row)
     entries = tile_lists + tile_row * key_tiles
-    key_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
+    kept, count, _ = kept_marks(support, support_capacity, state_row, first_row, at.queries, at.keys)
+    kept = tl.load(count, mask=kept, other=-1) >= 0
+    marks = TileMarks(key_marks + tile_row * key_tiles * (TILE // WORD), 1, TILE // WORD, TILE)
     row_marks += tile_row * key_tiles * (TILE // WARP_ROWS)
     tiles_seen = visible_tiles(first_row, at.band, BLOCK_M)
     every = tl.where(probe_from > 0, tl.maximum((tiles_seen.inner + tiles_seen.edge) // PROBE_EVERY, 1), 1)
     bits = tiles + tile_row * call.tile_words
     weighing = list_weighing(entries, bits, tiles_seen, ALPHA, every)
-    marked = mark_keys(queries, threshold, weighing, key_marks, CODE)
+    marked = mark_keys(queries, threshold, list_where(weighing, (probe_from > 0) | (kept == 0)), marks, CODE)
     if probe_from > 0:
         tl.atomic_add(probe_counts, marked, sem="relaxed")
         tl.atomic_add(probe_counts + 1, weighing.count * TILE, sem="relaxed")
@@ -85,8 +89,9 @@ def mark(
 MARK = Spec(
     mark,
     arguments=dict(
-        query=MATRIX, key=MATRIX, row_state="*fp32", tiles="*i32", tile_lists="*i32", key_marks="*i16",
-        row_marks="*i16", probe_counts="*i32", gather_below="i32", probe_from="i32", call=CALL,
+        query=MATRIX, key=MATRIX, row_state="*fp32", support="*i32", tiles="*i32", support_capacity="i32",
+        tile_lists="*i32", key_marks="*i32", row_marks="*i16", probe_counts="*i32", gather_below="i32",
+        probe_from="i32", call=CALL,
     ),
     writes=("tile_lists", "key_marks", "row_marks", "probe_counts"),
     constants=("BLOCK_M", "BLOCK_D", "STEP_D", "ALPHA"),
@@ -94,7 +99,7 @@ MARK = Spec(
     "the PROBE_EVERY-th part of the blocks",
     scratch=dict(
         tile_lists="an entry for each tile row of queries and each tile of keys",
-        key_marks="four numbers for each of those",
+        key_marks="two words for each of those",
         row_marks="four numbers for each of those",
         probe_counts="two for each key head of each sequence, zeros before the probe",
     ),

@@ -48,8 +48,9 @@ def sound_rows(row_max, gap, sees, scale):
 
 @triton.jit
 def scan_tiles(queries, sees, tiles_seen, margins, CODE):
-    """(row_max, a lower bound of gap, expected_support) of each row. Writes the margins of each visible tile, as the
-    upper half of an fp32; `margins` are those of tile 0, see margins_of. BLOCK_N is a multiple of TILE."""
+    """(row_max, a lower bound of gap, the largest score of each of CLASSES classes of keys) of each row. Writes the
+    margins of each visible tile, as the upper half of an fp32; `margins` are those of tile 0, see margins_of. BLOCK_N
+    is a multiple of TILE."""
     # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
     MANY: tl.constexpr = CODE.BLOCK_N // TILE
     EDGE_CODE: tl.constexpr = Code(CODE.BLOCK_M, TILE, CODE.BLOCK_D, CODE.STEP_D, CODE.ALPHA, CODE.EXACT)
@@ -73,8 +74,7 @@ def scan_tiles(queries, sees, tiles_seen, margins, CODE):
             tl.store(margins[:, None] + scanned[None, :], upper_half(margin))
 
     row_max *= queries.scale.z
-    gap = gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA)
-    return row_max, gap, expected_support(largest, row_max, gap, queries.scale)
+    return row_max, gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA), largest
 
 
 @triton.jit
@@ -106,7 +106,8 @@ def gap_of_classes(largest, row_max, scale, ALPHA: tl.constexpr):
 
 @triton.jit
 def expected_support(largest, row_max, gap, scale):
-    """How many keys of a row weigh, if c of n classes have one and keys fall into classes at random: -n ln(1 - c/n)."""
+    """How many keys of a row weigh, if c of n classes have one and keys fall into classes at random: -n ln(1 - c/n).
+    None of a row that is not sound."""
     above = excess_of(largest, scale.z, Threshold(row_max + gap, gap), 0, False) > 0.0
     filled = tl.sum(above.to(tl.int32), 1).to(tl.float32) / CLASSES
     return tl.log(1.0 - filled) * -CLASSES

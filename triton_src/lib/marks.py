@@ -17,6 +17,51 @@ TILES_AT_ONCE = tl.constexpr(32)  # tiles whose marked rows are listed together
 GATHER_ROOM = tl.constexpr(2560)  # rows that a list of marked ones has room for
 # With so many or less of them there is room for those of TILES_AT_ONCE tiles more.
 ROOM_AT_LEAST = tl.constexpr(GATHER_ROOM.value - TILES_AT_ONCE.value * TILE.value)
+# How many places of a row of `support` come before those for marks: what says that its keys are not listed, and in the
+# first row of 64 how many keys are marked.
+PLACES_BEFORE_MARKS = tl.constexpr(2)
+
+
+class TileMarks(NamedTuple):
+    """Where the marks of tiles are: of each two words, with a bit for each of its 64 keys or rows. The others are how
+    many words it is from the first to the second, from a tile to the next, and from WORD tiles to the next WORD."""
+
+    words: tl.tensor  # the first one of tile 0
+    to_half: tl.tensor
+    to_tile: tl.tensor
+    to_many: tl.tensor
+
+
+@triton.jit
+def mark_words(marks, tile, half):
+    """Pointers to halves, 0 or 1, of the marks of tiles."""
+    in_many = tile % WORD * marks.to_tile + half * marks.to_half
+    return marks.words + tile.to(tl.int64) // WORD * marks.to_many + in_many
+
+
+@triton.jit
+def kept_or_lent(kept, of_row, words):
+    """The TileMarks of a tile row: those that are kept, or in lent memory, where they follow each other from `words`
+    on."""
+    return TileMarks(
+        tl.where(kept, of_row.words, words),
+        tl.where(kept, of_row.to_half, 1),
+        tl.where(kept, of_row.to_tile, TILE // WORD),
+        tl.where(kept, of_row.to_many, TILE),
+    )
+
+
+@triton.jit
+def kept_marks(support, capacity, state_row, first_row, queries, keys):
+    """(whether there is room, where their number is, TileMarks) for the marks of a tile row that the forward keeps in
+    its rows of `support`, behind what says there that no keys are listed: a column for WORD tiles, so that 64 rows of
+    queries have a word for each of their halves. Rows that are fewer have no room. The number is negative where the
+    forward kept no marks."""
+    room = (capacity - PLACES_BEFORE_MARKS) * WORD
+    fits = (first_row + TILE <= queries.length) & (tl.cdiv(keys.length, TILE) <= room)
+    of_row = support + (state_row + first_row) * capacity
+    marks = TileMarks(of_row + PLACES_BEFORE_MARKS, capacity, capacity * (TILE // WORD), 1)
+    return fits, of_row + 1, marks
 
 
 @triton.jit
@@ -46,8 +91,7 @@ def bits_set(x):
 @triton.jit
 def marks_of_keys(qk, z_scale, threshold, EXACT: tl.constexpr):
     """Of a block of keys and rows with scores qk, (keys, rows): (groups of WARP_ROWS keys,) bits of the keys that a row
-    weighs. What `excess_of` takes the positive part of is negated here, so that its sign is the mark: a key weighs by
-    these bits if and only if it has an excess."""
+    weighs. What `excess_of` takes the positive part of is negated here, so that its sign is the mark."""
     KEYS: tl.constexpr = qk.shape[0]
     high, low = threshold.high[None, :], threshold.low[None, :]
     below = (high - qk * z_scale) + low if EXACT else high - qk * z_scale
@@ -57,20 +101,22 @@ def marks_of_keys(qk, z_scale, threshold, EXACT: tl.constexpr):
 
 
 @triton.jit
-def mark_keys(queries, threshold, tile_list, key_marks, CODE):
-    """Marks the keys of the tiles of a list that any row weighs at a threshold, a whole tile at a step, and returns how
-    many they are. A warp has 16 keys, and all rows, so it waits for no other."""
+def mark_keys(queries, threshold, tile_list, marks, CODE):
+    """Marks the keys of the tiles of a list that any row weighs at a threshold, in TileMarks, a whole tile at a step.
+    Returns how many they are. A warp has 16 keys, and all rows, so it waits for no other."""
     marked = tl.zeros([TILE // WARP_ROWS], tl.int32)
-    marked = visit_tiles(add_key_marks, marked, (queries, threshold, key_marks), tile_list, CODE)
+    marked = visit_tiles(add_key_marks, marked, (queries, threshold, marks), tile_list, CODE)
     return tl.sum(marked, 0)
 
 
 @triton.jit
 def add_key_marks(marked, tile, index, context, CODE, EDGE: tl.constexpr):
-    queries, threshold, key_marks = context
+    queries, threshold, marks = context
     qk = turned_scores(queries, tile * TILE, CODE, EDGE)
     bits = marks_of_keys(qk, queries.scale.z, threshold, CODE.EXACT)
-    tl.store(key_marks + tile * (TILE // WARP_ROWS) + tl.arange(0, TILE // WARP_ROWS), bits.to(tl.int16))
+    group = tl.arange(0, TILE // WARP_ROWS)  # two to a word
+    word = mark_words(marks, tile, group // 2)
+    tl.store(word.to(tl.pointer_type(tl.int16), bitcast=True) + group % 2, bits.to(tl.int16))
     return marked + bits_set(bits)
 
 
@@ -102,10 +148,9 @@ def gathers(probe_counts, kv_head, gather_below):
 
 
 class MarkedRows(NamedTuple):
-    """Where the marks of tiles are, two words each, and room for a list of the rows that they mark."""
+    """The marks of tiles, and room for a list of the rows that they mark."""
 
-    marks: tl.tensor
-    stride: tl.tensor  # how many pairs of words a tile's marks are from the next one's
+    marks: TileMarks
     gathered: tl.tensor
 
 
@@ -196,8 +241,8 @@ def list_marked(marked, tile_list, unused, start, most):
         known = index < tile_list.count
         place = tile_list.entries + index + tl.where(index < tile_list.inner, 0, unused)
         tile = tl.load(place, mask=known, other=0)
-        place = (tile.to(tl.int64) * marked.stride)[:, None] * (TILE // WORD) + half[None, :]
-        words = tl.reshape(tl.load(marked.marks + place, mask=known[:, None], other=0), [TILES_AT_ONCE * TILE // WORD])
+        word = mark_words(marked.marks, tile[:, None], half[None, :])
+        words = tl.reshape(tl.load(word, mask=known[:, None], other=0), [TILES_AT_ONCE * TILE // WORD])
         first = tl.reshape(tile[:, None] * TILE + half[None, :] * WORD, [TILES_AT_ONCE * TILE // WORD])
         counts = bits_set(words)
         before = n + tl.cumsum(counts, 0) - counts

@@ -276,38 +276,33 @@ def load_factor(rows, first, ROWS: tl.constexpr, CODE):
 
 
 @triton.jit
-def products(a, b, first, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, CODE, MASKED: tl.constexpr):
+def products(
+    a, b, first, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, CODE, MASKED: tl.constexpr, TURNED: tl.constexpr = False
+):
     """a_i.b_j of the rows of a Factor a and of the rows of b from `first` on (see load_rows). If STEP_D is less than
     BLOCK_D (large fp32 heads, which fit neither registers nor shared memory) both go by STEP_D columns at a time and
-    are read again."""
+    are read again. If TURNED the rows of b lie along the first axis: what is reduced over the rows of a then stays
+    within a thread of the matrix units' layout."""
     if CODE.STEP_D == CODE.BLOCK_D:
-        found = dot(a.block, tl.trans(load_rows(b, first, B_ROWS, CODE.BLOCK_D, MASKED)))
+        found = row_products(a.block, load_rows(b, first, B_ROWS, CODE.BLOCK_D, MASKED), None, TURNED)
     else:
-        found = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+        found = tl.zeros([B_ROWS, A_ROWS] if TURNED else [A_ROWS, B_ROWS], tl.float32)
         for column in range(0, a.rows.columns, CODE.STEP_D):
             a_part = columns_from(a.rows, column)
             b_part = columns_from(b, column)
             a_block = load_rows(a_part, a.first, A_ROWS, CODE.STEP_D, True)
             b_block = load_rows(b_part, first, B_ROWS, CODE.STEP_D, MASKED)
-            found = dot(a_block, tl.trans(b_block), found)
+            found = row_products(a_block, b_block, found, TURNED)
     return found
 
 
 @triton.jit
-def turned_products(a, b, first, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, CODE, MASKED: tl.constexpr):
-    """The same products with the rows of b along the first axis: what is reduced over the rows of a then stays within a
-    thread of the matrix units' layout."""
-    if CODE.STEP_D == CODE.BLOCK_D:
-        found = dot(load_rows(b, first, B_ROWS, CODE.BLOCK_D, MASKED), tl.trans(a.block))
+def row_products(a, b, acc, TURNED: tl.constexpr):
+    """The products of all rows of two blocks, added to `acc` if there is one."""
+    if TURNED:
+        return dot(b, tl.trans(a), acc)
     else:
-        found = tl.zeros([B_ROWS, A_ROWS], tl.float32)
-        for column in range(0, a.rows.columns, CODE.STEP_D):
-            a_part = columns_from(a.rows, column)
-            b_part = columns_from(b, column)
-            a_block = load_rows(a_part, a.first, A_ROWS, CODE.STEP_D, True)
-            b_block = load_rows(b_part, first, B_ROWS, CODE.STEP_D, MASKED)
-            found = dot(b_block, tl.trans(a_block), found)
-    return found
+        return dot(a, tl.trans(b), acc)
 
 
 @triton.jit

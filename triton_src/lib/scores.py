@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .entmax import fixed_alpha, rate_of
-from .matrices import Factor, PagedRows, Rows, RowsFrom, products, row_numbers, turned_products
+from .matrices import Factor, PagedRows, Rows, RowsFrom, products, row_numbers
 from .visibility import Band, Span, diagonal_of, visible_keys
 
 
@@ -114,5 +114,5 @@ def block_scores(queries, first, CODE, EDGE: tl.constexpr):
 @triton.jit
 def turned_scores(queries, first, CODE, EDGE: tl.constexpr):
     """The same scores as (BLOCK_N, BLOCK_M): keys first."""
-    qk = turned_products(queries.q, queries.key_rows, first, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE)
+    qk = products(queries.q, queries.key_rows, first, CODE.BLOCK_M, CODE.BLOCK_N, CODE, EDGE, TURNED=True)
     return scores_of(qk, queries.rules, row_numbers(first, CODE.BLOCK_N), 1, CODE.ALPHA, EDGE)

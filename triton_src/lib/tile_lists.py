@@ -91,7 +91,8 @@ def has_weight(tile, index, known, context):
 def list_where(tile_list, condition):
     """A TileList, or an empty one unless a condition holds: where two codes are for one list, each under a condition of
     its own, sums go through both, and need not come out of a branch."""
-    return TileList(tile_list.entries, tile_list.inner, tl.where(condition, tile_list.count, 0))
+    inner = tl.where(condition, tile_list.inner, 0)
+    return TileList(tile_list.entries, inner, tl.where(condition, tile_list.count, 0))
 
 
 @triton.constexpr_function

@@ -1,6 +1,7 @@
-// The backward of the portable kernels: `grad_query`, then `grad_key_value`. Of long sequences `mark` comes first, and
-// then both have two launches: one with code that gathers the keys or rows that were marked, one with code that walks
-// whole tiles. Of each key head one of the two does the work; only the GPU knows which, and the other returns at once.
+// The backward of the portable kernels: `grad_query`, then `grad_key_value`. Of long sequences `mark` comes first, for
+// what the forward has kept no marks of, and then both have two launches: one with code that gathers the keys or rows
+// that were marked, one with code that walks whole tiles. Of each key head one of the two does the work; only the GPU
+// knows which, and the other returns at once.
 #include <ATen/ops/zeros_like.h>
 
 #include "cuda/portable/call.h"
@@ -45,6 +46,8 @@ class Backward {
         grad_out_(with_aligned_rows(saved.grad_out)),
         out_(with_aligned_rows(saved.out ? *saved.out : at::zeros_like(saved.grad_out))),
         row_state_(saved.row_state.const_data_ptr<float>()),
+        support_(saved.support.const_data_ptr<int32_t>()),
+        support_capacity_(capacity_of(saved.support)),
         tiles_(saved.tiles.const_data_ptr<int32_t>()),
         alpha_terms_(outputs.alpha_terms.mutable_data_ptr<float>()),
         gathering_(Gathering::of_backward(inputs)),
@@ -84,9 +87,11 @@ class Backward {
              .query = matrix_of(call_.query),
              .key = matrix_of(call_.key),
              .row_state = row_state_,
+             .support = support_,
              .tiles = tiles_,
+             .support_capacity = support_capacity_,
              .tile_lists = workspace_.write(kTileLists),
-             .key_marks = reinterpret_cast<int16_t*>(workspace_.write(kKeyMarks)),
+             .key_marks = workspace_.write(kKeyMarks),
              .row_marks = reinterpret_cast<int16_t*>(workspace_.write(kRowMarks)),
              .probe_counts = workspace_.write(kProbeCounts),
              .gather_below = gathering_.below,
@@ -109,9 +114,11 @@ class Backward {
                    .row_seeds = workspace_.write(kRowSeeds),
                    .alpha_terms = alpha_terms_,
                    .row_state = row_state_,
+                   .support = support_,
                    .tiles = tiles_,
+                   .support_capacity = support_capacity_,
                    .tile_lists = workspace_.write(kTileLists),
-                   .marks = workspace_.read(kKeyMarks),
+                   .key_marks = workspace_.read(kKeyMarks),
                    .row_marks = workspace_.write(kRowMarks),
                    .gathered = workspace_.write(kGathered),
                    .probe_counts = workspace_.read(kProbeCounts),
@@ -146,6 +153,8 @@ class Backward {
   const AlignedResult grad_query_, grad_key_, grad_value_;
   const at::Tensor grad_out_, out_;
   const float* const row_state_;
+  const int32_t* const support_;
+  const int32_t support_capacity_;
   const int32_t* const tiles_;
   float* const alpha_terms_;
   const Gathering gathering_;

@@ -278,15 +278,13 @@ const Variant& PreparedCall::variant_of_turns(Kernel kernel) const {
 }
 
 Extents PreparedCall::extents() const {
-  // The sequences of a packed batch share row_state and tile bits.
+  // The sequences of a packed batch share row_state.
   const int64_t stored_heads = packed ? query.size(1) : heads;
   const auto side = [](const Sequences& sequences, int64_t stored) {
     return Extents::Side{.tile_rows = stored * sequences.tile_rows.value, .max_seqlen = sequences.max_seqlen.value};
   };
-  const Extents::Side queries = side(arguments.queries, stored_heads);
-  Extents extents = Extents::of_tiles(queries, side(arguments.keys, stored_kv_heads));
+  Extents extents = Extents::of_tiles(side(arguments.queries, stored_heads), side(arguments.keys, stored_kv_heads));
   extents.state_rows = stored_heads * arguments.queries.rows.value;
-  extents.tile_words = queries.tile_rows * arguments.tile_words.value;
   extents.kv_heads = kv_heads;
   add_few(extents, inputs_, kv_heads, stored_kv_heads);
   return extents;

@@ -10,9 +10,8 @@ namespace {
 // Where keys are gathered, their marks come in the place of margins.
 constexpr Piece<int16_t> kTileMargins{"tile_margins", 4, &Extents::query_tile_pairs};
 constexpr Piece<int32_t> kTileLists{"tile_lists", 1, &Extents::query_tile_pairs};
-// Inference keeps nothing, but the kernels write these in any case; those of few queries write no tile bits then.
+// Inference keeps nothing, but the kernels write this in any case; no tile bits.
 constexpr Piece<float> kRowState{"row_state", 2, &Extents::state_rows};
-constexpr Piece<int32_t> kTiles{"tiles", 1, &Extents::tile_words};
 
 constexpr Scratch kAttendScratch = {kTileMargins, kTileLists};
 
@@ -26,12 +25,23 @@ constexpr Scratch kFewScratch = {kScores,     kTileMax, kFewTileLists, kListedSc
                                  kListedKeys, kIsLong,  kWeighted,     kWeightSums};
 constexpr Scratch kIndexScratch = {kTurned, kTurnedTerms, kTileBounds, kFloors, kFound};
 
+int32_t* data_if_defined(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr<int32_t>() : nullptr; }
+
 // The launches over all keys of sequences that do not have few queries.
 class Attend {
  public:
   Attend(const PreparedCall& call, const Gathering& gathering, const Workspace& workspace, const at::Tensor& out,
-         float* row_state, int32_t* tiles)
-      : call_(call), gathering_(gathering), workspace_(workspace), out_(out), row_state_(row_state), tiles_(tiles) {}
+         float* row_state, const ForwardOutputs& outputs)
+      : call_(call),
+        gathering_(gathering),
+        workspace_(workspace),
+        out_(out),
+        row_state_(row_state),
+        support_(outputs.support),
+        tiles_(outputs.tiles),
+        arguments_(call.arguments) {
+    if (!tiles_.defined()) arguments_.tile_words = {0};
+  }
 
   // In long sequences the first launch leaves blocks of rows that weigh few keys to the second, which gathers these.
   // Only the GPU knows which, and programs that have nothing to do return at once.
@@ -54,14 +64,16 @@ class Attend {
                         .value = value,
                         .out = mutable_matrix_of(out_),
                         .row_state = row_state_,
-                        .tiles = tiles_,
+                        .support = data_if_defined(support_),
+                        .tiles = data_if_defined(tiles_),
+                        .support_capacity = capacity_of(support_),
                         .tile_margins = workspace_.write(kTileMargins),
                         .tile_lists = workspace_.write(kTileLists),
                         .remaining = workspace_.write(kRemaining),
                         .gathered = workspace_.write(kGathered),
                         .gather_from = gathering_.possible() ? gathering_.from : kUnlimited,
                         .gather_below = gathering_.below,
-                        .call = call_.arguments,
+                        .call = arguments_,
                     });
   }
 
@@ -70,7 +82,8 @@ class Attend {
   const Workspace& workspace_;
   const at::Tensor& out_;
   float* const row_state_;
-  int32_t* const tiles_;
+  const at::Tensor &support_, &tiles_;
+  Call arguments_;
 };
 
 }  // namespace
@@ -81,7 +94,6 @@ Scratch Portable::forward_scratch(const AttentionInputs& inputs, bool training) 
   if (!training) scratch += {kRowState};
   if (!few.all()) {
     scratch += kAttendScratch;
-    if (!training) scratch += {kTiles};
     if (Gathering::of_forward(inputs).possible()) scratch += kGatheringScratch;
   }
   if (few.some()) {
@@ -102,12 +114,10 @@ void Portable::forward(const AttentionInputs& inputs, const ForwardOutputs& outp
   if (few.all()) {
     if (training) outputs.tiles.zero_();  // bits are set one by one
   } else {
-    int32_t* const tiles = training ? outputs.tiles.mutable_data_ptr<int32_t>() : workspace.write(kTiles);
-    Attend(call, Gathering::of_forward(inputs), workspace, out.rows, row_state, tiles).run();
+    Attend(call, Gathering::of_forward(inputs), workspace, out.rows, row_state, outputs).run();
   }
   if (few.some()) {
-    attend_few(call, few, workspace, out.rows, row_state,
-               training ? outputs.tiles.mutable_data_ptr<int32_t>() : nullptr);
+    attend_few(call, few, workspace, out.rows, row_state, data_if_defined(outputs.tiles));
   }
   out.finish();
 }

@@ -3,29 +3,65 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cuda/launchers.h"
 #include "cuda/sides.h"
 
 namespace adasplash::cuda::portable {
 namespace {
 
-std::atomic<int32_t> gather_from{8192};
-// Of the keys that are expected to weigh, and of those that a probe finds to; the matrix products of large heads hide
-// more of what gathering costs the backward.
-std::atomic<int32_t> forward_below{30}, backward_below_small{30}, backward_below_large{50};
-constexpr int64_t kSmallHead = 64;
+std::atomic<int32_t> gather_from{8192};  // keys, where a query sees half of them on average
+// Of the keys that are expected to weigh, and of those that a probe finds to. The forward looks for them first; the
+// backward mostly knows them.
+std::atomic<int32_t> forward_below{30}, backward_below{60};
+constexpr int64_t kMostKeptKeys = 65536;  // at which marks take 128 bytes a query
+
+// How many keys a sequence must have. What counts is how many a query sees on average, which follows from the options
+// and not from lengths, as every sequence is to be computed as if it were alone.
+int32_t from_for(const AttentionOptions& options) {
+  const bool unlimited_left = options.window[0] < 0, unlimited_right = !options.is_causal && options.window[1] < 0;
+  return unlimited_left != unlimited_right ? int32_t{gather_from} : std::max(gather_from / 2, 1);
+}
+
+// Whether a window leaves fewer keys than this to every query. By the window alone: lengths may be symbols.
+bool window_below(int64_t keys, const AttentionOptions& options) {
+  const int64_t left = options.window[0], right = options.is_causal ? 0 : options.window[1];
+  return left >= 0 && right >= 0 && left < keys && right < keys && left + 1 + right < keys;
+}
 
 }  // namespace
 
+c10::SymInt Gathering::kept_capacity(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options) {
+  const int64_t from = from_for(options);
+  if (window_below(from, options)) return 0;
+  const AttentionShape shape = AttentionShape::of(query, key, key, options);
+  const c10::SymInt queries = longest_sequence(options, options.max_seqlen_q, shape.queries),
+                    keys = longest_sequence(options, options.max_seqlen_k, shape.keys);
+  // Of lengths that are symbols nothing is asked, so that no compiled program is for some of them alone.
+  const auto known_queries = queries.maybe_as_int(), known_keys = keys.maybe_as_int();
+  if (known_queries && known_keys) {
+    const bool may_be_shorter = options.packed() || options.kv_seqlens || options.kv_starts;
+    if (std::min(*known_queries, *known_keys) < from || (*known_keys > kMostKeptKeys && !may_be_shorter)) return 0;
+  }
+  return (keys.min(kMostKeptKeys) + (32 * kTile - 1)) / (32 * kTile) + kPlacesBeforeMarks;
+}
+
+int32_t capacity_of(const at::Tensor& support) {
+  constexpr int64_t kMostPlaces = int64_t{1} << 20;  // the kernels' sums of places are 32 bits wide; nobody has as many
+  if (!support.defined() || support.numel() == 0 || support.sizes().back() > kMostPlaces) return 0;
+  return static_cast<int32_t>(support.sizes().back());
+}
+
 Gathering Gathering::of_forward(const AttentionInputs& inputs) {
-  if (most_visible(inputs, 1) < gather_from) return {};
-  return {gather_from, forward_below};
+  const int32_t from = from_for(inputs.options);
+  if (most_visible(inputs, 1) < from) return {};
+  return {from, forward_below};
 }
 
 Gathering Gathering::of_backward(const AttentionInputs& inputs) {
   const int64_t shorter = std::min(StoredSide::of_queries(inputs).max_seqlen, StoredSide::of_keys(inputs).max_seqlen);
-  if (shorter < gather_from || inputs.query.numel() == 0) return {};
-  const bool small = std::max(inputs.query.sizes().back(), inputs.value.sizes().back()) <= kSmallHead;
-  return {gather_from, small ? backward_below_small : backward_below_large};
+  const int32_t from = from_for(inputs.options);
+  if (shorter < from || inputs.query.numel() == 0) return {};
+  return {from, backward_below};
 }
 
 }  // namespace adasplash::cuda::portable
@@ -34,5 +70,5 @@ Gathering Gathering::of_backward(const AttentionInputs& inputs) {
 extern "C" __attribute__((visibility("default"))) void adasplash_gather(int32_t from, int32_t below) {
   using namespace adasplash::cuda::portable;
   gather_from = from;
-  forward_below = backward_below_small = backward_below_large = below;
+  forward_below = backward_below = below;
 }
