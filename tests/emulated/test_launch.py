@@ -394,6 +394,28 @@ def test_marks_of_the_forward_are_kept_for_the_backward(driver, is_causal):
     assert places(120, 140, window=(48, 0)) == 0 and places(120, 140, window=(49, 0)) == 3
 
 
+def test_the_backward_visits_the_keys_that_are_marked(driver):
+    """Whatever the marks say: more keys weigh nothing, those behind the last are not read, and without marks nothing is
+    visited."""
+    gather(1)
+    inputs, options = make_inputs(1, 1, 64, 70, size=16), (None, 1.5, False, *[None] * 5, 0, 0, [-1, -1], None)
+    out, row_state, support, tiles = torch.ops.adasplash._entmax_attn_forward(*inputs, *options, 3)
+    assert (support[..., 0] == -2).all() and 0 < support[0, 0, 0, 1] <= 70
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+
+    def backward():
+        saved = row_state, support, tiles
+        return torch.ops.adasplash._entmax_attn_backward(grad, *inputs, *saved, *options, out=out)[:3]
+
+    expected = backward()
+    support[..., 2] = -1
+    torch.testing.assert_close(backward(), expected, atol=3e-6, rtol=3e-6)
+    support[..., 2] = 0
+    assert not any(x.any() for x in backward())
+    support[0, 0, 0, 1] = -2  # nothing was kept, so the backward marks keys itself
+    torch.testing.assert_close(backward(), expected, atol=3e-6, rtol=3e-6)
+
+
 @torch.no_grad()
 def test_a_narrow_window_gathers_no_keys(driver):
     """However long the sequence: what a query may see decides. Within a window, as where all see all keys, half as many
