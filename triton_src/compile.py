@@ -187,6 +187,8 @@ def compile_all(archs, cache, jobs, taken_from=None):
                 f"AdaSplash: ADASPLASH_CUBINS_FROM names {taken_from}, which has no kernels: give the path of a wheel "
                 "of torch-adasplash, or of the folder of an installed package"
             )
+        except ModuleNotFoundError:
+            sys.exit("AdaSplash: with ADASPLASH_CUBINS_FROM the build needs pyelftools: pip install pyelftools")
     done = {}
     cached = 0
     with ProcessPoolExecutor(jobs) as pool:

@@ -2,15 +2,16 @@
 
 An entry is KEY.json, what `compile_variant` says of a variant, with KEY.cubin and KEY.ptx beside it; what these are
 compressed to is there too, by the hash of what was compressed. An entry that came from a wheel has no PTX where the
-wheel has none, which is so of all architectures but one. What else is made of PTX, `follows`, its description says then.
+wheel has none, which is so of all architectures but one. What else is made of PTX, `follows`, its description says
+then.
 """
 
 import functools
 import hashlib
+import io
 import json
 import lzma
 import os
-import struct
 import zipfile
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def compressed(text, cache):
 
 
 def compress(text, cache):
-    """LZMA of these bytes, which takes half a second for a megabyte, from the cache if it is there. Returns its file."""
+    """LZMA of these bytes, half a second's work for a megabyte, from the cache if it is there. Returns its file."""
     stored = compressed(text, cache)
     if not stored.exists():
         keep(stored, {".lzma": lzma.compress(text, lzma.FORMAT_RAW, filters=LZMA)})
@@ -48,18 +49,12 @@ def compress(text, cache):
 
 def symbol(library, name):
     """What a shared library, as bytes, has under this name."""
-    (sections,) = struct.unpack_from("<Q", library, 40)
-    size, count = struct.unpack_from("<HH", library, 58)
-    # of each: name, type, flags, address, offset, size, link
-    headers = [struct.unpack_from("<IIQQQQI", library, sections + i * size) for i in range(count)]
-    symbols = next(header for header in headers if header[1] == 11)  # SHT_DYNSYM
-    names, wanted = headers[symbols[6]][4], f"{name}\0".encode()
-    for at in range(symbols[4], symbols[4] + symbols[5], 24):
-        name_at, _, _, _, address, length = struct.unpack_from("<IBBHQQ", library, at)
-        if library.startswith(wanted, names + name_at):
-            section = next(header for header in headers if header[3] and 0 <= address - header[3] < header[5])
-            return library[address - section[3] + section[4] :][:length]
-    raise ValueError(f"the library has no {name}")
+    from elftools.elf.elffile import ELFFile  # builds that take nothing need no pyelftools
+
+    elf = ELFFile(io.BytesIO(library))
+    [found] = elf.get_section_by_name(".dynsym").get_symbol_by_name(name)
+    [at] = elf.address_offsets(found["st_value"], found["st_size"])
+    return library[at:][: found["st_size"]]
 
 
 def embedded(place):

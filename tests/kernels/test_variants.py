@@ -1,6 +1,7 @@
 """What is compiled ahead of time: the table of variants, the generated C++, and the machine code in the library."""
 
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -10,6 +11,7 @@ import sys
 import zipfile
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
 import adasplash
 from common import ROOT, run
@@ -70,20 +72,25 @@ def test_a_second_run_comes_from_the_cache(compiled, outside):
     assert f"{count} variants, {count} from the cache" in done.stdout
 
 
+def wheel_of(compiled, library, folder):
+    """A wheel that has these kernels in this library, and nothing else."""
+    (folder / "cubins.s").write_text(
+        ".section .rodata\n.globl adasplash_cubins\n.type adasplash_cubins, %object\nadasplash_cubins:\n"
+        f'.incbin "{compiled}/cubins.bin"\n.size adasplash_cubins, .-adasplash_cubins\n'
+    )
+    run("g++", "-shared", "-nostdlib", folder / "cubins.s", "-o", folder / "library.so")
+    with zipfile.ZipFile(folder / "some.whl", "w") as archive:
+        archive.write(compiled / "manifest.json", "adasplash/lib/adasplash/manifest.json")
+        archive.write(folder / "library.so", f"adasplash/lib/{library}")
+    return folder / "some.whl"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ("libadasplash_kernels.so", "torch2.13/libadasplash.so"))
 def test_kernels_are_taken_from_a_wheel(compiled, outside, tmp_path, library):
     """From the library that several releases of torch share, in a wheel, or from the only one, in a folder: into an
     empty cache, from which then the same is made."""
-    (tmp_path / "cubins.s").write_text(
-        ".section .rodata\n.globl adasplash_cubins\n.type adasplash_cubins, %object\nadasplash_cubins:\n"
-        f'.incbin "{compiled}/cubins.bin"\n.size adasplash_cubins, .-adasplash_cubins\n'
-    )
-    run("g++", "-shared", "-nostdlib", tmp_path / "cubins.s", "-o", tmp_path / "library.so")
-    place = tmp_path / "some.whl"
-    with zipfile.ZipFile(place, "w") as archive:
-        archive.write(compiled / "manifest.json", "adasplash/lib/adasplash/manifest.json")
-        archive.write(tmp_path / "library.so", f"adasplash/lib/{library}")
+    place = wheel_of(compiled, library, tmp_path)
     if library != "libadasplash_kernels.so":
         zipfile.ZipFile(place).extractall(tmp_path / "site")
         place = tmp_path / "site" / "adasplash"
@@ -122,6 +129,16 @@ def test_a_wheel_without_kernels_is_refused(outside, tmp_path, there):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     [line] = done.stderr.splitlines()
     assert done.returncode == 1 and line.startswith("AdaSplash: ADASPLASH_CUBINS_FROM names ")
+
+
+def test_taking_kernels_needs_pyelftools(compiled, outside, tmp_path):
+    place = wheel_of(compiled, "libadasplash_kernels.so", tmp_path)
+    (tmp_path / "elftools.py").touch()  # a module of that name with nothing in it
+    command = [sys.executable, "-m", "triton_src.compile", "--out", tmp_path / "out", "--cache", tmp_path / "cache"]
+    environment = {**outside, "ADASPLASH_CUBINS_FROM": str(place), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 1 and line.endswith("the build needs pyelftools: pip install pyelftools")
 
 
 @pytest.mark.builds
@@ -283,19 +300,14 @@ def test_the_installed_manifest_is_current(manifest):
 
 def parameters(cubin: bytes, symbol: str) -> list[tuple[int, int]]:
     """(offset, size) of a kernel's parameters, as its machine code says (section .nv.info.<symbol>)."""
-    (sections,) = struct.unpack_from("<Q", cubin, 40)
-    size, count, names = struct.unpack_from("<HHH", cubin, 58)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
-    texts = headers[names][4]
-    wanted = f".nv.info.{symbol}\0".encode()
-    start, length = next(h[4:6] for h in headers if cubin.startswith(wanted, texts + h[0]))
-    found, at = {}, start
-    while at < start + length:
-        kind, attribute, value = struct.unpack_from("<BBH", cubin, at)
+    about = ELFFile(io.BytesIO(cubin)).get_section_by_name(f".nv.info.{symbol}").data()
+    found, at = {}, 0
+    while at < len(about):
+        kind, attribute, value = struct.unpack_from("<BBH", about, at)
         at += 4
         if kind == 4:  # a value of its own size
             if attribute == 0x17:  # one parameter
-                _, ordinal, offset, flags = struct.unpack_from("<IHHI", cubin, at)
+                _, ordinal, offset, flags = struct.unpack_from("<IHHI", about, at)
                 found[ordinal] = (offset, flags >> 18)
             at += value
     return [found[ordinal] for ordinal in sorted(found)]
