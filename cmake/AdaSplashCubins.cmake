@@ -67,7 +67,6 @@ add_custom_target(adasplash_cubins DEPENDS "${_out}/done")
 enable_language(ASM)
 file(CONFIGURE OUTPUT "${_out}/cubins.S" CONTENT [[
 .section .rodata
-.balign 64
 .globl adasplash_cubins
 .type adasplash_cubins, %object
 adasplash_cubins:

@@ -1,8 +1,7 @@
 """Compiles every variant ahead of time, without a GPU: python -m triton_src.compile --arch 80 90 --out DIR
 
 Writes to DIR
-    cubins.bin      machine code of all variants, one after the other, and PTX of one architecture below 90, which is
-                    compressed: that of a kernel's variants together, as they have most of it in common
+    cubins.bin      compressed, the machine code of all variants, and PTX of one architecture below 90
     manifest.json   what each is: symbol, arguments and their types, constants, warps, shared memory, place in the file
     variants.cpp    the same as a table in C++
     resources.txt   registers, spills, stack, shared memory and size of each
@@ -42,7 +41,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from . import launchers  # noqa: E402
-from .kept import compress, keep, take  # noqa: E402
+from .kept import PARTS, compress, keep, take  # noqa: E402
 from .spec import APPENDED  # noqa: E402
 from .variants import ARCHS, DEFAULT_ARCHS, SHARED_KIB, variants  # noqa: E402
 
@@ -188,6 +187,8 @@ def compile_all(archs, cache, jobs, taken_from=None):
                 f"AdaSplash: ADASPLASH_CUBINS_FROM names {taken_from}, which has no kernels: give the path of a wheel "
                 "of torch-adasplash, or of the folder of an installed package"
             )
+        except ModuleNotFoundError:
+            sys.exit("AdaSplash: with ADASPLASH_CUBINS_FROM the build needs pyelftools: pip install pyelftools")
     done = {}
     cached = 0
     with ProcessPoolExecutor(jobs) as pool:
@@ -219,8 +220,8 @@ def broken_limits(descriptions):
         where = f"{one['name']} {code_name(one['arch'])}"
         if one["shared"] > SHARED_KIB[one["arch"]] * 1024:
             yield f"{where}: {one['shared']} bytes of shared memory, the architecture has {SHARED_KIB[one['arch']]} KiB"
-        if one["size"] > LIMITS["cubin_bytes"]:
-            yield f"{where}: {one['size']} bytes of machine code, the limit is {LIMITS['cubin_bytes']}"
+        if one["cubin"]["length"] > LIMITS["cubin_bytes"]:
+            yield f"{where}: {one['cubin']['length']} bytes of machine code, the limit is {LIMITS['cubin_bytes']}"
         if one["spilled"] > LIMITS["spilled_bytes"][one["entry"] if one["hot"] else "not hot"]:
             yield f"{where}: spills {one['spilled']} bytes"
     default = sum(len(variants(arch)) for arch in DEFAULT_ARCHS)
@@ -233,7 +234,7 @@ def table(descriptions):
     for one in descriptions:
         lines.append(
             f"{one['name'] + (' *' if one['hot'] else ''):44} {code_name(one['arch']):7} {one['registers']:4} "
-            f"{one['spilled']:5} {one['stack']:5} {one['shared']:7} {one['size']:7}"
+            f"{one['spilled']:5} {one['stack']:5} {one['shared']:7} {one['cubin']['length']:7}"
         )
     return "\n".join([*lines, "* hot: has a limit of its own on spills, see limits.json", ""])
 
@@ -245,48 +246,49 @@ def write_if_changed(path, content):
         path.write_bytes(content)
 
 
-def compress_ptx(descriptions, cache, jobs):
-    """Says of each of these variants where its PTX is: in which file, and where in what that holds. Those of a kernel
-    are in one, each ended by a zero, as the driver reads a string."""
+def compress_code(descriptions, portable, cache, jobs):
+    """Says of each variant where its code is: in which file, and where in what that holds. Machine code is in a file of
+    its own, so that a first launch decodes no other; PTX, of this architecture, with that of the kernel's other
+    variants, as they have most of it in common."""
     kernels = {}
     for one in descriptions:
-        kernels.setdefault(one["kernel"], []).append(one)
+        if one["arch"] == portable:
+            kernels.setdefault(one["kernel"], []).append(one)
     with ProcessPoolExecutor(jobs) as pool:
         waiting = []
-        for variants_of_kernel in kernels.values():
+        for part, together in [*(("cubin", [one]) for one in descriptions), *(("ptx", of) for of in kernels.values())]:
             text = b""
-            for one in variants_of_kernel:
-                ptx = Path(one["stored"]).with_suffix(".ptx").read_bytes() + b"\0"
-                one["ptx"] = {"at": len(text), "length": len(ptx), "sha256": hashlib.sha256(ptx).hexdigest()}
-                text += ptx
-            waiting.append((variants_of_kernel, pool.submit(compress, text, cache)))
-        for variants_of_kernel, compressed in waiting:
-            for one in variants_of_kernel:
-                one["ptx"]["stored"] = compressed.result()
+            for one in together:
+                code = Path(one["stored"]).with_suffix(f".{part}").read_bytes()
+                one[part] = {"at": len(text), "length": len(code), "sha256": hashlib.sha256(code).hexdigest()}
+                text += code
+            waiting.append((part, together, pool.submit(compress, text, cache)))
+        for part, together, compressed in waiting:
+            for one in together:
+                one[part]["stored"] = compressed.result()
 
 
 def write_outputs(descriptions, out, cache, jobs):
     """Lays the code out in cubins.bin, and writes what says where it is."""
     out.mkdir(parents=True, exist_ok=True)
     portable = ptx_arch({one["arch"] for one in descriptions})
-    compress_ptx([one for one in descriptions if one["arch"] == portable], cache, jobs)
+    compress_code(descriptions, portable, cache, jobs)
     blob = bytearray()
 
     @functools.cache
     def place(path):
-        blob.extend(b"\0" * (-len(blob) % 64))
-        offset, code = len(blob), path.read_bytes()
-        blob.extend(code)
-        return {"offset": offset, "size": len(code)}
+        offset, content = len(blob), path.read_bytes()
+        blob.extend(content)
+        return {"offset": offset, "size": len(content)}
 
     for one in descriptions:
         one["code"] = code_name(one["arch"])
         stored, follows = Path(one.pop("stored")), one.pop("follows", None)
         one["key"] = stored.name
-        one |= place(stored.with_suffix(".cubin"))
         one["follows"] = WAIT in stored.with_suffix(".ptx").read_text() if follows is None else follows
-        if "ptx" in one:
-            one["ptx"] |= place(one["ptx"].pop("stored"))
+        for part in PARTS:
+            if part in one:
+                one[part] |= place(one[part].pop("stored"))
     manifest = {
         "triton": triton.__version__,
         "archs": sorted({one["arch"] for one in descriptions}),

@@ -1,24 +1,28 @@
 """The cache of what was compiled, by its key: how an entry is written, and how a wheel's kernels become entries.
 
-An entry is KEY.json, what `compile_variant` says of a variant, with KEY.cubin and KEY.ptx beside it; what PTX is
-compressed to is there too, by the hash of the text. One that came from
-a wheel has no PTX where the wheel has none, which is so of all architectures but one. What else is made of PTX,
-`follows`, its description says then.
+An entry is KEY.json, what `compile_variant` says of a variant, with KEY.cubin and KEY.ptx beside it; what these are
+compressed to is there too, by the hash of what was compressed. An entry that came from a wheel has no PTX where the
+wheel has none, which is so of all architectures but one. What else is made of PTX, `follows`, its description says
+then.
 """
 
+import functools
 import hashlib
+import io
 import json
 import lzma
 import os
-import struct
 import zipfile
 from pathlib import Path
 
-#: How PTX is compressed: csrc/cuda/lzma.h reads it.
-LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 6}]
+#: How code is compressed: csrc/cuda/lzma.h reads it.
+LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 6, "lc": 0, "lp": 0, "pb": 4}]
 
-# What the manifest says of a variant beside its description: where its code is in cubins.bin, and its key.
-PLACES = ("code", "offset", "size", "ptx", "key")
+#: The code of a variant. Where each is, in the decoded bytes of which part of cubins.bin, the manifest says.
+PARTS = ("cubin", "ptx")
+
+# What it says beside that and beside a variant's description.
+ADDED = ("code", "key")
 
 
 def keep(stored, contents):
@@ -31,12 +35,12 @@ def keep(stored, contents):
 
 
 def compressed(text, cache):
-    """The file in the cache that has this text compressed, if it is there."""
+    """The file in the cache that has these bytes compressed, if it is there."""
     return Path(cache) / f"{hashlib.sha256(repr(LZMA).encode() + text).hexdigest()}.lzma"
 
 
 def compress(text, cache):
-    """LZMA of this text, which takes a second for a megabyte, from the cache if it is there. Returns its file."""
+    """LZMA of these bytes, half a second's work for a megabyte, from the cache if it is there. Returns its file."""
     stored = compressed(text, cache)
     if not stored.exists():
         keep(stored, {".lzma": lzma.compress(text, lzma.FORMAT_RAW, filters=LZMA)})
@@ -45,18 +49,12 @@ def compress(text, cache):
 
 def symbol(library, name):
     """What a shared library, as bytes, has under this name."""
-    (sections,) = struct.unpack_from("<Q", library, 40)
-    size, count = struct.unpack_from("<HH", library, 58)
-    # of each: name, type, flags, address, offset, size, link
-    headers = [struct.unpack_from("<IIQQQQI", library, sections + i * size) for i in range(count)]
-    symbols = next(header for header in headers if header[1] == 11)  # SHT_DYNSYM
-    names, wanted = headers[symbols[6]][4], f"{name}\0".encode()
-    for at in range(symbols[4], symbols[4] + symbols[5], 24):
-        name_at, _, _, _, address, length = struct.unpack_from("<IBBHQQ", library, at)
-        if library.startswith(wanted, names + name_at):
-            section = next(header for header in headers if header[3] and 0 <= address - header[3] < header[5])
-            return library[address - section[3] + section[4] :][:length]
-    raise ValueError(f"the library has no {name}")
+    from elftools.elf.elffile import ELFFile  # builds that take nothing need no pyelftools
+
+    elf = ELFFile(io.BytesIO(library))
+    [found] = elf.get_section_by_name(".dynsym").get_symbol_by_name(name)
+    [at] = elf.address_offsets(found["st_value"], found["st_size"])
+    return library[at:][: found["st_size"]]
 
 
 def embedded(place):
@@ -75,23 +73,27 @@ def embedded(place):
 def take(place, cache):
     """Puts what a wheel or an installed package has into the cache. Returns how many entries that has got."""
     manifest, code = embedded(place)
-    texts, taken = {}, 0
+
+    @functools.cache
+    def decoded(offset, size):
+        small = code[offset:][:size]
+        text = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA).decompress(small)
+        keep(compressed(text, cache), {".lzma": small})
+        return text
+
+    taken = 0
     for one in manifest["variants"]:
-        if "key" not in one:  # those of 0.1
+        if "cubin" not in one:  # a wheel from before cubins were compressed
             continue
-        stored, ptx = Path(cache) / one["key"], one.get("ptx")
-        suffixes = [".cubin", *([".ptx"] if ptx else []), ".json"]
-        if all(stored.with_suffix(suffix).exists() for suffix in suffixes):
+        stored = Path(cache) / one["key"]
+        parts = {f".{part}": one[part] for part in PARTS if part in one}
+        if all(stored.with_suffix(suffix).exists() for suffix in (*parts, ".json")):
             continue
-        contents = {".cubin": code[one["offset"] :][: one["size"]]}
-        if ptx:
-            start = ptx["offset"]
-            if start not in texts:
-                small = code[start:][: ptx["size"]]
-                texts[start] = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA).decompress(small)
-                keep(compressed(texts[start], cache), {".lzma": small})
-            contents[".ptx"] = texts[start][ptx["at"] :][: ptx["length"] - 1]  # less the zero that ends it
-        description = {name: value for name, value in one.items() if name not in PLACES}
+        contents = {
+            suffix: decoded(part["offset"], part["size"])[part["at"] :][: part["length"]]
+            for suffix, part in parts.items()
+        }
+        description = {name: value for name, value in one.items() if name not in (*PARTS, *ADDED)}
         keep(stored, contents | {".json": json.dumps(description).encode()})
         taken += 1
     return taken

@@ -27,8 +27,8 @@ POINTEES = {
 }
 ELEMENT_TYPES = {"bf16": "at::kBFloat16", "fp16": "at::kHalf", "fp32": "at::kFloat", "u8": "at::kByte"}
 
-# The fields of Ptx (csrc/cuda/embedded.h), as the manifest calls them.
-PTX = ("offset", "size", "at", "length")
+# The fields of Packed (csrc/cuda/embedded.h), as the manifest calls them.
+PACKED = ("offset", "size", "at", "length")
 
 
 def camel(name):
@@ -152,12 +152,13 @@ def source(manifest):
     for one in manifest["variants"]:
         constants = one["constants"]
         element = ELEMENT_TYPES[one["dtype"]]
-        ptx = one.get("ptx", dict.fromkeys(PTX, 0))
+        places = (one.get(part, dict.fromkeys(PACKED, 0)) for part in ("cubin", "ptx"))
+        cubin, ptx = (", ".join(str(place[name]) for name in PACKED) for place in places)
         rows.append(
             f'    {{"{one["name"]}", "{one["symbol"]}", Kernel::k{camel(one["kernel"])}, {element}, '
             f"{one['block_d']}, AlphaCode::k{camel(one['alpha'])}, {str(one['gather']).lower()}, {one['arch']}, "
             f"{constants.get('BLOCK_M', 1)}, {constants.get('BLOCK_N', 1)}, {one['warps']}, {one['shared']}, "
-            f"{str(one['follows']).lower()}, {one['offset']}, {{{', '.join(str(ptx[part]) for part in PTX)}}}}},\n"
+            f"{str(one['follows']).lower()}, {{{cubin}}}, {{{ptx}}}}},\n"
         )
     archs = ", ".join(map(str, manifest["archs"]))
     return (

@@ -75,23 +75,24 @@ Code code_for(const char* kernel, int device) {
   return {known / 2, known % 2 == 1};
 }
 
-std::string ptx_of(const Variant& variant) {
-  const auto [offset, size, at, length] = variant.ptx;
+std::string unpacked(const Variant& variant, const Packed& packed) {
+  const auto [offset, size, at, length] = packed;
   std::string text = lzma_decode({adasplash_cubins + offset, size}, at + length);
-  TORCH_INTERNAL_ASSERT(text.size() == at + length, variant.name, ": its PTX does not decode");
-  return text.substr(at);
+  TORCH_INTERNAL_ASSERT(text.size() == at + length, variant.name, ": its code does not decode");
+  text.erase(0, at);
+  return text;
 }
 
-// A variant's code in the driver: loaded by the first launch, for all devices and threads.
+// A variant's code in the driver: decoded and loaded by the first launch, for all devices and threads.
 class Loaded {
  public:
   Function function(const Variant& variant, bool ptx, int device) {
     std::call_once(once_, [&] {
-      const std::string text = ptx ? ptx_of(variant) : std::string();
-      const void* code = ptx ? static_cast<const void*>(text.data()) : adasplash_cubins + variant.offset;
+      // The driver keeps a copy of its own. PTX it reads up to the zero that a string has behind it.
+      const std::string code = unpacked(variant, ptx ? variant.ptx : variant.cubin);
       Library library = nullptr;
-      check(driver().cuLibraryLoadData(&library, code, nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData",
-            variant.name);
+      check(driver().cuLibraryLoadData(&library, code.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+            "cuLibraryLoadData", variant.name);
       check(driver().cuLibraryGetKernel(&function_, library, variant.symbol), "cuLibraryGetKernel", variant.name);
     });
     if (variant.shared_bytes > kSharedBytesByDefault) allow_shared(variant, device);

@@ -72,9 +72,9 @@ enum class AlphaSource : int32_t { kNumber = 0, kShared = 1, kPerHead = 2 };
 // is smaller than the CPU's (cpu/head.h).
 constexpr int32_t kUnlimited = 1 << 30;
 
-// Where the PTX of a variant is: in `size` bytes of the embedded code from `offset` on, decoded (cuda/lzma.h) `at` this
-// place, ended by a zero. A variant without any has zeros.
-struct Ptx {
+// Where some code of a variant is: in `size` bytes of the embedded code from `offset` on, which decoded (cuda/lzma.h)
+// have `length` bytes of it `at` this place. Zeros where there is none.
+struct Packed {
   uint64_t offset, size, at, length;
 };
 
@@ -89,9 +89,8 @@ struct Variant {
   int arch;
   int block_m, block_n;  // rows of query (or of an activation), and keys, that a program works on
   int warps, shared_bytes;
-  bool follows;     // waits for the launch before to end, so that it may be launched before that has
-  uint64_t offset;  // of its machine code in the embedded code
-  Ptx ptx;
+  bool follows;  // waits for the launch before to end, so that it may be launched before that has
+  Packed cubin, ptx;
 };
 
 // What was built (generated; empty with ADASPLASH_ARCHS=none): cubins.bin, by way of the assembler, and what is in it.

@@ -83,7 +83,7 @@ class Bits {
 
 // How many bytes are repeated, less 2.
 struct Length {
-  Chance more, most, low[4][8], middle[4][8], high[256];
+  Chance more, most, low[16][8], middle[16][8], high[256];
 
   uint32_t read(Bits& bits, size_t place) {
     if (!bits.bit(more)) return bits.number(low[place], 3);
@@ -93,7 +93,7 @@ struct Length {
 };
 
 // What the decoder knows: chances, by what was read before (`state`: the last few kinds of step) and where (`place`:
-// the lowest two bits of the position), and how far back the last four repeated stretches lay, less 1.
+// the lowest four bits of the position), and how far back the last four repeated stretches lay, less 1.
 class Decoder {
  public:
   Decoder(std::span<const unsigned char> stream, size_t length) : bits_(stream), length_(length) {
@@ -109,7 +109,7 @@ class Decoder {
  private:
   // False at the end of the stream.
   bool step() {
-    const size_t place = text_.size() & 3;
+    const size_t place = text_.size() & 15;
     if (!bits_.bit(repeats_[state_][place])) {
       literal();
       return true;
@@ -137,19 +137,17 @@ class Decoder {
   }
 
   void literal() {
-    const unsigned before = text_.empty() ? 0 : static_cast<unsigned char>(text_.back());
-    Chance* chances = literals_[before >> 5];
     unsigned node = 1;
     if (state_ >= 7 && back_[0] < text_.size()) {  // after a repetition: the byte that would have gone on with it helps
       unsigned expected = static_cast<unsigned char>(text_[text_.size() - back_[0] - 1]);
       while (node < 0x100) {
-        const unsigned hint = expected >> 7 & 1, one = bits_.bit(chances[(1 + hint) * 0x100 + node]);
+        const unsigned hint = expected >> 7 & 1, one = bits_.bit(literals_[(1 + hint) * 0x100 + node]);
         expected <<= 1;
         node = node << 1 | one;
         if (hint != one) break;
       }
     }
-    while (node < 0x100) node = node << 1 | bits_.bit(chances[node]);
+    while (node < 0x100) node = node << 1 | bits_.bit(literals_[node]);
     text_ += static_cast<char>(node);
     state_ = state_ < 4 ? 0 : state_ < 10 ? state_ - 3 : state_ - 6;
   }
@@ -175,8 +173,8 @@ class Decoder {
   std::string text_;
   int state_ = 0;
   std::array<uint32_t, 4> back_{};
-  Chance repeats_[12][4], known_[12], not_last_[12], not_second_[12], not_third_[12], longer_[12][4];
-  Chance literals_[8][0x300], slots_[4][64], near_[115], lowest_[16];
+  Chance repeats_[12][16], known_[12], not_last_[12], not_second_[12], not_third_[12], longer_[12][16];
+  Chance literals_[0x300], slots_[4][64], near_[115], lowest_[16];
   Length known_length_, length_of_new_;
 };
 

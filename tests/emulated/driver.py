@@ -90,9 +90,11 @@ def code_arch(code: int) -> tuple[int, bool]:
     return int(ctypes.string_at(code).split(b".target sm_")[1][:2]), True
 
 
-def digest(code: int) -> str:
-    """SHA-256 of the string at an address, with the zero at its end."""
-    return hashlib.sha256(ctypes.string_at(code) + b"\0").hexdigest()
+def is_as_built(code: int, ptx: bool, variant: dict) -> bool:
+    """Whether what is at an address is what was compiled: PTX up to a zero, machine code for as long as it was."""
+    built = variant["ptx" if ptx else "cubin"]
+    found = ctypes.string_at(code) if ptx else ctypes.string_at(code, built["length"])
+    return hashlib.sha256(found).hexdigest() == built["sha256"]
 
 
 class EmulatedDriver:
@@ -158,8 +160,8 @@ class EmulatedDriver:
             arch, ptx = code_arch(self.codes[library - 1])
             for variant in self.manifest["variants"]:
                 if variant["symbol"] == name.decode() and variant["arch"] == arch:
-                    if ptx and digest(self.codes[library - 1]) != variant["ptx"]["sha256"]:
-                        return self._say(NO_BINARY_FOR_GPU, f"{variant['name']}: this is not the PTX that was built")
+                    if not is_as_built(self.codes[library - 1], ptx, variant):
+                        return self._say(NO_BINARY_FOR_GPU, f"{variant['name']}: this is not the code that was built")
                     self.kernels.append({**variant, "ptx": ptx})
                     return len(self.kernels)
             return self._say(NOT_FOUND, f"the manifest has no {name.decode()} for sm_{arch}")

@@ -163,6 +163,21 @@ def test_a_symbol_that_the_manifest_does_not_have(driver, monkeypatch):
         torch.ops.adasplash.entmax_attn(*inputs)
 
 
+@pytest.mark.parametrize("device, part", ((2, "cubin"), (4, "ptx")))
+def test_code_that_is_not_what_was_built(driver, monkeypatch, device, part):
+    """As if it had been decoded wrongly, or were another variant's."""
+
+    def change(variant):
+        if part in variant:
+            variant[part] |= {"sha256": "of something else"}
+
+    with_manifest(driver, monkeypatch, change)
+    driver.set_place(device)
+    inputs = make_inputs(1, 1, 20, 6, size=200, dtype=torch.float16)  # not loaded by another test on these devices
+    with pytest.raises(RuntimeError, match=r"cuLibraryGetKernel failed for attend_fp16_d256.* not the code that was"):
+        torch.ops.adasplash.entmax_attn(*inputs)
+
+
 class Config(ctypes.Structure):
     _fields_ = [
         ("grid", ctypes.c_uint * 3),
