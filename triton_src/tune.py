@@ -97,7 +97,7 @@ class Problem:
         query, key, value = make_inputs(case)
         batch, heads, length, head_dim = query.shape
         tiles, tile_rows = -(-length // TILE.value), count_tile_rows(length)
-        like = dict(device="cuda")
+        like = dict(device=case.device)
         self.tensors = {
             "query": query, "key": key, "value": value, "grad_out": make_grad(case), "out": torch.empty_like(query),
             "grad_query": torch.empty_like(query), "grad_key": torch.empty_like(key),
@@ -114,6 +114,8 @@ class Problem:
             "largest_weight": torch.empty(batch, heads, length, **like),
             "tile_counts": torch.zeros(batch, heads, 2, dtype=torch.int64, **like),
             "tiles": torch.zeros(batch, heads, tile_rows, count_tile_words(length), dtype=torch.int32, **like),
+            "support": torch.empty(batch, heads, length, 0, dtype=torch.int32, **like),  # no marks are kept
+            "remaining": torch.zeros(batch, heads, tile_rows, 2, dtype=torch.int32, **like),
         }  # fmt: skip
         # What is not asked for: lengths, places, alphas and slopes in memory, dropout, the gradient of alpha, a probe.
         absent = (
@@ -138,6 +140,8 @@ class Problem:
             "call.alpha.source": ALPHA_NUMBER.value, "call.alpha.number": case.alpha,
             "call.scores.scale": head_dim**-0.5, "call.scores.window_left": UNLIMITED.value,
             "call.scores.window_right": 0 if case.causal else UNLIMITED.value,
+            "marks": self.values["row_marks"], "support_capacity": 0,
+            "gather_from": UNLIMITED.value, "gather_below": 0,
             "counts_batch_stride": 2 * heads, "call.state_batch_stride": heads * length, "call.heads": heads,
             "call.group": 1, "call.few_queries": -1,
             "call.tile_words": self.tensors["tiles"].shape[3], "call.head_dim": head_dim, "call.value_dim": head_dim,
@@ -146,10 +150,7 @@ class Problem:
     def run(self, kernel):
         v = kernel.variant
         side = v.shape.block_n if v.kernel == "grad_key_value" else v.shape.block_m
-        values = self.values | {
-            "marks": self.values["key_marks" if v.kernel == "grad_query" else "row_marks"],
-            "gather_below": 1 if v.kernel == "mark" or v.gather else 0,
-        }
+        values = self.values | {"gather_below": 1 if v.kernel == "mark" or v.gather else 0}
         kernel.launch(-(-self.case.length // side) * self.case.batch * self.case.heads, values)
 
 

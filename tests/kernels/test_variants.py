@@ -178,6 +178,17 @@ def test_tables_are_consistent():
             assert shape.scan_n in (None, 64, 128, 256), variant.name
 
 
+def test_the_tuner_knows_all_arguments_of_what_it_tunes():
+    from bench.lib.case import Case
+    from triton_src import tune, variants
+    from triton_src.spec import APPENDED
+
+    known = tune.Problem(Case(device="cpu", heads=1, length=64)).values
+    for name in tune.TUNED:
+        leaves = {leaf.name for leaf in variants.KERNELS[name].leaves()} | {name for name, _ in APPENDED}
+        assert leaves <= known.keys(), (name, leaves - known.keys())
+
+
 def test_tile_shapes_are_written_as_they_are_read():
     """What the tuner writes differs from the file in nothing but the shapes it found."""
     from dataclasses import replace
