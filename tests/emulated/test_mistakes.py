@@ -235,7 +235,8 @@ void test(const Variant& variant, const Matrix& rows, const MutableMatrix& out, 
       .tile_words = int32_t{2}, .head_dim = int32_t{8}, .value_dim = int32_t{8},
       .few_queries = int32_t{-1}};
   attend(variant, Place{0, nullptr}, 1, {
-      .query = rows, .key = rows, .value = rows, .out = out, .row_state = floats, .tiles = words,
+      .query = rows, .key = rows, .value = rows, .out = out, .row_state = floats, .support = words, .tiles = words,
+      .support_capacity = int32_t{0},
       .tile_margins = margins, .tile_lists = words, .remaining = words, .gathered = words,
       .gather_from = int32_t{1}, .gather_below = int32_t{1}, .call = call});
   activate(variant, Place{0, nullptr}, 1, {
