@@ -2,8 +2,8 @@
 // attention is an Implementation in a folder of its own; implementation.cpp lists them in order of preference, and the
 // first that serves a call computes it.
 //
-// What a forward saves is the same for all, as docs/contract.md says: row_state, tiles, the output, and in the places of
-// support marks of keys, where it has any. So any implementation's backward takes what any implementation's forward
+// What a forward saves is the same for all, as docs/contract.md says: row_state, tiles, the output, and in the places
+// of support marks of keys, where it has any. So any implementation's backward takes what any implementation's forward
 // left, and each direction is chosen for itself.
 #pragma once
 

@@ -11,7 +11,8 @@ namespace adasplash::cuda {
 // Whether the CUDA kernels serve tensors on this device: CUDA devices, and in tests the CPU.
 bool serves(c10::Device device);
 
-// How many places of support a row of a call for training is to have: for what the forward keeps there, of these shapes.
+// How many places of support a row of a call for training is to have: for what the forward keeps there, of these
+// shapes.
 c10::SymInt support_capacity(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options);
 
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

@@ -44,8 +44,8 @@ struct SavedForBackward {
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using BackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-constexpr int64_t kInference = -1;        // support_capacity of a call that needs no backward
-constexpr int32_t kEndOfSupport = -1;     // the row's support ends here
+constexpr int64_t kInference = -1;     // support_capacity of a call that needs no backward
+constexpr int32_t kEndOfSupport = -1;  // the row's support ends here
 // In the first place: the row's support did not fit, rebuild it. Places behind it are the backend's own: the CPU has
 // the number of keys in the second, the GPU marks of keys (kept_marks in triton_src/lib/marks.py).
 constexpr int32_t kSupportOverflow = -2;
