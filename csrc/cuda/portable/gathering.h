@@ -24,7 +24,7 @@ struct Gathering {
 
   // How many places a row of support has, for training, where the forward may gather keys and keeps marks of them for
   // the backward; otherwise none. Which sequences' marks have room there follows from their own lengths: a query takes
-  // a bit for every 8 keys, more the longer they are, so it is those of up to kMostKeptKeys keys.
+  // a bit for every 64 keys, more the longer they are, so it is those of up to kMostKeptKeys keys.
   static c10::SymInt kept_capacity(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options);
 
   bool possible() const { return below > 0; }
