@@ -374,8 +374,7 @@ def test_scratch_to_gather_keys_follows_the_queries(driver):
 
 @pytest.mark.parametrize("is_causal", (True, False))
 def test_marks_of_the_forward_are_kept_for_the_backward(driver, is_causal):
-    """In places of support that the shapes ask for, and for inference in none. A query that sees all keys sees twice as
-    many as one in causal order."""
+    """In places of support that the shapes ask for. Half as many keys suffice where queries see both sides."""
 
     def places(m, n, **options):
         inputs = make_inputs(1, 1, m, n, size=16, requires_grad=True)
@@ -391,7 +390,8 @@ def test_marks_of_the_forward_are_kept_for_the_backward(driver, is_causal):
     assert places(64, 65537, kv_seqlens=torch.tensor([70])) == 34
     gather(100)
     assert [places(m, 120) for m in (49, 50, 99, 100)] == ([0, 0, 0, 3] if is_causal else [0, 3, 3, 3])
-    assert places(120, 140, window=(48, 0)) == 0 and places(120, 140, window=(49, 0)) == 3
+    assert places(120, 140, window=(98, 0)) == 0 and places(120, 140, window=(99, 0)) == 3
+    assert places(120, 140, window=(20, 28)) == 0 and places(120, 140, window=(20, 29)) == (0 if is_causal else 3)
 
 
 def test_the_backward_visits_the_keys_that_are_marked(driver):
@@ -417,10 +417,39 @@ def test_the_backward_visits_the_keys_that_are_marked(driver):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sides", ((1, 0), (1, 1), (0, 1)))
+def test_a_window_too_wide_to_hide_a_key_changes_nothing(driver, sides):
+    """A sequence is computed as if it were alone, where callers leave such a window out."""
+    gather(100)
+    driver.run_kernels = False
+    for n in (49, 50, 99, 100):
+        inputs, found = make_inputs(1, 1, n, n, size=16), []
+        for width in (n, 3 * n, -1):
+            driver.launches.clear()
+            attend(inputs, window=tuple(width if side else 0 for side in sides))
+            found.append(kernels(driver))
+        assert found[0] == found[1] == found[2] == (2 if n >= (50 if all(sides) else 100) else 1) * FORWARD
+
+
+def test_support_of_another_capacity_keeps_no_marks(driver):
+    """It may hold lists: those of the CPU are no marks."""
+    gather(1)
+    inputs, options = make_inputs(1, 1, 64, 70, size=16), (None, 1.5, False, *[None] * 5, 0, 0, [-1, -1], None)
+    forward, backward = (getattr(torch.ops.adasplash, f"_entmax_attn_{name}") for name in ("forward", "backward"))
+    out, row_state, support, tiles = forward(*inputs, *options, 128)
+    assert (support == -2).all()
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    lists = torch.arange(128, dtype=torch.int32).expand_as(support)
+    expected, found = (
+        backward(grad, *inputs, row_state, given, tiles, *options, out=out)[:3] for given in (support, lists)
+    )
+    assert_same_bits(expected, found)
+
+
+@torch.no_grad()
 def test_a_narrow_window_gathers_no_keys(driver):
-    """However long the sequence: what a query may see decides. Within a window, as where all see all keys, half as many
-    keys as in causal order suffice, where queries see half of them on average."""
-    gather(200)
+    """However long the sequence: what a query may see decides."""
+    gather(100)
     attend(make_inputs(1, 1, 120, 120, size=16), is_causal=True, window=(98, 5))
     assert kernels(driver) == FORWARD
     driver.launches.clear()

@@ -47,7 +47,7 @@ class Backward {
         out_(with_aligned_rows(saved.out ? *saved.out : at::zeros_like(saved.grad_out))),
         row_state_(saved.row_state.const_data_ptr<float>()),
         support_(saved.support.const_data_ptr<int32_t>()),
-        support_capacity_(capacity_of(saved.support)),
+        support_capacity_(Gathering::capacity_of(saved.support, inputs)),
         tiles_(saved.tiles.const_data_ptr<int32_t>()),
         alpha_terms_(outputs.alpha_terms.mutable_data_ptr<float>()),
         gathering_(Gathering::of_backward(inputs)),

@@ -31,13 +31,14 @@ int32_t* data_if_defined(const at::Tensor& t) { return t.defined() ? t.mutable_d
 class Attend {
  public:
   Attend(const PreparedCall& call, const Gathering& gathering, const Workspace& workspace, const at::Tensor& out,
-         float* row_state, const ForwardOutputs& outputs)
+         float* row_state, const ForwardOutputs& outputs, int32_t support_capacity)
       : call_(call),
         gathering_(gathering),
         workspace_(workspace),
         out_(out),
         row_state_(row_state),
         support_(outputs.support),
+        support_capacity_(support_capacity),
         tiles_(outputs.tiles),
         arguments_(call.arguments) {
     if (!tiles_.defined()) arguments_.tile_words = {0};
@@ -66,7 +67,7 @@ class Attend {
                         .row_state = row_state_,
                         .support = data_if_defined(support_),
                         .tiles = data_if_defined(tiles_),
-                        .support_capacity = capacity_of(support_),
+                        .support_capacity = support_capacity_,
                         .tile_margins = workspace_.write(kTileMargins),
                         .tile_lists = workspace_.write(kTileLists),
                         .remaining = workspace_.write(kRemaining),
@@ -82,7 +83,9 @@ class Attend {
   const Workspace& workspace_;
   const at::Tensor& out_;
   float* const row_state_;
-  const at::Tensor &support_, &tiles_;
+  const at::Tensor& support_;
+  const int32_t support_capacity_;
+  const at::Tensor& tiles_;
   Call arguments_;
 };
 
@@ -114,7 +117,8 @@ void Portable::forward(const AttentionInputs& inputs, const ForwardOutputs& outp
   if (few.all()) {
     if (training) outputs.tiles.zero_();  // bits are set one by one
   } else {
-    Attend(call, Gathering::of_forward(inputs), workspace, out.rows, row_state, outputs).run();
+    const int32_t support_capacity = Gathering::capacity_of(outputs.support, inputs);
+    Attend(call, Gathering::of_forward(inputs), workspace, out.rows, row_state, outputs, support_capacity).run();
   }
   if (few.some()) {
     attend_few(call, few, workspace, out.rows, row_state, data_if_defined(outputs.tiles));

@@ -9,17 +9,19 @@
 namespace adasplash::cuda::portable {
 namespace {
 
-std::atomic<int32_t> gather_from{8192};  // keys, where a query sees half of them on average
+std::atomic<int32_t> gather_from{8192};  // keys, where a query sees half of them on average, as in causal order
 // Of the keys that are expected to weigh, and of those that a probe finds to. The forward looks for them first; the
 // backward mostly knows them.
 std::atomic<int32_t> forward_below{30}, backward_below{60};
 constexpr int64_t kMostKeptKeys = 65536;  // at which marks take 128 bytes a query
 
-// How many keys a sequence must have. What counts is how many a query sees on average, which follows from the options
-// and not from lengths, as every sequence is to be computed as if it were alone.
+// How many keys a sequence must have: half as many where a query sees keys before it and behind it. By the options
+// alone, and the same with a window that is too wide to hide a key as without one, since a sequence is computed as if
+// it were alone, and callers leave such a window out.
 int32_t from_for(const AttentionOptions& options) {
-  const bool unlimited_left = options.window[0] < 0, unlimited_right = !options.is_causal && options.window[1] < 0;
-  return unlimited_left != unlimited_right ? int32_t{gather_from} : std::max(gather_from / 2, 1);
+  const int64_t left = options.window[0], right = options.is_causal ? 0 : options.window[1];
+  const bool one_sided = left == 0 || right == 0 || (left < 0) != (right < 0);
+  return one_sided ? int32_t{gather_from} : std::max(gather_from / 2, 1);
 }
 
 // Whether a window leaves fewer keys than this to every query. By the window alone: lengths may be symbols.
@@ -45,10 +47,10 @@ c10::SymInt Gathering::kept_capacity(const at::Tensor& query, const at::Tensor& 
   return (keys.min(kMostKeptKeys) + (32 * kTile - 1)) / (32 * kTile) + kPlacesBeforeMarks;
 }
 
-int32_t capacity_of(const at::Tensor& support) {
-  constexpr int64_t kMostPlaces = int64_t{1} << 20;  // the kernels' sums of places are 32 bits wide; nobody has as many
-  if (!support.defined() || support.numel() == 0 || support.sizes().back() > kMostPlaces) return 0;
-  return static_cast<int32_t>(support.sizes().back());
+int32_t Gathering::capacity_of(const at::Tensor& support, const AttentionInputs& inputs) {
+  if (!support.defined() || support.numel() == 0) return 0;
+  const int64_t kept = kept_capacity(inputs.query, inputs.key, inputs.options).expect_int();
+  return support.sizes().back() == kept ? static_cast<int32_t>(kept) : 0;
 }
 
 Gathering Gathering::of_forward(const AttentionInputs& inputs) {

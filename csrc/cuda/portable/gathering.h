@@ -27,10 +27,11 @@ struct Gathering {
   // a bit for every 64 keys, more the longer they are, so it is those of up to kMostKeptKeys keys.
   static c10::SymInt kept_capacity(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options);
 
+  // How many places rows of this support have, as the kernels are told: 0 where nothing is kept, as in inference, which
+  // has no support, and where the capacity is not that one, so that these may be lists.
+  static int32_t capacity_of(const at::Tensor& support, const AttentionInputs& inputs);
+
   bool possible() const { return below > 0; }
 };
-
-// How many places its rows have, as the kernels are told: 0 where nothing is kept, as in inference, which has none.
-int32_t capacity_of(const at::Tensor& support);
 
 }  // namespace adasplash::cuda::portable
