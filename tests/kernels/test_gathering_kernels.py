@@ -105,7 +105,7 @@ def test_the_backward_finds_the_marks_of_the_forward(dtype, alpha):
     assert (counts[:, :2] > 0).all() and (counts[:, 2] == NOT_LISTED).all()
     # The few that are seen everywhere are a probe's.
     marked = [(result.key_marks[0, 0] != UNMARKED).sum((1, 2)) for result in found]
-    assert marked[0][1] == 0 and marked[1][1] > 20 and marked[0][2] == marked[1][2] > 20
+    assert marked[0][1] == 0 and marked[1][1] > 10 and marked[0][2] == marked[1][2] > 10
     close = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for name in ("dq", "dk", "dv"):
         torch.testing.assert_close(*(getattr(result, name) for result in found), atol=close, rtol=close)
