@@ -163,7 +163,7 @@ def table_of_two(rows: Sequence[results.Row]) -> str:
     ]
 
     def shown(row: results.Row | None, form: str) -> str:
-        if row is None:
+        if row is None or ("ratio" in form and row["ratio"] is None):  # of memory too little to be seen
             return "–"
         reached = "" if row["goal"] is None else f" (goal {row['goal']:g}{'' if row['reached'] else ', missed'})"
         return form.format(**row) + reached
