@@ -24,17 +24,11 @@ int32_t from_for(const AttentionOptions& options) {
   return one_sided ? int32_t{gather_from} : std::max(gather_from / 2, 1);
 }
 
-// Whether a window leaves fewer keys than this to every query. By the window alone: lengths may be symbols.
-bool window_below(int64_t keys, const AttentionOptions& options) {
-  const int64_t left = options.window[0], right = options.is_causal ? 0 : options.window[1];
-  return left >= 0 && right >= 0 && left < keys && right < keys && left + 1 + right < keys;
-}
-
 }  // namespace
 
 c10::SymInt Gathering::kept_capacity(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options) {
   const int64_t from = from_for(options);
-  if (window_below(from, options)) return 0;
+  if (most_visible(options, from, 1) < from) return 0;  // by the window alone: lengths may be symbols
   const AttentionShape shape = AttentionShape::of(query, key, key, options);
   const c10::SymInt queries = longest_sequence(options, options.max_seqlen_q, shape.queries),
                     keys = longest_sequence(options, options.max_seqlen_k, shape.keys);
