@@ -11,7 +11,7 @@ from adasplash.distributed import entmax_attn_context_parallel
 
 if __name__ == "__main__":
     rank, store = int(sys.argv[1]), sys.argv[2]
-    wait = datetime.timedelta(minutes=10)  # longer than the test waits: the error has to come before
+    wait = datetime.timedelta(hours=1)  # longer than the test waits: the error has to come before
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
     x = torch.randn(1, 2, 8, 4, requires_grad=True)
     out = entmax_attn_context_parallel(x, x, x)

@@ -633,7 +633,7 @@ if __name__ == "__main__":
     RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     # What goes wrong in one process alone leaves the others waiting.
-    wait = datetime.timedelta(seconds=60)
+    wait = datetime.timedelta(minutes=30)
     store = f"file://{FOLDER / 'store'}"
     if DEVICE == "cuda":
         torch.cuda.set_device(RANK)

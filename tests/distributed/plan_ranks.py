@@ -231,7 +231,7 @@ if __name__ == "__main__":
     RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     SAVED = Path(sys.argv[4]) if sys.argv[4:] else None
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=60)
+    wait = datetime.timedelta(minutes=30)
     store = f"file://{FOLDER / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=RANK, world_size=WORLD, timeout=wait)
     run_cases(CASES[WORLD], FOLDER / f"{RANK}.json")

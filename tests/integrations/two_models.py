@@ -234,7 +234,7 @@ if __name__ == "__main__":
     from adasplash.integrations.transformers import record, shard_alpha
 
     # What goes wrong in one process alone leaves the other waiting.
-    dist.init_process_group("gloo", rank=RANK, world_size=2, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=RANK, world_size=2, timeout=datetime.timedelta(minutes=30))
     MESH = init_device_mesh("cpu", (2,))
     run_cases(CASES, FOLDER / f"{RANK}.json")
     dist.destroy_process_group()

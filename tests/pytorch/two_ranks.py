@@ -275,7 +275,7 @@ if __name__ == "__main__":
     from torch.distributed.tensor import Shard as S
     from torch.distributed.tensor import init_device_mesh
 
-    wait = datetime.timedelta(seconds=60)
+    wait = datetime.timedelta(minutes=30)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
     MESH = init_device_mesh("cpu", (2,))
     run_cases(CASES, results)

@@ -22,7 +22,7 @@ def run_ranks(program: str, arguments: Callable[[int], list[object]], world: int
 
     processes = [start(rank) for rank in range(world)]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=1800)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
