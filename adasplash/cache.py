@@ -338,16 +338,34 @@ def _check_before_append(query, key_cache, value_cache, block_table, held, new, 
     that fails should leave the cache as it was."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    nothing = query[:, :0].flatten(0, 1)
-    entmax_attn_paged(nothing, key_cache, value_cache, block_table, held, max_seqlen_q=0, **options)
-    if type(held) is Tensor and held.device.type == "cpu" and held.numel() > 0:  # others may have no values
-        room = block_table.shape[1] * key_cache.shape[1] - new
+    known = type(held) is Tensor and held.device.type == "cpu" and held.numel() > 0  # others may have no values
+    page, pages = key_cache.shape[1], block_table.shape[1]
+    if known:
+        room = pages * page - new
         least, most = int(held.min()), int(held.max())
         if least < 0 or most > room:
             raise RuntimeError(
                 f"entmax_attn_with_kvcache: cache_seqlens must be from 0 to {room}, so that there is room for {new} "
                 f"more, got {least if least < 0 else most}"
             )
+    nothing = query[:, :0].flatten(0, 1)
+    entmax_attn_paged(nothing, key_cache, value_cache, block_table, held, max_seqlen_q=0, **options)
+    if not known or query.shape[1] == 0:
+        return
+    # Pages that a query sees keys of; those behind a window may have been given away.
+    keys = held.long() + new
+    first = torch.zeros_like(keys)
+    if options["window"][0] >= 0:
+        first = (keys - query.shape[1] - options["window"][0]).clamp(min=0)
+    place = torch.arange(pages) * page
+    seen = (place < keys[:, None]) & (place + page > first[:, None])
+    wrong = seen & ((block_table < 0) | (block_table >= key_cache.shape[0]))
+    if wrong.any():
+        entry = tuple(wrong.nonzero()[0].tolist())
+        raise RuntimeError(
+            f"entmax_attn_with_kvcache: block_table must name pages from 0 to {key_cache.shape[0] - 1} where keys of a "
+            f"sequence are, got {int(block_table[entry])} at {list(entry)}"
+        )
 
 
 def _check_sizes(name: str, tensor: Tensor, dims: int, shape: str) -> None:

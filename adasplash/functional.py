@@ -22,7 +22,7 @@ from adasplash._arguments import (
     check,
     explain,
 )
-from adasplash.nested import entmax_attn_jagged
+from adasplash.nested import any_is_nested, entmax_attn_jagged
 
 _PADDED = {"query": TENSOR, "key": TENSOR, "value": TENSOR}
 _PACKED = {
@@ -82,7 +82,7 @@ def call_attention(
         return overload(*tensors, alpha, is_causal, **given)
     except (RuntimeError, TypeError) as error:
         values = {name: (kind, value) for (name, kind), value in zip(kinds.items(), tensors, strict=True)}
-        values |= {name: (OPTIONAL_TENSOR, value) for name, value in options.items()}
+        values |= {name: (OPTIONAL_TENSOR, value) for name, value in options.items()} | {"window": (WINDOW, window)}
         explain(function, error, values, op.__name__.removesuffix("_summary"), names)
 
 
@@ -275,7 +275,7 @@ def entmax_attn(
         NotImplementedError: double backward, forward-mode AD. It is a RuntimeError too.
     """
     if not torch.jit.is_scripting():
-        if isinstance(query, Tensor) and query.is_nested:
+        if any_is_nested(query, key, value):
             return entmax_attn_jagged(
                 query,
                 key,

@@ -23,6 +23,7 @@ from adasplash._arguments import (
     explain,
 )
 from adasplash.functional import attend, scaled
+from adasplash.nested import any_is_nested
 from adasplash.summary import AttentionStats, stats_of
 
 _TILE = 64  # kTile of csrc/ops/attention.h
@@ -148,8 +149,8 @@ def saved_by_forward(
     kv_starts: Tensor | None = None,
     q_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """row_state, support and tiles of the op's forward, which docs/contract.md describes. The one place in Python that
-    names all options of the private op; those of the packed form are absent here."""
+    """row_state, support and tiles of the op's forward, which docs/contract.md describes. Options of the packed form
+    are absent here, and dropout, which is no part of the weights."""
     _, row_state, support, tiles = torch.ops.adasplash._entmax_attn_forward(
         query,
         key,
@@ -207,8 +208,8 @@ class _Call:
             *((name, OPTIONAL_TENSOR, given) for name, given in options.items()),
         ):  # fmt: skip
             check(function, name, kind, given)
-        if query.is_nested:
-            raise RuntimeError(f"{function}: query must not be a nested tensor; pad it first")
+        if any_is_nested(query, key, value):
+            raise RuntimeError(f"{function}: query, key and value must not be nested tensors; pad them first")
         if isinstance(scale, Tensor):
             query, scale = scaled(query, scale), 1.0
         query, key, value = _autocast(query, key, value)

@@ -52,6 +52,15 @@ def parts(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return hidden, mask.masked_fill(hidden, 0.0)
 
 
+_FAR = {torch.float16: 6e4}
+
+
+def hides_by_channels(dtype: torch.dtype, scale: float) -> bool:
+    """Whether :func:`attend_by_keys` can put hidden keys far enough below all others, of which those that weigh are at
+    most 1 / (α − 1) apart, so 100."""
+    return _FAR.get(dtype, 1e18) ** 2 * scale >= 1e3
+
+
 def attend_by_keys(
     query: Tensor,
     key: Tensor,
@@ -68,10 +77,10 @@ def attend_by_keys(
     Args:
         query, key, value, alpha, is_causal, dropout_p: as in ``entmax_attn``, D up to 254.
         mask: (B or 1, N), as in :func:`parts`.
-        scale: above 0.
+        scale: one for which :func:`hides_by_channels`.
     """
     hidden, added = parts(mask)
-    far = 6e4 if query.dtype == torch.float16 else 1e18
+    far = _FAR.get(query.dtype, 1e18)
     # What hidden keys hold reaches nothing.
     key, value = (x.masked_fill(hidden[:, None, :, None], 0.0) for x in (key, value))
 
@@ -112,7 +121,7 @@ def attend_densely(
         softcap: scores are softcap · tanh(score / softcap).
         sinks: (H,), a score of each head that takes part and has no value.
     """
-    group = query.shape[1] // key.shape[1]
+    group = query.shape[1] // max(key.shape[1], 1)
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = (query @ key.transpose(-2, -1)) * scale

@@ -9,8 +9,17 @@ from torch import Tensor
 _SHAPES = "query, key and value must be jagged nested tensors of shape (batch, heads, ragged, head_dim)"
 
 
+def any_is_nested(query: object, key: object, value: object) -> bool:
+    """Asked in every eager call, of whatever was given."""
+    return (
+        (isinstance(query, Tensor) and query.is_nested)
+        or (isinstance(key, Tensor) and key.is_nested)
+        or (isinstance(value, Tensor) and value.is_nested)
+    )
+
+
 def entmax_attn_jagged(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """What ``entmax_attn`` does where query is a nested tensor: ``entmax_attn_varlen`` of its values and offsets.
+    """What ``entmax_attn`` does where a tensor is nested: ``entmax_attn_varlen`` of its values and offsets.
 
     Returns:
         (batch, heads, ragged, value_dim), ragged as query is, so that the two can be added.

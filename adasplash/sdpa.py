@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adasplash._arguments import BOOL, NUMBER, NUMBER_OR_TENSOR, OPTIONAL_TENSOR, TENSOR, check
 from adasplash.functional import attend, entmax_attn
-from adasplash.masked import MOST_CHANNELS, allow_dense, attend_by_keys, attend_densely, parts
+from adasplash.masked import MOST_CHANNELS, allow_dense, attend_by_keys, attend_densely, hides_by_channels, parts
 
 _NAME = "scaled_dot_product_attention"
 
@@ -69,6 +69,7 @@ def scaled_dot_product_attention(
         value: (…, H_kv, N, D_v).
         attn_mask: broadcasts to (…, H, M, N). Boolean, True where a key is seen, or floating point, added to the scaled
             scores; differentiable. A query that sees no key gives zeros; its type's least number hides as −∞ does.
+            On a GPU what is written into it other than by torch's ops may not be seen.
         dropout_p: the share of weights that become zero, 0 or more and below 1.
         is_causal: query i sees the keys up to i. Goes without attn_mask.
         scale: factor of the scores, 1/√D unless given.
@@ -142,7 +143,7 @@ def _attend_under(
             seen = _Interval(*(x.expand(query.shape[0]) for x in seen))
         if seen is not None:
             return _attend(query, key, value, alpha, seen, scale, dropout_p)
-    if by_key and scale > 0 and query.shape[-1] <= MOST_CHANNELS - 2:
+    if by_key and hides_by_channels(query.dtype, scale) and query.shape[-1] <= MOST_CHANNELS - 2:
         return attend_by_keys(query, key, value, alpha, mask[:, 0, 0], False, scale, dropout_p)
     option = "an attn_mask other than of keys or a triangle"
     return _attend_densely(query, key, value, alpha, [mask], scale, dropout_p, option)
@@ -165,7 +166,7 @@ def _attend_nested(query, key, value, attn_mask, dropout_p, is_causal, scale, al
 def _cast(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple:
     """What autocast makes of them for torch's function."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):  # others, as meta, it does not know
         return query, key, value, mask
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -270,12 +271,15 @@ def _look(mask: Tensor) -> _Found:
         return _find(mask)
     place = mask.storage_offset(), mask.shape, mask.stride(), mask.dtype, base._version
     known = _looked_at.get(id(base))
-    if known is not None and known[0]() is base and known[1] == place:
-        return known[2]
+    same = known is not None and known[0]() is base and known[1] == place
+    if same and (known[2] is None or torch.equal(known[2], mask)):
+        return known[3]
     with torch.inference_mode(False):  # a later call may save it for its backward
         found = _find(mask)
+        # The version does not count what is written by way of numpy or .data; to compare costs little on the CPU.
+        copy = mask.detach().clone() if mask.device.type == "cpu" else None
     number = id(base)
-    _looked_at[number] = weakref.ref(base, lambda _: _looked_at.pop(number, None)), place, found
+    _looked_at[number] = weakref.ref(base, lambda _: _looked_at.pop(number, None)), place, copy, found
     return found
 
 

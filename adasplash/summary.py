@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adasplash.functional import attend, attend_packed, resolve
+from adasplash.nested import any_is_nested
 
 
 class AttentionStats(NamedTuple):
@@ -90,10 +91,10 @@ def entmax_attn_summary(
         TypeError, RuntimeError, NotImplementedError: as in ``entmax_attn``.
     """
     if not torch.jit.is_scripting():
-        if isinstance(query, Tensor) and query.is_nested:
+        if any_is_nested(query, key, value):
             raise RuntimeError(
-                "entmax_attn_summary: query must not be a nested tensor; entmax_attn_varlen_summary takes its values "
-                "and offsets"
+                "entmax_attn_summary: query, key and value must not be nested tensors; entmax_attn_varlen_summary "
+                "takes their values and offsets"
             )
         out, size, largest, maximum, gap, empty = attend(
             "entmax_attn_summary", query, key, value, alpha, is_causal, scale, q_seqlens, kv_seqlens, window,

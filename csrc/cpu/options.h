@@ -13,10 +13,10 @@
 
 namespace adasplash::cpu {
 
-// The numbers of a tensor of any type and strides.
+// The numbers of a tensor of any type and strides, negated views among them.
 template <typename T>
 std::vector<T> values_of(const at::Tensor& t) {
-  const at::Tensor dense = t.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  const at::Tensor dense = t.to(c10::CppTypeToScalarType<T>::value).resolve_neg().contiguous();
   const T* data = dense.const_data_ptr<T>();
   return {data, data + dense.numel()};
 }

@@ -44,8 +44,8 @@ int32_t checked_size(const char* op, const at::Tensor& cache, int64_t dim, const
   return static_cast<int32_t>(size);
 }
 
-// Slots as kernels take them: those that are given, or a copy of another type or with numbers apart.
-at::Tensor as_places(const at::Tensor& slots) { return slots.to(at::kLong).contiguous(); }
+// Slots as kernels take them: those that are given, or a copy of another type, negated or with numbers apart.
+at::Tensor as_places(const at::Tensor& slots) { return slots.to(at::kLong).resolve_neg().contiguous(); }
 
 // Makes the entries of some slots in an index of the cache.
 void index_slots(const char* op, const at::Tensor& given, const at::Tensor& places, const at::Tensor& key_index) {
@@ -77,6 +77,7 @@ at::Tensor last_of_each_slot(const at::Tensor& slots) {
 
 void attend_cache(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   const AttentionOptions& options, const at::Tensor& out) {
+  if (out.numel() == 0) return;
   const AttentionInputs inputs{"entmax_attn_paged", query, key, value, options};
   const Implementation& implementation = implementation_for(inputs);
   const c10::DeviceGuard guard(query.device());

@@ -23,9 +23,9 @@ using torch::autograd::variable_list;
 class EntmaxBackward : public torch::autograd::Function<EntmaxBackward> {
  public:
   static variable_list forward(AutogradContext*, const Variable& grad_out, const Variable& output,
-                               const ActivationAlpha& alpha) {
+                               const std::optional<at::Tensor>& row_alpha, double alpha) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [grad_input, grad_alpha] = call_activation_backward(grad_out, output, alpha);
+    auto [grad_input, grad_alpha] = call_activation_backward(grad_out, output, {row_alpha, alpha});
     return {grad_input, grad_alpha};
   }
 
@@ -49,11 +49,9 @@ class Entmax : public torch::autograd::Function<Entmax> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad) {
     const auto saved = ctx->get_saved_variables();
-    ActivationAlpha alpha;
-    alpha.number = ctx->saved_data["alpha"].toDouble();
-    if (saved[1].defined()) alpha.per_row = saved[1];
-    const auto g = EntmaxBackward::apply(grad[0], saved[0], alpha);
-    return {g[0], alpha.per_row ? g[1] : Variable(), Variable()};
+    const auto row_alpha = saved[1].defined() ? std::optional(saved[1]) : std::nullopt;
+    const auto g = EntmaxBackward::apply(grad[0], saved[0], row_alpha, ctx->saved_data["alpha"].toDouble());
+    return {g[0], row_alpha ? g[1] : Variable(), Variable()};
   }
 };
 
@@ -153,7 +151,7 @@ at::Tensor entmax(const at::Tensor& input, Alpha alpha, int64_t dim) {
 // The backward op called by hand, as an exported training graph does.
 ActivationGradients backward_autograd(const at::Tensor& grad_out, const at::Tensor& output,
                                       const ActivationAlpha& alpha) {
-  const auto g = EntmaxBackward::apply(grad_out, output, alpha);
+  const auto g = EntmaxBackward::apply(grad_out, output, alpha.per_row, alpha.number);
   return {g[0], g[1]};
 }
 

@@ -135,6 +135,7 @@ bool is_training(const at::Tensor& query, const at::Tensor& key, const at::Tenso
     refuse_forward_mode(t);
     training |= t.defined() && t.requires_grad();
   }
+  refuse_forward_mode(options.alibi_slopes.value_or(at::Tensor()));
   training &= at::GradMode::is_enabled();
   TORCH_CHECK(!at::GradMode::is_enabled() || !options.alibi_slopes || !options.alibi_slopes->requires_grad(),
               public_name(options), ": alibi_slopes have no gradient; detach them");

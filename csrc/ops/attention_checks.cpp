@@ -200,7 +200,10 @@ void check_attention(const char* op, const at::Tensor& query, const at::Tensor& 
   check_seqlens(op, "kv_starts", options.kv_starts, shape, query, options);
   check_seqlens(op, "q_positions", options.q_positions, shape, query, options);
   check_options(op, shape, query, options);
-  if (options.key_index) check_key_index(op, key.transpose(1, 2), *options.key_index);
+  if (options.key_index) {
+    TORCH_CHECK(!options.packed_keys(), op, ": key_index goes with padded keys or a paged cache, got packed keys");
+    check_key_index(op, key.transpose(1, 2), *options.key_index);
+  }
 }
 
 void check_saved(const char* op, const at::Tensor& query, const at::Tensor& key, const SavedForBackward& saved,

@@ -66,7 +66,7 @@ at::Tensor attend_paged(const at::Tensor& query, const at::Tensor& key_cache, co
                         const at::Tensor& block_table, const at::Tensor& kv_seqlens, const AttentionOptions& options) {
   const PagedCall call = PagedCall::of(query, key_cache, value_cache, block_table, kv_seqlens, options);
   const at::Tensor out = call.allocate();
-  if (out.numel() > 0) kernel(call.query, call.key, call.value, call.options, call.in_form(out));
+  kernel(call.query, call.key, call.value, call.options, call.in_form(out));
   return out;
 }
 

@@ -85,5 +85,10 @@ def test_double_backward_and_forward_mode_are_refused(backend):
         (first,) = torch.autograd.grad(adasplash.entmax(*arguments).square().sum(), x, create_graph=True)
         with refused(match="double backward is not supported"):
             first.square().sum().backward()
+    weights = adasplash.entmax(x, 1.5).detach()
+    by_row = torch.full((3,), 1.5, device=backend.device, requires_grad=True)
+    first, _ = OPS._entmax_backward(torch.ones_like(weights), weights, by_row, 1.5)
+    with refused(match="double backward is not supported"):
+        first.square().sum().backward()
     with torch.autograd.forward_ad.dual_level(), refused(match="forward-mode AD is not supported"):
         adasplash.entmax(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))

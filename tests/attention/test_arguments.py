@@ -16,7 +16,7 @@ WRONG = {
     "number or tensor": (None, True, "1.5", [1.5]),
     "scale": (True, "1.5", [1.5], torch.ones(4), torch.tensor(True), torch.ones(()) + 0j),
     "bool": (None, 1, 0.0, "text", torch.tensor(True)),
-    "window": (None, True, 5, 2.5, "text", (), (1,), (1, 2, 3), (1.0, 2), (None, 1), (True, 1), torch.tensor([1, 2])),
+    "window": (None, True, 5, 2.5, "text", (), (1,), (1, 2, 3), (1.0, 2), (None, 1), (True, 1), (2**64, 0), X[0]),
     "integer": (None, True, 2.5, "text", torch.tensor(1)),
     "length": (None, True, 2.5, "text", torch.tensor([1, 2])),
 }

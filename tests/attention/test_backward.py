@@ -167,3 +167,7 @@ def test_forward_mode_is_refused(make_inputs):
         query = torch.autograd.forward_ad.make_dual(inputs.query, torch.ones_like(inputs.query))
         with pytest.raises((RuntimeError, NotImplementedError), match=r"entmax_attn.*forward[- ]mode"):
             entmax_attn(query, inputs.key, inputs.value)
+        slopes = torch.ones(inputs.query.shape[1], device=inputs.query.device)
+        slopes = torch.autograd.forward_ad.make_dual(slopes, torch.ones_like(slopes))
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"entmax_attn.*forward[- ]mode"):
+            entmax_attn(*inputs, alibi_slopes=slopes)

@@ -178,6 +178,16 @@ def test_negated_views(backend):
             append(**given | {"key_cache": cache})
 
 
+def test_slots_that_are_negated(backend):
+    """As torch's own ops take them: what they stand for."""
+    given = arguments("cpu")
+    caches = [given["key_cache"].clone() for _ in range(2)]
+    with torch.no_grad():
+        append(**given | {"key_cache": caches[0]})
+        append(**given | {"key_cache": caches[1], "slots": torch._neg_view(-given["slots"])})
+    assert torch.equal(*(cache.nan_to_num(-7) for cache in caches))
+
+
 def test_caches_of_inference_mode(backend):
     given = arguments(backend.device)
     with torch.inference_mode():

@@ -246,6 +246,17 @@ def test_contradictions_are_an_error(case):
     assert str(error.value) == f"entmax_attn_paged: {words}"
 
 
+@pytest.mark.backends("cpu")
+@pytest.mark.parametrize("case", ("negative length", "more keys than room"))
+def test_lengths_are_looked_at_without_a_query(case):
+    changes, words = CONTRADICTIONS[case]
+    nobody = arguments(**changes) | dict(cu_seqlens_q=torch.zeros(3).int())
+    nobody["query"] = nobody["query"][:0]
+    with pytest.raises(RuntimeError) as error:
+        entmax_attn_paged(**nobody)
+    assert str(error.value) == f"entmax_attn_paged: {words}"
+
+
 @pytest.mark.backends("emulated", "cuda")
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_contradictions_are_no_stray_access(backend, case):

@@ -403,6 +403,15 @@ ERRORS = {
     "a share": (dict(cache_seqlens=2.7), "cache_seqlens must be an integer, got 2.7"),
     "lengths that are true": (dict(cache_seqlens=torch.ones(3).bool()), "cache_seqlens must be int32 or int64"),
     "alpha": (dict(alpha=5.0), "alpha must be 1 or from"),
+    "alpha in a tensor": (dict(alpha=torch.tensor(3.0)), "alpha as a tensor must be 1 or from"),
+    "a page that there is none of": (
+        dict(block_table=torch.tensor([[0], [1], [3]])),
+        r"block_table must name pages from 0 to 2 where keys of a sequence are, got 3 at \[2, 0\]",
+    ),
+    "a page below the first": (
+        dict(block_table=torch.tensor([[0], [-1], [2]])),
+        r"block_table must name pages from 0 to 2 where keys of a sequence are, got -1 at \[1, 0\]",
+    ),
     "query's heads": (dict(query=torch.randn(3, 3, 3, SIZE)), "query's number of heads must be a multiple"),
     "query's type": (dict(query=torch.randn(3, 3, HEADS, SIZE).half()), "key_cache must have query's dtype"),
     "table's type": (dict(block_table=torch.zeros(3, 1)), "block_table must be int32 or int64"),

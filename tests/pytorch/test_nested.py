@@ -146,6 +146,11 @@ REFUSED = {
         {},
         f"{SHAPE}key that is not nested",
     ),
+    "dense query": (
+        lambda: [torch.randn(4, 2, 9, 8), *[nested(Q_LENGTHS, 2, 8).transpose(1, 2)] * 2],
+        {},
+        f"{SHAPE}query that is not nested",
+    ),
     "not transposed": (
         lambda: [nested(Q_LENGTHS, 2, 8)] * 3,
         {},

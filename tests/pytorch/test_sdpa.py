@@ -225,6 +225,36 @@ def test_a_mask_is_read_once(monkeypatch):
     assert len(sdpa._looked_at) == remembered - 1
 
 
+@pytest.mark.parametrize("way", ("numpy", ".data"))
+def test_a_mask_that_changes_behind_torchs_back(way):
+    values = torch.ones(1, 9, dtype=torch.bool).numpy()
+    mask = torch.from_numpy(values)
+    query = draw(1, 2, 9, 8)
+    for last in (9, 5, 3):
+        if way == "numpy":
+            values[:, last:] = False
+        else:
+            mask.data[:, last:] = False
+        out = scaled_dot_product_attention(query, query, query, mask)
+        assert_close([out], [exact(query, query, query, mask)])
+
+
+def test_hidden_keys_stay_hidden_at_any_scale():
+    """In fp16 two more channels can put keys only so far away."""
+    query, key, value = (draw(1, 2, 4, 8, seed=seed, dtype=torch.float16) for seed in range(3))
+    mask = torch.tensor([True, False, True, False])
+    for scale in (1e-10, 1e-6, 1.0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        assert_close([out], [exact(query, key, value, mask, scale=scale)], 1e-2)
+
+
+def test_meta_tensors():
+    x = torch.empty(2, 4, 9, 8, device="meta")
+    assert scaled_dot_product_attention(x, x, x, is_causal=True).shape == x.shape
+
+
 def test_dense_masks_say_so_once():
     query, mask = draw(2, 4, 9, 8), draw(9, 9) > 0
     with pytest.warns(UserWarning, match=f"^{NAME}: an attn_mask other than .* a tensor of all weights") as said:
