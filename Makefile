@@ -62,9 +62,9 @@ $(VENV)/.experiments: $(VENV)/.requirements
 	touch $@
 
 # Without GPU kernels where they could not run, so that nobody waits for them; CMake rebuilds what differs. .installed says
-# that the library is there, .installed-kernels that it has its kernels too.
+# that the library is there, .installed-kernels that it has its kernels too. It takes minutes, so pip shows what is done.
 SOURCES := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.* csrc/*/*/*.*)
-INSTALL := $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+INSTALL := $(BIN)/python -m pip install --verbose --no-build-isolation --no-deps --editable .
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	rm -f $(VENV)/.installed-kernels
 	ADASPLASH_ARCHS=none $(INSTALL)
@@ -109,10 +109,10 @@ test-all: setup docs
 	$(BIN)/python -m pytest -n 2 --backend emulated tests
 
 # The oldest transformers lies in a folder of its own, before the newest on the path.
-OLDEST := $(CURDIR)/build/transformers-5.2
+OLDEST := build/transformers-5.2
 test-models: setup $(VENV)/.experiments
-	$(BIN)/python -m pip install --quiet --upgrade --target $(OLDEST) "transformers==5.2.*"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 tests/integrations
+	$(BIN)/python -m pip install --quiet --upgrade --target "$(OLDEST)" "transformers==5.2.*"
+	PYTHONPATH="$(CURDIR)/$(OLDEST)" $(BIN)/python -m pytest -n 2 tests/integrations
 	$(BIN)/python -m pip install --quiet --no-deps peft
 	$(BIN)/python -m pytest -n 2 tests/integrations tests/package/test_text_examples.py
 
@@ -126,7 +126,7 @@ wheel: $(VENV)/.requirements
 	  --exclude "libtorch*.so*" --exclude "libc10*.so*" --exclude "libgomp*.so*" build/wheel/*.whl
 
 test-wheel: wheel $(VENV)/.installed
-	ADASPLASH_WHEEL="$$(echo $(CURDIR)/dist/*.whl)" ADASPLASH_WHEEL_TORCH="$(WHEEL_TORCH)" \
+	ADASPLASH_WHEEL="$(CURDIR)/$$(echo dist/*.whl)" ADASPLASH_WHEEL_TORCH="$(WHEEL_TORCH)" \
 	  ADASPLASH_WHEEL_TESTED="$(WHEEL_TESTED)" ADASPLASH_WHEEL_PYTHONS="$(WHEEL_PYTHONS)" \
 	  $(BIN)/python -m pytest tests/package/test_wheel.py
 

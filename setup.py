@@ -33,6 +33,7 @@ VERSION = re.search(r"VERSION (\d+\.\d+\.\d+)", (ROOT / "CMakeLists.txt").read_t
 
 #: Of torch, whose C++ part changes with every minor release: those that the sources are known to build with.
 SUPPORTED_TORCH = ">=2.11,<2.16"
+NO_TORCH = "it builds against the torch that is installed, and none is: install torch first"
 
 
 def stop(sentence: str) -> None:
@@ -72,6 +73,8 @@ def torch_required() -> str:
     """What the package needs of torch: the minor releases that it is built with, or for an sdist what it can be built
     with."""
     minors = sorted({minor_of(version) for version in torch_folders().values()})
+    if not minors and "dist_info" in sys.argv:  # pip is about to install what the package needs, and then to build
+        stop(NO_TORCH)
     if not minors or "sdist" in sys.argv:
         return f"torch{SUPPORTED_TORCH}"
     (major, first), (_, last) = minors[0], minors[-1]
@@ -90,7 +93,7 @@ def check_environment() -> None:
         )
     torches = torch_folders()
     if not torches:
-        stop("it builds against the torch that is installed, and none is: install torch first")
+        stop(NO_TORCH)
     for folder, version in torches.items():
         if minor_of(version) < (2, 11):
             stop(f"torch {version} in {folder} is too old: install 2.11 or newer")

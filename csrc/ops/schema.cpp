@@ -1,7 +1,11 @@
 // Every schema of the library. Files saved by users (TorchScript, torch.export, AOTInductor) refer to these, the
 // private ones included, so they only ever grow at the end, with defaults.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <dlfcn.h>
 #include <torch/library.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -39,6 +43,20 @@ std::string later_options() {
   std::string all;
   for (const std::string& option : declarations(kLaterOptions, /*with_defaults=*/true)) all += ", " + option;
   return all;
+}
+
+// Ops are registered once in a process. A second copy of the library would be ended by torch, which throws where
+// nothing can catch it; this runs before anything of the copy registers, and says it in one sentence.
+__attribute__((constructor(101))) void refuse_to_be_a_second_copy() {
+  if (!c10::Dispatcher::singleton().findSchema({"adasplash::entmax_attn", ""})) return;
+  Dl_info here{};
+  dladdr(reinterpret_cast<void*>(&refuse_to_be_a_second_copy), &here);
+  std::fprintf(
+      stderr,
+      "torch-adasplash: %s cannot be loaded into a process that has another copy of this library, as its ops can "
+      "be registered only once\n",
+      here.dli_fname);
+  std::abort();
 }
 
 }  // namespace

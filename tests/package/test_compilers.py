@@ -54,6 +54,8 @@ def built(request, tmp_path_factory):
             # A warning would be lost among 48 compiled files.
             "-DCMAKE_CXX_FLAGS=-Werror",
             "-DCMAKE_SHARED_LINKER_FLAGS=-Wl,--fatal-warnings" + (f" -fuse-ld={linker}" if linker else ""),
+            # By one family of compilers each file alone, which shows whether it includes all that it uses.
+            f"-DCMAKE_DISABLE_PRECOMPILE_HEADERS={'OFF' if 'clang' in compiler else 'ON'}",
             f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", "-DADASPLASH_PYTHON=ON", "-DADASPLASH_ARCHS=none",
             "-DCMAKE_INSTALL_LIBDIR=lib",
         )  # fmt: skip

@@ -12,19 +12,24 @@ import pytest
 import torch
 
 import adasplash
+import pages
 from adasplash import _load, entmax_attn, info
 from common import ROOT, build_once, run, run_python
 
 pytestmark = pytest.mark.backends("cpu")
 
 
-def make_sdist(folder: Path) -> Path:
-    """The source distribution, of the files that git would hand out."""
+def copy_repository(folder: Path) -> None:
+    """The files that git would hand out."""
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
     for name in listed:
         if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+
+
+def make_sdist(folder: Path) -> Path:
+    copy_repository(folder / "source")
     run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder, cwd=folder / "source")
     [file] = folder.glob("*.tar.gz")
     return file
@@ -35,7 +40,8 @@ def test_the_source_distribution_has_what_a_build_needs(tmp_path):
         names = {name.partition("/")[2] for name in archive.getnames()}
         [metadata] = [name for name in archive.getnames() if name.count("/") == 1 and name.endswith("PKG-INFO")]
         assert b"Requires-Dist: torch<2.16,>=2.11" in archive.extractfile(metadata).read()
-    needed = run("git", "ls-files", "CMakeLists.txt", "cmake", "csrc", "triton_src", "adasplash", cwd=ROOT).stdout
+    folders = ("cmake", "csrc", "packaging", "triton_src", "adasplash")
+    needed = run("git", "ls-files", "CMakeLists.txt", *folders, cwd=ROOT).stdout
     assert set(needed.split()) | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -78,6 +84,20 @@ def test_the_wheel_needs_the_torch_that_it_was_built_with(installed):
     [metadata] = installed.glob("torch_adasplash-*.dist-info/METADATA")
     minor = ".".join(torch.__version__.split(".")[:2])
     assert f"Requires-Dist: torch=={minor}.*" in metadata.read_text()
+
+
+@pytest.mark.builds
+def test_the_start_page_from_its_first_command(tmp_path):
+    """As it stands there, in an environment that has torch and nothing of ours."""
+    copy_repository(tmp_path / "torch-adasplash")
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    [site] = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (site / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    commands = next(block for block in pages.blocks(ROOT / "docs/start.md") if block.language == "sh").code
+    path = os.pathsep.join([str(tmp_path / "venv/bin"), os.environ["PATH"]])
+    said = run("bash", "-ec", commands, cwd=tmp_path / "torch-adasplash", env={**os.environ, "PATH": path}).stdout
+    assert re.search(r"^check on cpu: +OK$", said, re.MULTILINE)
+    assert str(site / "adasplash") in said
 
 
 @pytest.mark.builds

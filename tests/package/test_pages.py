@@ -133,8 +133,10 @@ def test_the_guide_to_cpp(tmp_path):
 
 
 def commands():
-    """The lines of all shell blocks, with continued lines put together."""
+    """The lines of all shell blocks, with continued lines put together; and what stands in sentences and tables."""
     for page, blocks in BLOCKS.items():
+        for command in re.findall(r"`((?:make|python|torchrun) [^`\n]+)`", pages.without_blocks(page)):
+            yield name_of(page), command
         for block in blocks:
             if block.language == "sh":
                 for line in block.code.replace("\\\n", " ").splitlines():

@@ -32,10 +32,11 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def refusal(source, tmp_path):
-    """How a build with this environment fails, in one line and quickly."""
+    """How a build with this environment fails, in one line and quickly; or another command of setup.py."""
 
-    def build(**environment):
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "built"]
+    def build(*command, **environment):
+        command = command or ("build_ext", "--build-lib", tmp_path / "built")
+        command = [sys.executable, "setup.py", "-q", *command]
         environment = {
             **os.environ,
             "ADASPLASH_ARCHS": "none",
@@ -70,12 +71,20 @@ def test_no_compiler(refusal, tmp_path):
     assert "no C++ compiler found" in refusal(CXX=tmp_path / "missing")
 
 
-def test_a_compiler_that_is_too_old(refusal, tmp_path):
-    compiler = tmp_path / "g++-9"
-    compiler.write_text('#!/bin/sh\nexec g++ -w -U__GNUC__ -D__GNUC__=9 "$@"\n')
+@pytest.mark.parametrize(
+    ("says_that_it_is", "named"),
+    [
+        ("-U__GNUC__ -D__GNUC__=9", "is GNU 9."),
+        ("-D__clang__ -D__clang_major__=13 -D__clang_minor__=0 -D__clang_patchlevel__=1", "is Clang 13.0.1"),
+    ],
+    ids=("GCC", "clang"),
+)
+def test_a_compiler_that_is_too_old(refusal, tmp_path, says_that_it_is, named):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec g++ -w {says_that_it_is} "$@"\n')
     compiler.chmod(0o755)
     line = refusal(CXX=compiler)
-    assert "is GNU 9." in line and "too old for C++20: install g++ 11 or newer" in line
+    assert named in line and "too old for its C++20: install g++ 11 or clang 14, or newer" in line
 
 
 @pytest.mark.parametrize(
@@ -90,6 +99,32 @@ def test_no_triton_where_kernels_are_asked_for(refusal, tmp_path, triton, said):
     modules = write(tmp_path / "modules", {"triton.py": triton})
     line = refusal(ADASPLASH_ARCHS="90", PYTHONPATH=modules)
     assert said in line and "ADASPLASH_ARCHS=none" in line
+
+
+@pytest.mark.parametrize("command", [(), ("dist_info",)], ids=("build", "metadata"))
+def test_no_torch(refusal, tmp_path, command):
+    """pip asks for metadata first, by which it would install torch, gigabytes, before it builds."""
+    hidden = (
+        "from importlib import metadata\nfound = metadata.distributions\n"
+        "metadata.distributions = lambda **names: iter(()) if names.get('name') == 'torch' else found(**names)\n"
+    )
+    line = refusal(*command, PYTHONPATH=write(tmp_path / "modules", {"sitecustomize.py": hidden}), ADASPLASH_TORCH="")
+    assert line.endswith("none is: install torch first")
+
+
+def test_a_compiler_that_runs_out_of_memory(source, tmp_path):
+    compiler = tmp_path / "c++"
+    killed = "c++: fatal error: Killed signal terminated program cc1plus"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *csrc/*) echo "{killed}" >&2; exit 1;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "built"],
+        cwd=source, env={**os.environ, "ADASPLASH_ARCHS": "none", "CXX": str(compiler)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and killed in done.stdout
+    [line] = done.stderr.strip().splitlines()
+    assert "the compiler ran out of memory" in line and "MAX_JOBS=1" in line
 
 
 def test_a_torch_that_is_too_old(refusal, tmp_path):
@@ -226,6 +261,19 @@ def test_a_second_copy_of_the_library(site, tmp_path):
     copy = tmp_path / "lib" / RELEASE / "libadasplash.so"
     line = import_fails(site, f"import torch; torch.ops.load_library('{copy}'); import adasplash")
     assert f"{copy} is loaded in this process already" in line
+
+
+def test_a_second_copy_after_the_import(tmp_path):
+    """As C++ programs load it too; torch itself would end the process with a page about macros."""
+    shutil.copytree(Path(library_path()).parents[1], tmp_path / "lib")
+    copy = tmp_path / "lib" / RELEASE / "libadasplash.so"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import adasplash, torch; torch.ops.load_library('{copy}')"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode
+    [line] = done.stderr.strip().splitlines()
+    assert f"{copy} cannot be loaded into a process that has another copy of this library" in line
 
 
 def test_the_same_library_loaded_before(site):

@@ -68,6 +68,10 @@ def test_the_readme_repeats_measured_rows():
     for line in shown:
         name, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
         assert numbers in [row[2 : 2 + len(numbers)] for row in rows if row[0] == name], name
+    told = " ".join(line for line in readme.splitlines() if not line.startswith("|"))
+    measured = "".join((ROOT / "docs" / page).read_text() for page in ("benchmarks.md", "scaling.md"))
+    for number in re.findall(r"(?<![\w.])\d+\.\d\d(?![\w.])", told):
+        assert number in measured, number
 
 
 def test_bug_reports_are_asked_what_is_installed():
