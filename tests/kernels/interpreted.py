@@ -16,7 +16,7 @@ import torch
 import triton.experimental.gluon  # noqa: F401
 from torch import Tensor
 
-from common import ROOT
+from common import ROOT, Inputs
 from emulated.interpreter import patched_once
 
 sys.path.append(str(ROOT))
@@ -174,197 +174,259 @@ def attention(
     D); queries may still be packed.
     `positions` (B,) are the places of first queries. `dropout` is (p, seed), and `first` the first batch entry and head
     among those of the whole call, or `origins` (B, 4) what each sequence is counted from."""
-    tiles = tiles or Tiles()
     if scale is not None and scale < 0:
         query = -query  # as PreparedCall (csrc/cuda/portable/call.cpp) does
-    kv_heads = key.shape[1]
-    if offsets is None:
-        batch, heads, longest_q, head_dim = query.shape
-        rows_q, state_batch = longest_q, heads * longest_q
-    else:
-        rows_q, heads, head_dim = query.shape
-        batch, longest_q, state_batch = len(offsets[0]) - 1, offsets[2], 0
-    packed_keys = offsets is not None and table is None
-    if packed_keys:
-        rows_k, longest_k = key.shape[0], offsets[3]
-    else:
-        rows_k = longest_k = key.shape[2] * (1 if table is None else table.shape[1])
-    value_dim = value.shape[-1]
-    tile_rows = count_tile_rows(rows_q, batch if offsets else None)
-    key_tile_rows = count_tile_rows(rows_k, batch if packed_keys else None)
-    tile_words = count_tile_words(longest_k)
-    none = torch.zeros(1)  # where there are no lengths, alphas or slopes in memory
-    sides = [offsets[0] if offsets else lengths[0], offsets[1] if packed_keys else lengths[1]]
-    given = [none.int() if x is None else x for x in sides]
-
-    def kind(x, packed):
-        if packed:
-            return visibility.LENGTHS_PACKED.value
-        if x is None:
-            return visibility.LENGTHS_NONE.value
-        return (visibility.LENGTHS_PADDED if x.dim() == 1 else visibility.LENGTHS_BOUNDS).value
-
-    kinds = [kind(sides[0], offsets is not None), kind(sides[1], packed_keys)]
+    stored = Stored.of(query, key, value, lengths, offsets, table)
+    none = torch.zeros(1)  # where there are no alphas, slopes or positions in memory
     left, right = (visibility.UNLIMITED.value if bound < 0 else bound for bound in window)
     call = Call(
-        queries=Sequences(given[0], kinds[0], rows_q, longest_q, tile_rows),
-        keys=Sequences(given[1], kinds[1], rows_k, longest_k, key_tile_rows),
+        queries=stored.queries,
+        keys=stored.keys,
         alpha=alpha_argument(alpha),
         scores=Scores(
             slopes=none,
             slopes_batch_stride=0,
             has_slopes=0,
-            scale=head_dim**-0.5 if scale is None else scale,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
             window_left=left,
             window_right=0 if is_causal else right,
             q_positions=none.int() if positions is None else positions,
             has_positions=int(positions is not None),
         ),
         dropout=dropout_argument(*dropout, first, origins),
-        state_batch_stride=state_batch,
-        heads=heads,
-        group=heads // kv_heads,
-        tile_words=tile_words,
-        head_dim=head_dim,
-        value_dim=value_dim,
+        state_batch_stride=0 if offsets else stored.heads * stored.queries.max_seqlen,
+        heads=stored.heads,
+        group=stored.heads // key.shape[1],
+        tile_words=count_tile_words(stored.keys.max_seqlen),
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
         few_queries=few_queries,
     )
     special = not isinstance(alpha, Tensor) and not dropout[0]
     alpha_code = alpha_code or ({1.5: "1_5", 2.0: "2"}.get(alpha, "any") if special else "any")
-    block_d = max(16, 1 << (max(head_dim, value_dim) - 1).bit_length())
+    run = Run(Inputs(query, key, value), stored, call, tiles or Tiles(), alpha_code, gather_below, gather_from)
+    run.forward(keeps and grad is not None)
+    if few_queries >= 0:
+        run.forward_of_few(sharers, index)
+    found = run.count_support() if summary else ()
+    if grad is None:
+        return Result(run.out, run.row_state, run.bits, summary=found, remaining=run.remaining)
+    return run.backward(grad, isinstance(alpha, Tensor))._replace(summary=found)
 
-    def launch(name, block_m=TILE, block_n=tiles.walk, every=1, constants=None, **arguments):
-        length, block, count = (
-            (longest_k, block_n, kv_heads) if name == "grad_key_value" else (longest_q, block_m, heads)
-        )
-        programs = math.ceil(math.ceil(length / block) / every) * count * batch
-        shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, STEP_D=tiles.step_d or block_d)
+
+class Stored(NamedTuple):
+    """How the sequences of a call lie in its tensors: StoredSide in csrc/cuda/sides.h."""
+
+    queries: Sequences
+    keys: Sequences
+    batch: int
+    heads: int
+    packed: bool  # queries are
+    table: Tensor | None
+
+    @classmethod
+    def of(cls, query, key, value, lengths, offsets, table):
+        if offsets is None:
+            batch, heads, longest_q, _ = query.shape
+            rows_q = longest_q
+        else:
+            rows_q, heads, _ = query.shape
+            batch, longest_q = len(offsets[0]) - 1, offsets[2]
+        packed_keys = offsets is not None and table is None
+        if packed_keys:
+            rows_k, longest_k = key.shape[0], offsets[3]
+        else:
+            rows_k = longest_k = key.shape[2] * (1 if table is None else table.shape[1])
+
+        def side(given, packed, rows, longest):
+            if packed:
+                kind = visibility.LENGTHS_PACKED
+            elif given is None:
+                kind = visibility.LENGTHS_NONE
+            else:
+                kind = visibility.LENGTHS_PADDED if given.dim() == 1 else visibility.LENGTHS_BOUNDS
+            tile_rows = count_tile_rows(rows, batch if packed else None)
+            given = torch.zeros(1, dtype=torch.int32) if given is None else given
+            return Sequences(given, kind.value, rows, longest, tile_rows)
+
+        queries = side(offsets[0] if offsets else lengths[0], offsets is not None, rows_q, longest_q)
+        keys = side(offsets[1] if packed_keys else lengths[1], packed_keys, rows_k, longest_k)
+        return cls(queries, keys, batch, heads, offsets is not None, table)
+
+    @property
+    def many(self) -> tuple[int, ...]:
+        """What tensors of queries' tile rows begin with."""
+        return () if self.packed else (self.batch,)
+
+
+class Run:
+    """One call: what its launches write, and which there are. Memory is filled with what must not stay."""
+
+    def __init__(self, inputs, stored, call, tiles, alpha_code, gather_below, gather_from):
+        query, key, value = self.inputs = inputs
+        self.stored, self.call, self.shape, self.alpha_code = stored, call, tiles, alpha_code
+        self.gather_below, self.gather_from = gather_below, gather_from
+        self.block_d = max(16, 1 << (max(call.head_dim, call.value_dim) - 1).bit_length())
+        many, heads, tile_rows = stored.many, stored.heads, stored.queries.tile_rows
+        self.key_tiles = math.ceil(stored.keys.max_seqlen / TILE)
+        self.out = query.new_full((*query.shape[:-1], call.value_dim), UNTOUCHED)
+        rows = (heads, stored.queries.rows) if stored.packed else (stored.batch, heads, stored.queries.max_seqlen)
+        self.row_state = torch.full((*rows, 2), float(UNTOUCHED))
+        self.tile_lists = torch.full((*many, heads, tile_rows, self.key_tiles), 1 << 30, dtype=torch.int32)
+        self.bits = torch.full((*many, heads, tile_rows, call.tile_words), -1, dtype=torch.int32)
+        if stored.packed or tile_rows != math.ceil(stored.queries.max_seqlen / TILE):
+            self.bits.zero_()  # as forward (csrc/cuda/attention.cpp) does: attend does not write all of it
+        paged = stored.table is not None
+        key_value = [paged_matrix(x, stored.table) if paged else matrix(x) for x in (key, value)]
+        self.arguments = dict(query=matrix(query), key=key_value[0], value=key_value[1])
+        self.remaining: Tensor | tuple = ()
+
+    def launch(self, name, block_m=TILE, block_n=None, every=1, constants=None, **arguments):
+        block_n = block_n or self.shape.walk
+        by_keys = name == "grad_key_value"
+        longest, block = (self.stored.keys, block_n) if by_keys else (self.stored.queries, block_m)
+        heads = self.call.heads // self.call.group if by_keys else self.call.heads
+        programs = math.ceil(math.ceil(longest.max_seqlen / block) / every) * heads * self.stored.batch
+        shape = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=self.block_d, STEP_D=self.shape.step_d or self.block_d)
         if "BLOCK_N" not in variants.KERNELS[name].constants:
             del shape["BLOCK_N"]
         name += suffix_of(name, arguments)
-        code = alpha_code if alpha_code in variants.KERNELS[name].alphas else "any"
+        code = self.alpha_code if self.alpha_code in variants.KERNELS[name].alphas else "any"
         constants = shape | dict(ALPHA=variants.ALPHAS[code]) | (constants or {})
         with patched_once():
-            variants.KERNELS[name].kernel[(programs,)](**arguments, call=call, **constants)
+            variants.KERNELS[name].kernel[(programs,)](**arguments, call=self.call, **constants)
 
-    # Filled with what must not stay: everything is to be written.
-    garbage = float(UNTOUCHED)
-    out = query.new_full((*query.shape[:-1], value_dim), garbage)
-    if offsets is None:
-        row_state = torch.full((batch, heads, longest_q, 2), garbage)
-    else:
-        row_state = torch.full((heads, rows_q, 2), garbage)
-    key_tiles = math.ceil(longest_k / TILE)
-    many = () if offsets else (batch,)
-    # The upper half of -inf: a tile that the scan forgets is lost.
-    tile_margins = torch.full((*many, heads, 4 * tile_rows, key_tiles), -128, dtype=torch.int16)
-    tile_lists = torch.full((*many, heads, tile_rows, key_tiles), 1 << 30, dtype=torch.int32)
-    bits = torch.full((*many, heads, tile_rows, tile_words), -1, dtype=torch.int32)
-    if offsets or tile_rows != math.ceil(longest_q / TILE):
-        bits.zero_()  # as forward (csrc/cuda/attention.cpp) does: attend does not write all of it
-    key_value = [matrix(x) if table is None else paged_matrix(x, table) for x in (key, value)]
-    inputs = dict(query=matrix(query), key=key_value[0], value=key_value[1])
-    capacity = marks.PLACES_BEFORE_MARKS.value + math.ceil(key_tiles / 32) if keeps and grad is not None else 0
-    support = torch.full((*row_state.shape[:-1], capacity), NOT_LISTED, dtype=torch.int32)
-    kept = dict(support=support, support_capacity=capacity)
-    scratch = dict(row_state=row_state, tiles=bits, tile_margins=tile_margins, tile_lists=tile_lists, **kept)
-    remaining = ()
-    if longest_q > few_queries:
-        gathers = gather_below > 0
+    def forward(self, keeps: bool) -> None:
+        """Sequences of many queries. If it `keeps` marks of keys there is room for them in `support`."""
+        capacity = marks.PLACES_BEFORE_MARKS.value + math.ceil(self.key_tiles / 32) if keeps else 0
+        self.support = torch.full((*self.row_state.shape[:-1], capacity), NOT_LISTED, dtype=torch.int32)
+        self.kept = dict(support=self.support, support_capacity=capacity)
+        if self.stored.queries.max_seqlen <= self.call.few_queries:
+            return
+        *_, key_tiles = lists = self.tile_lists.shape
+        # The upper half of -inf: a tile that the scan forgets is lost.
+        tile_margins = torch.full((*lists[:-2], 4 * lists[-2], key_tiles), -128, dtype=torch.int16)
+        gathers, blocks = self.gather_below > 0, self.tile_lists[..., 0].numel()
         marked = dict(
-            remaining=torch.full((tile_lists[..., 0].numel(), 2), UNTOUCHED, dtype=torch.int32),
-            gathered=torch.full((tile_lists[..., 0].numel(), marks.GATHER_ROOM.value), -1, dtype=torch.int32),
-            gather_from=gather_from if gathers else visibility.UNLIMITED.value,
-            gather_below=gather_below,
+            remaining=torch.full((blocks, 2), UNTOUCHED, dtype=torch.int32),
+            gathered=torch.full((blocks, marks.GATHER_ROOM.value), -1, dtype=torch.int32),
+            gather_from=self.gather_from if gathers else visibility.UNLIMITED.value,
+            gather_below=self.gather_below,
         )
         for gather in (False, True) if gathers else (False,):
-            constants = dict(SCAN_N=tiles.scan_n, GATHER=gather)
-            launch("attend", **inputs, out=matrix(out), **scratch, **marked, constants=constants)
-        remaining = marked["remaining"][:, 0].view(tile_lists.shape[:-1]) if gathers else ()
-    elif few_queries >= 0:
-        bits.zero_()  # as the portable forward does
-    if few_queries >= 0:
-        even = table is not None and is_even(key.shape[2]) and key.dtype != torch.float32
-        pages = [even_paged_matrix(x, table) for x in (key, value)] if even else key_value
-        indexed = None if index is None else key_index_argument(index, key)
-        known = dict(inputs, out=matrix(out), row_state=row_state, tiles=bits, index=indexed)
-        few_launches(known, pages, call, batch, block_d, alpha_code, sharers)
-    found = ()
-    if summary:
-        sizes, largest = (torch.full(row_state.shape[:-1], int(garbage), dtype=x) for x in (torch.int32, torch.float32))
-        found = Summary(sizes, largest, torch.zeros(batch, heads, 2, dtype=torch.int64))
-        tile_lists.fill_(1 << 30)
-        scratch = dict(row_state=row_state, tiles=bits, tile_lists=tile_lists)
-        arguments = dict(query=inputs["query"], key=inputs["key"], **scratch, **found._asdict())
-        launch("count_support", **arguments, counts_batch_stride=2 * heads)
-    if grad is None:
-        return Result(out, row_state, bits, summary=found, remaining=remaining)
+            self.launch(
+                "attend",
+                **self.arguments,
+                out=matrix(self.out),
+                row_state=self.row_state,
+                tiles=self.bits,
+                tile_margins=tile_margins,
+                tile_lists=self.tile_lists,
+                **self.kept,
+                **marked,
+                constants=dict(SCAN_N=self.shape.scan_n, GATHER=gather),
+            )
+        if gathers:
+            self.remaining = marked["remaining"][:, 0].view(lists[:-1])
 
-    dq, dk, dv = (torch.full_like(x, garbage) for x in (query, key, value))
-    if kinds[1] == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
-        dk.zero_(), dv.zero_()
-    row_terms = torch.full((*row_state.shape[:-1], 4), garbage)
-    row_seeds = torch.full(row_state.shape[:-1], int(garbage))
-    alpha_terms = torch.full(row_state.shape[:-1] if isinstance(alpha, Tensor) else (0,), garbage)
-    tile_lists.fill_(1 << 30)
-    key_marks = torch.full((*tile_lists.shape, 2), UNMARKED, dtype=torch.int32)
-    row_marks = torch.full((*tile_lists.shape, 4), -1, dtype=torch.int16)
-    probe = dict(probe_counts=torch.zeros(batch * kv_heads, 2, dtype=torch.int32), gather_below=gather_below)
-    for probe_from in (gather_from, 0) if gather_below else ():
-        launch(
-            "mark",
-            every=marks.PROBE_EVERY.value if probe_from else 1,
-            query=inputs["query"],
-            key=inputs["key"],
-            row_state=row_state,
-            tiles=bits,
-            **kept,
-            tile_lists=tile_lists,
-            key_marks=key_marks,
-            row_marks=row_marks,
-            **probe,
-            probe_from=probe_from,
+    def forward_of_few(self, sharers: int, index: Tensor | None) -> None:
+        if self.stored.queries.max_seqlen <= self.call.few_queries:
+            self.bits.zero_()  # as the portable forward does
+        _, key, value = self.inputs
+        table = self.stored.table
+        even = table is not None and is_even(key.shape[2]) and key.dtype != torch.float32
+        pages = [
+            even_paged_matrix(x, table) if even else self.arguments[name]
+            for name, x in (("key", key), ("value", value))
+        ]
+        indexed = None if index is None else key_index_argument(index, key)
+        known = dict(self.arguments, out=matrix(self.out), row_state=self.row_state, tiles=self.bits, index=indexed)
+        few_launches(known, pages, self.call, self.stored.batch, self.block_d, self.alpha_code, sharers)
+
+    def count_support(self) -> Summary:
+        sizes, largest = (
+            torch.full(self.row_state.shape[:-1], UNTOUCHED, dtype=x) for x in (torch.int32, torch.float32)
         )
-    room = (*many, heads, max(tile_rows, key_tile_rows), marks.GATHER_ROOM.value)
-    gathered = torch.full(room, -1, dtype=torch.int32)
-    key_lists = torch.full((*many, kv_heads, key_tile_rows, math.ceil(longest_q / TILE)), 1 << 30, dtype=torch.int32)
-    inputs["grad_out"] = matrix(grad)
-    for gather in (False, True) if gather_below else (False,):
-        launch(
-            "grad_query",
-            **inputs,
-            out=matrix(out),
-            grad_query=matrix(dq),
-            row_terms=row_terms,
-            row_seeds=row_seeds,
-            alpha_terms=alpha_terms,
-            row_state=row_state,
-            tiles=bits,
-            **kept,
-            tile_lists=tile_lists,
-            key_marks=key_marks,
-            row_marks=row_marks.view(torch.int32),
-            gathered=gathered,
-            **probe,
-            constants=dict(GATHER=gather),
+        found = Summary(sizes, largest, torch.zeros(self.stored.batch, self.stored.heads, 2, dtype=torch.int64))
+        self.tile_lists.fill_(1 << 30)
+        self.launch(
+            "count_support",
+            query=self.arguments["query"],
+            key=self.arguments["key"],
+            row_state=self.row_state,
+            tiles=self.bits,
+            tile_lists=self.tile_lists,
+            **found._asdict(),
+            counts_batch_stride=2 * self.stored.heads,
         )
-        launch(
-            "grad_key_value",
-            block_m=tiles.walk,
-            block_n=TILE,
-            **inputs,
-            grad_key=matrix(dk),
-            grad_value=matrix(dv),
-            row_terms=row_terms,
-            row_seeds=row_seeds,
-            tiles=bits,
-            tile_lists=key_lists,
-            marks=row_marks.view(torch.int32),
-            gathered=gathered,
-            **probe,
-            constants=dict(GATHER=gather),
+        return found
+
+    def backward(self, grad: Tensor, has_alpha_terms: bool) -> Result:
+        stored, keys = self.stored, self.stored.keys
+        kv_heads = self.call.heads // self.call.group
+        dq, dk, dv = (torch.full_like(x, UNTOUCHED) for x in self.inputs)
+        if keys.lengths_kind == visibility.LENGTHS_BOUNDS.value:  # the host zeroes rows before the first
+            dk.zero_(), dv.zero_()
+        rows = self.row_state.shape[:-1]
+        row_terms, row_seeds = torch.full((*rows, 4), float(UNTOUCHED)), torch.full(rows, UNTOUCHED)
+        alpha_terms = torch.full(rows if has_alpha_terms else (0,), float(UNTOUCHED))
+        self.tile_lists.fill_(1 << 30)
+        key_marks = torch.full((*self.tile_lists.shape, 2), UNMARKED, dtype=torch.int32)
+        row_marks = torch.full((*self.tile_lists.shape, 4), -1, dtype=torch.int16)
+        probe = dict(
+            probe_counts=torch.zeros(stored.batch * kv_heads, 2, dtype=torch.int32), gather_below=self.gather_below
         )
-    return Result(out, row_state, bits, dq, dk, dv, alpha_terms, found, remaining, support, key_marks)
+        known = dict(row_state=self.row_state, tiles=self.bits, **self.kept, tile_lists=self.tile_lists, **probe)
+        for probe_from in (self.gather_from, 0) if self.gather_below else ():
+            self.launch(
+                "mark",
+                every=marks.PROBE_EVERY.value if probe_from else 1,
+                query=self.arguments["query"],
+                key=self.arguments["key"],
+                **known,
+                key_marks=key_marks,
+                row_marks=row_marks,
+                probe_from=probe_from,
+            )
+        many, tile_rows = stored.many, max(stored.queries.tile_rows, keys.tile_rows)
+        gathered = torch.full((*many, stored.heads, tile_rows, marks.GATHER_ROOM.value), -1, dtype=torch.int32)
+        query_tiles = math.ceil(stored.queries.max_seqlen / TILE)
+        key_lists = torch.full((*many, kv_heads, keys.tile_rows, query_tiles), 1 << 30, dtype=torch.int32)
+        of_rows = dict(row_terms=row_terms, row_seeds=row_seeds)
+        for gather in (False, True) if self.gather_below else (False,):
+            self.launch(
+                "grad_query",
+                **self.arguments,
+                grad_out=matrix(grad),
+                out=matrix(self.out),
+                grad_query=matrix(dq),
+                **of_rows,
+                alpha_terms=alpha_terms,
+                **known,
+                key_marks=key_marks,
+                row_marks=row_marks.view(torch.int32),
+                gathered=gathered,
+                constants=dict(GATHER=gather),
+            )
+            self.launch(
+                "grad_key_value",
+                block_m=self.shape.walk,
+                block_n=TILE,
+                **self.arguments,
+                grad_out=matrix(grad),
+                grad_key=matrix(dk),
+                grad_value=matrix(dv),
+                **of_rows,
+                tiles=self.bits,
+                tile_lists=key_lists,
+                marks=row_marks.view(torch.int32),
+                gathered=gathered,
+                **probe,
+                constants=dict(GATHER=gather),
+            )
+        return Result(
+            self.out, self.row_state, self.bits, dq, dk, dv, alpha_terms, (), self.remaining, self.support, key_marks
+        )
 
 
 def suffix_of(kernel: str, arguments: dict) -> str:

@@ -34,6 +34,22 @@ class _Call(NamedTuple):
     window: int | None
 
 
+class _ScoreChanges(NamedTuple):
+    """What changes scores and only dense attention has, None where it is not asked for."""
+
+    softcap: float | None
+    position_bias: Tensor | None
+    sinks: Tensor | None
+
+
+class _Packed(NamedTuple):
+    """Sequences that lie behind each other: where those of queries and of keys begin, and how long the longest are
+    where that is known."""
+
+    cu_seqlens: tuple[Tensor, Tensor]
+    longest: tuple[Any, Any] = (None, None)
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -79,62 +95,91 @@ def attention(
         module, query, key, value, alpha_of(module, query), scale, dropout if module.training else 0.0, is_causal,
         sliding_window - 1 if sliding_window is not None and sliding_window > 0 else None,
     )  # fmt: skip
+    wanted = bool(kwargs.get("output_attentions")) or _weights_are_captured()
+    changes = _ScoreChanges(softcap, position_bias, s_aux)
+    if served:
+        return _attend_served(call, changes, wanted, kwargs), None
 
-    mask = None if served else decode(attention_mask)
-    cu_seqlens = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    lengths = kwargs.get("max_length_q"), kwargs.get("max_length_k")
+    call, mask, packed = _form_of(call, decode(attention_mask), kwargs)
+    option = _option_beyond(call, mask, changes)
+    if option is not None:
+        allow_dense(f"adasplash: {name}", option, batch * query.shape[1] * query.shape[2] * key.shape[2])
+    if option is not None or wanted:
+        out, weights = _attend_densely(call, mask, packed, changes)
+        return out.transpose(1, 2).contiguous(), weights if wanted else None
+    if packed is not None:
+        return _attend_packed(call, packed), None
+    return _attend(call, mask).transpose(1, 2).contiguous(), None
+
+
+def _form_of(
+    call: _Call, mask: Tensor | Lengths | Offsets | None, kwargs: dict[str, Any]
+) -> tuple[_Call, Tensor | Lengths | None, _Packed | None]:
+    """The call as its mask has it; the mask, unless others say what it does; and where packed sequences begin, by the
+    layer's own arguments, the mask, or positions."""
+    packed = None
+    if kwargs.get("cu_seq_lens_q") is not None:
+        packed = _Packed(
+            (kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k")),
+            (kwargs.get("max_length_q"), kwargs.get("max_length_k")),
+        )
     if isinstance(mask, Offsets):
         call = call._replace(causal=True, window=mask.window)
-        if cu_seqlens[0] is None:
-            cu_seqlens, lengths = (mask.cu_seqlens, mask.cu_seqlens), (None, None)
-    elif mask is None and cu_seqlens[0] is None:
-        offsets = _offsets_of_positions(module, query, key, kwargs.get("position_ids"))
-        cu_seqlens = offsets, offsets
-    elif isinstance(mask, Lengths):
+        return call, None, packed or _Packed((mask.cu_seqlens, mask.cu_seqlens))
+    if isinstance(mask, Lengths):
         call = call._replace(causal=mask.causal, window=mask.window)
-        if cu_seqlens[0] is None and _is_window_alone(mask, key.shape[2]):
-            offsets = _offsets_of_positions(module, query, key, kwargs.get("position_ids"))
-            cu_seqlens = offsets, offsets
-    if cu_seqlens[0] is not None and isinstance(mask, Lengths):
+    if packed is None and (mask is None or (isinstance(mask, Lengths) and _is_window_alone(mask, call.key.shape[2]))):
+        offsets = _offsets_of_positions(call.layer, call.query, call.key, kwargs.get("position_ids"))
+        packed = None if offsets is None else _Packed((offsets, offsets))
+    if packed is not None and isinstance(mask, Lengths):
         mask = None  # a window; offsets say the rest
+    return call, mask, packed
 
-    option = None
-    if softcap is not None:
-        option = "softcap"
-    elif position_bias is not None:
-        option = "position_bias"
-    elif s_aux is not None:
-        option = "s_aux (attention sinks)"
-    elif isinstance(mask, Tensor):
-        option = "an attention_mask that hides more than keys in front and behind"
-    elif max(query.shape[-1], value.shape[-1]) > MOST_CHANNELS:
-        option = f"a head size above {MOST_CHANNELS}"
-    wanted = kwargs.get("output_attentions") or _weights_are_captured()
-    if served:
-        if wanted or _is_recorded(module):
-            option = "output_attentions" if wanted else "record"
-        if option is not None:
-            raise NotImplementedError(f"adasplash: {name}: {option} is not served in continuous batching")
-        return attend_to_cache(query, key, value, call.alpha, scale, call.window, kwargs), None
-    if option is not None or wanted:
-        if option is not None:
-            allow_dense(f"adasplash: {name}", option, batch * query.shape[1] * query.shape[2] * key.shape[2])
-        if isinstance(mask, Tensor):
-            seen = mask
-        elif cu_seqlens[0] is not None:
-            seen = _seen_packed(call, *cu_seqlens)
-        else:
-            seen = _seen(call, mask)
-        out, weights = attend_densely(
-            query, key, value, call.alpha, scale, (position_bias, seen), call.dropout_p, softcap, s_aux
+
+def _option_beyond(call: _Call, mask: Tensor | Lengths | None, changes: _ScoreChanges) -> str | None:
+    """What the operator has not of what a layer asks for; dense attention has it."""
+    if changes.softcap is not None:
+        return "softcap"
+    if changes.position_bias is not None:
+        return "position_bias"
+    if changes.sinks is not None:
+        return "s_aux (attention sinks)"
+    if isinstance(mask, Tensor):
+        return "an attention_mask that hides more than keys in front and behind"
+    if max(call.query.shape[-1], call.value.shape[-1]) > MOST_CHANNELS:
+        return f"a head size above {MOST_CHANNELS}"
+    return None
+
+
+def _attend_served(call: _Call, changes: _ScoreChanges, wanted: bool, kwargs: dict[str, Any]) -> Tensor:
+    """Continuous batching, where the cache says which keys there are."""
+    option = "output_attentions" if wanted else "record" if _is_recorded(call.layer) else None
+    option = option or _option_beyond(call, None, changes)
+    if option is not None:
+        raise NotImplementedError(
+            f"adasplash: {type(call.layer).__name__}: {option} is not served in continuous batching"
         )
-        if isinstance(mask, Lengths) and torch.compiler.is_compiling():
-            out = out.masked_fill((mask.ends == NOT_SERVED).view(-1, 1, 1, 1), torch.nan)
-        _recorder(module, "add_weights", call.alpha, weights, seen)
-        return out.transpose(1, 2).contiguous(), weights if wanted else None
-    if cu_seqlens[0] is not None:
-        return _attend_packed(call, cu_seqlens, lengths), None
-    return _attend(call, mask).transpose(1, 2).contiguous(), None
+    return attend_to_cache(call.query, call.key, call.value, call.alpha, call.scale, call.window, kwargs)
+
+
+def _attend_densely(
+    call: _Call, mask: Tensor | Lengths | None, packed: _Packed | None, changes: _ScoreChanges
+) -> tuple[Tensor, Tensor]:
+    """(B, H, M, D_v) and the weights, (B, H, M, N)."""
+    if isinstance(mask, Tensor):
+        seen = mask
+    elif packed is not None:
+        seen = _seen_packed(call, *packed.cu_seqlens)
+    else:
+        seen = _seen(call, mask)
+    softcap, position_bias, sinks = changes
+    out, weights = attend_densely(
+        call.query, call.key, call.value, call.alpha, call.scale, (position_bias, seen), call.dropout_p, softcap, sinks
+    )
+    if isinstance(mask, Lengths) and torch.compiler.is_compiling():
+        out = out.masked_fill((mask.ends == NOT_SERVED).view(-1, 1, 1, 1), torch.nan)
+    _recorder(call.layer, "add_weights", call.alpha, weights, seen)
+    return out, weights
 
 
 def _attend(call: _Call, mask: Lengths | None) -> Tensor:
@@ -154,17 +199,18 @@ def _attend(call: _Call, mask: Lengths | None) -> Tensor:
     return entmax_attn(*given, **options, key_index=index_of(call.key))
 
 
-def _attend_packed(call: _Call, cu_seqlens: tuple[Tensor, Tensor], lengths: tuple) -> Tensor:
+def _attend_packed(call: _Call, packed: _Packed) -> Tensor:
     """The packed form, (B, M, H, D_v): all tokens of the batch lie behind each other."""
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (call.query, call.key, call.value))
     # The longest sequence where it is known, else a bound: nothing is read from the device.
     longest = [
-        length if isinstance(length, int) else x.shape[0] for length, x in zip(lengths, (query, key), strict=True)
+        length if isinstance(length, int) else x.shape[0]
+        for length, x in zip(packed.longest, (query, key), strict=True)
     ]
     options: dict[str, Any] = {"is_causal": call.causal, "scale": call.scale, "dropout_p": call.dropout_p}
     if call.window is not None:
         options["window"] = (call.window, 0 if call.causal else call.window)
-    given = query, key, value, *cu_seqlens, *longest, call.alpha
+    given = query, key, value, *packed.cu_seqlens, *longest, call.alpha
     if _is_recorded(call.layer):
         out, stats = entmax_attn_varlen_summary(*given, **options)
         _recorder(call.layer, "add", call.alpha, stats)

@@ -71,31 +71,22 @@ def mask(
     if positions is not None:
         q_length = positions.shape[0]
         q_offset = kv_offset if q_length == kv_length else positions[0]
-
-    def dense() -> Tensor:
-        arguments = {
-            "batch_size": batch_size,
-            "kv_length": kv_length,
-            "kv_offset": kv_offset,
-            "mask_function": mask_function,
-            "attention_mask": attention_mask,
-            **others,
-            "allow_is_causal_skip": False,
-            "allow_is_bidirectional_skip": False,
-        }
-        if positions is None:
-            arguments |= {"q_length": q_length, "q_offset": q_offset}
-        return masking_utils.sdpa_mask(
-            **{name: value for name, value in arguments.items() if name in _NAMES_OF_SDPA_MASK}
-        )
+    given = {
+        "batch_size": batch_size,
+        "kv_length": kv_length,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        **others,
+    }
+    if positions is None:
+        given |= {"q_length": q_length, "q_offset": q_offset}
 
     pattern = read(mask_function, kv_length + kv_offset, others)
     if pattern is None:
-        return dense()
-    if pattern.causal:
-        wanted = others.get("allow_is_causal_skip", True) or q_length == 1
-    else:
-        wanted = others.get("allow_is_bidirectional_skip", True)
+        return _dense(given)
+    skipped = "allow_is_causal_skip" if pattern.causal else "allow_is_bidirectional_skip"
+    wanted = others.get(skipped, True) or (pattern.causal and q_length == 1)
     compiling = torch.compiler.is_compiling()
     if pattern.packed is not None and compiling and (attention_mask is not None or q_length != kv_length):
         # Positions tell sequences apart only where there is neither a mask nor a cache.
@@ -103,12 +94,12 @@ def mask(
     if pattern.packed is not None and isinstance(q_offset, int) and q_offset == 0 and attention_mask is None:
         return _packed(pattern.packed, pattern.window, batch_size, q_length, others)
     if pattern.packed is not None or not wanted:  # not wanted: the model computes with the mask itself
-        return dense()
+        return _dense(given)
 
     held = q_offset - kv_offset
     known = not isinstance(held, Tensor)
     if not pattern.causal and pattern.window is not None and not (known and held == 0 and q_length == kv_length):
-        return dense()
+        return _dense(given)
     window = pattern.window
     if window is not None and isinstance(kv_length, int) and kv_length <= window + 1:
         window = None
@@ -116,15 +107,10 @@ def mask(
     # A decoder that its config makes an encoder has layers that still call themselves causal.
     says_itself = pattern.causal or getattr(others.get("config"), "is_causal", True)
     bare = aligned and window is None and says_itself
-    if attention_mask is None and bare:
-        return None
-
-    device = others.get("device")
-    if attention_mask is not None:
-        device = attention_mask.device
-    elif positions is not None:
-        device = positions.device
     if attention_mask is None:
+        if bare:
+            return None
+        device = others.get("device") if positions is None else positions.device
         starts = torch.zeros(batch_size, dtype=torch.int64, device=device)
         ends = torch.full((batch_size,), kv_length, dtype=torch.int64, device=device)
     else:
@@ -137,19 +123,31 @@ def mask(
             if full and bare:
                 return None
             if not whole:
-                return dense()
+                return _dense(given)
+    return _lengths(starts, ends, held, q_length, pattern.causal, window)
 
-    if pattern.causal:  # where the ends are none, they stay so
+
+def _dense(given: dict[str, Any]) -> Tensor | None:
+    """transformers' own mask, which hides each key by itself."""
+    given = given | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return masking_utils.sdpa_mask(**{name: value for name, value in given.items() if name in _NAMES_OF_SDPA_MASK})
+
+
+def _lengths(
+    starts: Tensor, ends: Tensor, held: int | Tensor, q_length: int, causal: bool, window: int | None
+) -> Tensor:
+    """Keys from starts on and before ends, of which queries see some, the first query beside the `held`-th."""
+    if causal:  # where the ends are none, they stay so
         last = held + q_length  # a symbol in exported code, which as_tensor would make a constant of
         ends = torch.minimum(ends, last.to(ends.device)) if isinstance(last, Tensor) else ends.clamp(max=last)
-    if q_length == 1 and (pattern.causal or window is not None):
+    if q_length == 1 and (causal or window is not None):
         if window is not None:
             starts = torch.maximum(starts, torch.as_tensor(held - window, device=starts.device))
         return _encode([starts, ends], None)
-    if not pattern.causal and window is None:
+    if not causal and window is None:
         return _encode([starts, ends], None)
     query_ends = (ends - held).clamp(0, q_length)
-    values = [starts, ends, query_ends] if pattern.causal else [starts, ends, query_ends, query_ends]
+    values = [starts, ends, query_ends] if causal else [starts, ends, query_ends, query_ends]
     return _encode(values, window)
 
 
