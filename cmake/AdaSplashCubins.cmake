@@ -1,28 +1,6 @@
-# The CUDA half of the library: its host code, and the kernels, which Triton compiles ahead of time. Needs no CUDA
-# toolkit and no GPU, only a Python with Triton; nothing of either at run time.
+# The GPU kernels, which Triton compiles ahead of time. Needs no CUDA toolkit and no GPU, only a Python with Triton;
+# nothing of either at run time.
 include(cmake/AdaSplashArchs.cmake)
-
-target_sources(adasplash PRIVATE
-  csrc/cuda/activation.cpp
-  csrc/cuda/attention.cpp
-  csrc/cuda/cache.cpp
-  csrc/cuda/driver.cpp
-  csrc/cuda/embedded.cpp
-  csrc/cuda/implementation.cpp
-  csrc/cuda/few.cpp
-  csrc/cuda/key_index.cpp
-  csrc/cuda/lzma.cpp
-  csrc/cuda/part.cpp
-  csrc/cuda/register.cpp
-  csrc/cuda/summary.cpp
-  csrc/cuda/portable/backward.cpp
-  csrc/cuda/portable/call.cpp
-  csrc/cuda/portable/few.cpp
-  csrc/cuda/portable/forward.cpp
-  csrc/cuda/portable/gathering.cpp
-  csrc/cuda/portable/portable.cpp
-  csrc/cuda/portable/summary.cpp)
-target_link_libraries(adasplash PRIVATE ${CMAKE_DL_LIBS})
 
 if(NOT TARGET adasplash_kernels)
   return()  # they were built before, for another torch

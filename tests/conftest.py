@@ -26,7 +26,7 @@ class Backend:
     device: str  # where the tensors of a test live
     max_length: int  # the longest sequence it gets through in reasonable time
     dtypes: tuple[torch.dtype, ...]
-    support_capacity: int  # support entries a row that its autograd kernel asks for
+    support_capacity: int  # places a row for keys that its autograd kernel asks for, where none are gathered
     examples: int  # combinations that the property test tries
 
     def needs(self, *, length: int = 0, dtype: torch.dtype = SINGLE) -> None:

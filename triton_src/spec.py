@@ -107,7 +107,7 @@ class Spec:
     constants: tuple[str, ...]  # the parameters that a variant decides
     programs: str  # what one of them works on, and how many there are
     shapes: str  # the part of tiles.json that has its tile shapes
-    gathers: bool = False  # whether there is also code, with GATHER, for what `mark` marked
+    gathers: bool = False  # whether there is also code, with GATHER, for what is marked
     alphas: tuple[str, ...] = ("any", "1_5", "2")  # that code may be made for; "any" serves those that have none
     types: tuple[str, ...] = ATTENTION_TYPES  # of elements that code is made for
     scratch: dict[str, str] = field(default_factory=dict)  # memory the caller lends it, and what of it

@@ -1,11 +1,11 @@
 """Which specialisations exist. The one place that says so; the table from which C++ picks a variant at run time is
 generated from it. Their tile shapes, warps and stages are data, in tiles.json.
 
-A variant is (kernel, element type, padded head size, code for an alpha), and of two kernels whether they walk tiles or
-gather what is marked. Everything else is a run-time value: causal, window, lengths, grouped queries, scale, M and N,
-head sizes below the padded one; and, in the code for any alpha, alpha itself, its gradient, ALiBi and dropout, all of
-which the code for one alpha leaves out to stay short. All take rows that start at multiples of ALIGNMENT, which the
-host sees to.
+A variant is (kernel, element type, padded head size, code for an alpha), and of those that may gather whether they walk
+tiles or gather what is marked. Everything else is a run-time value: causal, window, lengths, grouped queries, scale, M
+and N, head sizes below the padded one; and, in the code for any alpha, alpha itself, its gradient, ALiBi and dropout,
+all of which the code for one alpha leaves out to stay short. All take rows that start at multiples of ALIGNMENT, which
+the host sees to.
 """
 
 import functools
@@ -83,7 +83,7 @@ class Variant:
     block_d: int  # head size that registers and shared memory are laid out for; of an activation, its longest row
     alpha: str  # a key of ALPHAS
     shape: Shape
-    gather: bool = False  # gathers what `mark` marked; else whole tiles
+    gather: bool = False  # gathers what is marked; else whole tiles
     hot: bool = False  # most used: has limits of its own in limits.json
 
     @property

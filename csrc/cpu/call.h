@@ -101,10 +101,9 @@ struct Call {
     head.first_place = s.first_place;
     head.head_dim = query.size(3);
     head.value_dim = value.size(3);
-    const auto [left, right] = options_.window;
+    const int64_t left = options_.window[0], right = options_.window_right();
     if (left >= 0) head.window_left = std::min(left, kUnlimited);
     if (right >= 0) head.window_right = std::min(right, kUnlimited);
-    if (options_.is_causal) head.window_right = 0;
     head.alpha = alphas_[h];
     head.scale = options_.scale.value_or(1 / std::sqrt(static_cast<double>(head.head_dim)));
     if (!slopes_.empty()) head.slope = slopes_[sequence * heads + h];

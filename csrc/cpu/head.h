@@ -71,7 +71,7 @@ struct Head {
   // behind the last.
   ADASPLASH_INLINE int64_t place(int64_t query_index) const { return first_place + query_index; }
 
-  // The one place that says which keys a query sees, and the other way round.
+  // Which keys a query sees, and the other way round.
   ADASPLASH_INLINE Interval visible(int64_t query_index) const {
     return Interval{place(query_index) - window_left, place(query_index) + window_right + 1}.clip(0, keys);
   }

@@ -85,7 +85,7 @@ struct Variant {
   at::ScalarType dtype;
   int block_d;  // largest head size that it serves, or longest row of an activation
   AlphaCode alpha;
-  bool gather;  // visits the keys or rows that `mark` marked, instead of walking whole tiles
+  bool gather;  // visits the keys or rows that are marked, instead of walking whole tiles
   int arch;
   int block_m, block_n;  // rows of query (or of an activation), and keys, that a program works on
   int warps, shared_bytes;
@@ -120,8 +120,8 @@ Place place_of(c10::Device device);
 void replace_place_of(PlaceOf replacement);
 
 // The best variant for a call on this device: of those whose block_d the head size (or the activation's row) fits, the
-// smallest; of these the one made for this alpha, if there is one. Two kernels of the backward have code that gathers
-// and code that does not: `gather` says which. Throws if the device's architecture was not built for.
+// smallest; of these the one made for this alpha, if there is one. Some kernels have code that gathers and code that
+// does not: `gather` says which. Throws if the device's architecture was not built for.
 const Variant& find_variant(Kernel kernel, at::ScalarType dtype, int64_t head_size, AlphaCode alpha, int device,
                             bool gather = false);
 

@@ -12,7 +12,7 @@ namespace adasplash::cuda {
 namespace {
 
 // Bytes from a page of an index to the next: the kernels multiply numbers of 32 bits.
-constexpr int64_t kMostApart = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMostIndexBytes = std::numeric_limits<int32_t>::max();  // of a block
 // Keys that there is room for in a sequence from which on they are found faster by an index: in pages, and in a padded
 // cache of heads of more than kSmallHead.
 constexpr int64_t kManyPagedKeys = 65536, kManyKeys = 131072, kSmallHead = 64;
@@ -44,7 +44,7 @@ bool uses_index(const AttentionInputs& inputs) {
   const AttentionOptions& options = inputs.options;
   if (!options.key_index || inputs.key.numel() == 0) return false;
   if (options.softmax() || inputs.query.scalar_type() != at::kBFloat16) return false;
-  if (options.paged() && (!has_even_pages(inputs) || options.key_index->size(1) > kMostApart)) return false;
+  if (options.paged() && (!has_even_pages(inputs) || options.key_index->size(1) > kMostIndexBytes)) return false;
   // Asked at every call, so that both ways can be timed in one process.
   if (const char* const wanted = std::getenv("ADASPLASH_KEY_INDEX")) {
     if (std::string_view(wanted) == "read") return true;

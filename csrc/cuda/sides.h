@@ -39,7 +39,7 @@ struct StoredSide {
 
 // The most keys that so many neighbouring queries of a sequence may see between them, of so many keys.
 inline int64_t most_visible(const AttentionOptions& options, int64_t keys, int64_t queries) {
-  const int64_t left = options.window[0], right = options.is_causal ? 0 : options.window[1];
+  const int64_t left = options.window[0], right = options.window_right();
   return left < 0 || right < 0 || left >= keys || right >= keys ? keys : std::min(keys, left + queries + right);
 }
 inline int64_t most_visible(const AttentionInputs& inputs, int64_t queries) {

@@ -47,6 +47,8 @@ struct AttentionOptions {
   bool packed_keys() const { return packed() && !paged(); }
   // Whether keys and values are in a paged cache, whatever form queries have.
   bool paged() const { return block_table.has_value(); }
+  // How many keys behind its place a query sees; -1 is unlimited.
+  int64_t window_right() const { return is_causal ? 0 : window[1]; }
   // Of 2^32 random numbers, how many drop a weight.
   uint32_t dropout_threshold() const {
     return static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 0x1p32), 0x1p32 - 1));

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import common
 import reference
 from common import Inputs, normal_like
 from options import resolved
@@ -147,14 +148,20 @@ def test_the_backward_takes_any_capacity(make_inputs, is_causal, alpha):
     assert results[0][4].shape == (0,)
 
 
-def test_training_asks_for_what_the_contract_says(make_inputs, backend):
-    """The autograd kernel saves row_state, support and tiles beside the inputs, and nothing of M x N."""
+@pytest.mark.parametrize("gathers", (False, True), ids=("tiles", "gathers"))
+def test_training_asks_for_what_the_contract_says(make_inputs, backend, gathers):
+    """The autograd kernel saves row_state, support and tiles beside the inputs, and nothing of M x N. Where a GPU may
+    gather keys it asks for room for their marks too: a place for 2,048 of them."""
+    capacity = backend.support_capacity
+    if backend.name != "cpu":
+        common.gather(1 if gathers else common.MANY)
+        capacity = 2 + 1 if gathers else 0
     inputs = make_inputs(1, 2, 70, 90, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         torch.ops.adasplash.entmax_attn(*inputs)
     shapes = {tuple(x.shape) for x in saved} - {tuple(x.shape) for x in inputs} - {(0,)}
-    assert shapes == {(1, 2, 70, 2), (1, 2, 70, backend.support_capacity), tiles_shape(1, 2, 70, 90)}
+    assert shapes == {(1, 2, 70, 2), (1, 2, 70, capacity), tiles_shape(1, 2, 70, 90)}
 
 
 def test_an_output_that_is_changed_in_place(make_inputs, backend):

@@ -40,7 +40,6 @@ MODELS = {
     "gemma2": ("gemma2", "Gemma2", GROUPED | dict(head_dim=8, sliding_window=5, attn_logit_softcapping=None)),
 }  # fmt: skip
 ENCODERS = ("bert", "roberta", "modernbert")
-DECODERS = tuple(name for name in MODELS if name not in ENCODERS)
 
 
 def config_of(name: str, **options):

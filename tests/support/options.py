@@ -1,4 +1,4 @@
-"""Every option of the contract at once, in both forms, for the tests of what PyTorch puts around an op."""
+"""Every option that a call with gradients takes, at once, in both forms: for what PyTorch puts around an op."""
 
 import torch
 

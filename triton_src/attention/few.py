@@ -236,7 +236,7 @@ SCORE_FEW_EVEN = SCORE_FEW.over_even_pages(types=("bf16", "fp16"))
 @triton.jit
 def solve_few(
     value, out, row_state, tiles, scores, tile_max, tile_lists, listed_scores, listed_keys, is_long, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
+    BLOCK_D: tl.constexpr, ALPHA: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """row_state of a row; and, unless it is long, its output and the bits of tiles in which it weighs keys."""
     lead(ARCH)
@@ -313,7 +313,7 @@ SOLVE_FEW = Spec(
         listed_scores="*fp32", listed_keys="*i32", is_long="*i32", call=CALL, few=FEW,
     ),
     writes=("out", "row_state", "tiles", "tile_lists", "listed_scores", "listed_keys", "is_long"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ALPHA", "ARCH"),
+    constants=("BLOCK_D", "ALPHA", "ARCH"),
     programs="a row, for few.queries * heads * batch",
     scratch=dict(
         tile_lists="an entry for each row of a key head and each tile of its keys",
@@ -630,7 +630,7 @@ WEIGH_FEW_EVEN = WEIGH_FEW.over_even_pages(types=("bf16", "fp16"))
 @triton.jit
 def join_few(
     weighted, weight_sums, is_long, out, call, few,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ARCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """The output of a long row, from what weigh_few found in its splits."""
     follow(ARCH)
@@ -661,7 +661,7 @@ JOIN_FEW = Spec(
     join_few,
     arguments=dict(weighted="*fp32", weight_sums="*fp32", is_long="*i32", out=MATRIX, call=CALL, few=FEW),
     writes=("out",),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "ARCH"),
+    constants=("BLOCK_M", "BLOCK_D", "ARCH"),
     programs="a row, for few.queries * heads * batch",
     shapes="attention",
     alphas=("any",),

@@ -161,7 +161,7 @@ Scores scores_argument(const OptionTensors& tensors, int64_t head_dim, const Att
       .has_slopes = static_cast<int32_t>(slopes.defined()),
       .scale = static_cast<float>(options.scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)))),
       .window_left = window_bound(options.window[0]),
-      .window_right = options.is_causal ? 0 : window_bound(options.window[1]),
+      .window_right = window_bound(options.window_right()),
       .q_positions = pointer<int32_t>(positions),
       .has_positions = static_cast<int32_t>(positions.defined()),
   };

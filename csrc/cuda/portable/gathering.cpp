@@ -19,7 +19,7 @@ constexpr int64_t kMostKeptKeys = 65536;  // at which marks take 128 bytes a que
 // alone, and the same with a window that is too wide to hide a key as without one, since a sequence is computed as if
 // it were alone, and callers leave such a window out.
 int32_t from_for(const AttentionOptions& options) {
-  const int64_t left = options.window[0], right = options.is_causal ? 0 : options.window[1];
+  const int64_t left = options.window[0], right = options.window_right();
   const bool one_sided = left == 0 || right == 0 || (left < 0) != (right < 0);
   return one_sided ? int32_t{gather_from} : std::max(gather_from / 2, 1);
 }
