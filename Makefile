@@ -62,18 +62,22 @@ $(VENV)/.experiments: $(VENV)/.requirements
 	touch $@
 
 # Without GPU kernels where they could not run, so that nobody waits for them; CMake rebuilds what differs. .installed says
-# that the library is there, .installed-kernels that it has its kernels too. It takes minutes, so pip shows what is done.
+# that the library is there, .installed-kernels that it has its kernels too. It takes minutes, so pip shows what is done, and
+# both are as old as its beginning: what was edited meanwhile is built next time.
 SOURCES := CMakeLists.txt setup.py $(wildcard cmake/* csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 INSTALL := $(BIN)/python -m pip install --verbose --no-build-isolation --no-deps --editable .
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	rm -f $(VENV)/.installed-kernels
+	touch $@.begun
 	ADASPLASH_ARCHS=none $(INSTALL)
-	touch $@
+	mv $@.begun $@
 
 $(VENV)/.installed-kernels: $(VENV)/.requirements $(SOURCES) $(wildcard triton_src/*.* triton_src/*/*.py)
+	touch $@.begun
 	$(BIN)/python -m pip install --quiet "triton>=3.6"
 	ADASPLASH_ARCHS="$(ADASPLASH_ARCHS)" $(INSTALL)
-	touch $(VENV)/.installed $@
+	mv $@.begun $@
+	touch -r $@ $(VENV)/.installed
 
 setup: $(VENV)/.installed-kernels
 

@@ -30,6 +30,7 @@ BEFORE(pow);
 BEFORE(dlopen);
 BEFORE(dlsym);
 BEFORE(dlerror);
+BEFORE(dladdr);
 BEFORE(pthread_once);
 double before_exp(double);
 double before_log(double);
@@ -37,6 +38,7 @@ double before_pow(double, double);
 void* before_dlopen(const char*, int);
 void* before_dlsym(void*, const char*);
 char* before_dlerror();
+int before_dladdr(const void*, Dl_info*);
 int before_pthread_once(pthread_once_t*, void (*)());
 }
 #pragma GCC visibility pop
@@ -49,6 +51,7 @@ double pow(double x, double y) { return before_pow(x, y); }
 void* dlopen(const char* file, int mode) noexcept { return before_dlopen(file, mode); }
 void* dlsym(void* handle, const char* name) noexcept { return before_dlsym(handle, name); }
 char* dlerror() noexcept { return before_dlerror(); }
+int dladdr(const void* address, Dl_info* info) noexcept { return before_dladdr(address, info); }
 int pthread_once(pthread_once_t* once, void (*f)()) { return before_pthread_once(once, f); }
 
 char __libc_single_threaded = 0;  // "there may be other threads", which is always safe

@@ -46,6 +46,23 @@ def test_the_source_distribution_has_what_a_build_needs(tmp_path):
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
+#: The newest versions of symbols that a system of the kind manylinux_2_28 has.
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+def test_a_wheel_would_run_on_older_systems(tmp_path):
+    """What the library asks of a newer one is in packaging/manylinux.cpp, or `make wheel` would not end."""
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-fno-builtin", "-fPIC", "-c"]
+    run(*command, ROOT / "packaging/manylinux.cpp", "-o", tmp_path / "own.o")
+    own = {line.split()[-1] for line in run("nm", "--defined-only", tmp_path / "own.o").stdout.splitlines()}
+    symbols = run("readelf", "--dyn-syms", "--wide", _load.library_path()).stdout
+    wanted = re.findall(r" UND (\w+)@+(\w+?)_([\d.]+)", symbols)
+    assert wanted
+    for name, kind, version in wanted:
+        newer = tuple(map(int, version.split("."))) > NEWEST.get(kind, (99,))
+        assert not newer or name in own, f"{name}, {kind}_{version}"
+
+
 @pytest.mark.parametrize(
     ("versions", "required"),
     [
