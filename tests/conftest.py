@@ -111,22 +111,25 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+def is_about_launches(item) -> bool:
+    marker = item.get_closest_marker("backends")
+    return marker is not None and "cpu" not in marker.args
+
+
 def spread(items, most: int, chosen: str) -> list:
-    """At most so many cases of each test function, and all of those about launches, which a CPU has none of;
-    emulated no slow ones. Where they lie among its cases is another place for each function, so that together they
+    """At most so many cases of each test function, and four times as many of those about launches, which a CPU has none
+    of; emulated no slow ones. Where they lie among its cases is another place for each function, so that together they
     meet all values of what many functions share."""
     kept, functions = [], {}
     for item in items:
         if chosen == "emulated" and item.get_closest_marker("slow") and not item.get_closest_marker("backends"):
             continue  # mostly torch's compiler around the op, which the CPU's tests have
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        marker = item.get_closest_marker("backends")
-        if marker and "cpu" not in marker.args:
-            kept.append(item)
-        elif params.get("dtype", SINGLE) in BACKENDS[chosen].dtypes:
+        if is_about_launches(item) or params.get("dtype", SINGLE) in BACKENDS[chosen].dtypes:
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for name, cases in functions.items():
-        first, count = zlib.crc32(name.encode()) % len(cases), min(most, len(cases))
+        wanted = 4 * most if is_about_launches(cases[0]) else most
+        first, count = zlib.crc32(name.encode()) % len(cases), min(wanted, len(cases))
         kept += [cases[(first + index * len(cases) // count) % len(cases)] for index in range(count)]
     return kept
 

@@ -4,10 +4,10 @@
 #include <ATen/ops/sum.h>
 #include <c10/core/DeviceGuard.h>
 
+#include "cuda/gathering.h"
 #include "cuda/implementation.h"
 #include "cuda/ops.h"
 #include "cuda/part.h"
-#include "cuda/portable/gathering.h"
 #include "ops/attention_checks.h"
 
 namespace adasplash::cuda {
@@ -29,7 +29,7 @@ void sum_alpha_terms(const at::Tensor& alpha_terms, const at::Tensor& grad_alpha
 }  // namespace
 
 c10::SymInt support_capacity(const at::Tensor& query, const at::Tensor& key, const AttentionOptions& options) {
-  return portable::Gathering::kept_capacity(query, key, options);
+  return Gathering::kept_capacity(query, key, options);
 }
 
 ForwardResult forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,

@@ -173,6 +173,7 @@ def test_learned_alpha_stays_in_range(backend):
         assert out.isfinite().all() and all(g.isfinite().all() for g in parameter_gradients(module, out))
 
 
+@pytest.mark.slow
 def test_learned_alpha_learns(backend):
     """A head is taught to attend as one with another alpha does."""
     teacher = make(backend, alpha=1.9)
@@ -215,6 +216,7 @@ def test_types(backend, dtype):
     assert all(g.dtype == dtype and g.any() for g in parameter_gradients(module, out))
 
 
+@pytest.mark.slow
 def test_scripted_saved_and_loaded(backend, options):
     module = make(backend, **options)
     loaded = reloaded_script(module)

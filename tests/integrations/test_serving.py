@@ -109,6 +109,7 @@ def test_padded_forwards(name, calls):
 
 @needs_newer
 @pytest.mark.slow
+@pytest.mark.builds
 def test_compiled():
     config = CompileConfig(backend="aot_eager", dynamic=True, fullgraph=False)
     model = build("llama", "ForCausalLM", torch.float32)

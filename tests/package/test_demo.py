@@ -66,6 +66,7 @@ def interrupt(process, after):
 
 
 @pytest.mark.slow
+@pytest.mark.builds
 def test_demo_with_ctrl_c(text, tmp_path):
     """Ctrl-C ends only the training: what was trained by then is exported, served from C++ and drawn."""
     out = tmp_path / "out"

@@ -25,6 +25,7 @@ def losses(folder, processes, *options):
 
 
 @pytest.mark.slow
+@pytest.mark.builds
 def test_losses_are_those_of_one_process(tmp_path):
     one, two = (losses(tmp_path, processes, "--dropout", 0.2) for processes in (1, 2))
     assert len(one) == 4 and one[-1] < one[0]

@@ -197,6 +197,7 @@ def assert_same_step(function, arguments, form) -> None:
         assert not torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_compiled(backend, form):
     """In one graph; other lengths, tables and caches are no reason to compile again."""
     module, arguments = MODULES[form]
@@ -278,6 +279,7 @@ def test_a_cache_that_is_the_models_own(backend, form):
         assert_same_bits((exported(*tokens, *rest), *exported.buffers()), (expected, *models[0].buffers()))
 
 
+@pytest.mark.slow
 def test_opcheck(backend):
     query, key, value, key_cache, value_cache, slots, pages, kv_seqlens, ends, alpha = chunk_arguments(backend.device)
     # The ops have no gradient, so how autograd is registered is not asked.

@@ -71,6 +71,7 @@ def test_scripted_saved_and_loaded(backend, call):
 
 
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.slow
 def test_trains_as_eager_does(backend, call):
     losses = []
     for script in (lambda module: module, torch.jit.script, reloaded_script):

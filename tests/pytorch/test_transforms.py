@@ -166,6 +166,7 @@ def test_opcheck(make_inputs, shape, alpha):
     torch.library.opcheck(OPS.entmax_attn.default, tuple(inputs), dict(alpha=alpha, is_causal=True, scale=0.4))
 
 
+@pytest.mark.slow
 def test_opcheck_of_the_private_ops(make_inputs, backend):
     inputs = make_inputs(m=20, n=90)
     options = resolved(inputs, is_causal=True)
@@ -184,6 +185,7 @@ def private_arguments(form, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_opcheck_of_the_private_ops_with_every_option(backend, form):
     inputs, options = private_arguments(form, backend.device)
     for capacity in {-1, 0, backend.support_capacity}:

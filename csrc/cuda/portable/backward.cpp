@@ -4,8 +4,8 @@
 // knows which, and the other returns at once.
 #include <ATen/ops/zeros_like.h>
 
+#include "cuda/gathering.h"
 #include "cuda/portable/call.h"
-#include "cuda/portable/gathering.h"
 #include "cuda/portable/portable.h"
 
 namespace adasplash::cuda::portable {

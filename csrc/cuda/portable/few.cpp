@@ -100,12 +100,12 @@ void score_indexed(const PreparedCall& call, const Shares& shares, const Workspa
 
 template <typename KeyMatrix>
 void solve(const PreparedCall& call, const Shares& shares, const Workspace& workspace, const KeyMatrix& value,
-           const at::Tensor& out, float* row_state, int32_t* tiles, int64_t query_rows) {
+           const MutableMatrix& out, float* row_state, int32_t* tiles, int64_t query_rows) {
   using Kernels = KeyKernels<KeyMatrix>;
   Kernels::solve_few(call.variant(Kernels::kSolveFew), call.place, query_rows,
                      {
                          .value = value,
-                         .out = mutable_matrix_of(out),
+                         .out = out,
                          .row_state = row_state,
                          .tiles = tiles,
                          .scores = workspace.read(kScores),
@@ -143,6 +143,7 @@ void weigh(const PreparedCall& call, const Shares& shares, const Workspace& work
 void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace& workspace, const at::Tensor& out,
                 float* row_state, int32_t* tiles) {
   const int64_t query_rows = few.queries() * call.heads;
+  const MutableMatrix out_rows = mutable_matrix_of(out);  // refused, if at all, before anything is launched
   // Only with the memory that it takes: the environment, which has a say in it, may have changed meanwhile.
   const auto index = workspace.write(kTurned) ? call.key_index() : std::nullopt;
   call.over_keys_of_few([&]<typename KeyMatrix>(const KeyMatrix& key, const KeyMatrix& value) {
@@ -159,7 +160,7 @@ void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace
       score(call, shares, workspace, key);
     }
     call.over_keys([&](const auto&, const auto& rows) {
-      solve(call, shares, workspace, rows, out, row_state, tiles, query_rows);
+      solve(call, shares, workspace, rows, out_rows, row_state, tiles, query_rows);
     });
     weigh(call, shares, workspace, value, row_state, tiles);
     join_few(call.variant(Kernel::kJoinFew), call.place, query_rows,
@@ -167,7 +168,7 @@ void attend_few(const PreparedCall& call, const FewQueries& few, const Workspace
                  .weighted = workspace.read(kWeighted),
                  .weight_sums = workspace.read(kWeightSums),
                  .is_long = workspace.read(kIsLong),
-                 .out = mutable_matrix_of(out),
+                 .out = out_rows,
                  .call = call.arguments,
                  .few = shares.argument,
              });

@@ -1,7 +1,7 @@
 // The forward of the portable kernels: `attend`, and the launches of few.h for sequences of few queries.
+#include "cuda/gathering.h"
 #include "cuda/portable/call.h"
 #include "cuda/portable/few.h"
-#include "cuda/portable/gathering.h"
 #include "cuda/portable/portable.h"
 
 namespace adasplash::cuda::portable {

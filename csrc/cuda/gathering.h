@@ -1,6 +1,6 @@
 // Whether a call looks for the keys and rows that weigh, to gather them instead of walking whole tiles. When that pays
 // was measured: docs/notes/2026-11-27-gathering.md, and for the forward 2026-11-30-gathering-forward.md. And where the
-// marks of keys are that the forward keeps for the backward.
+// marks of keys are that the forward keeps for the backward, whichever implementations compute the two.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 
 #include "cuda/implementation.h"
 
-namespace adasplash::cuda::portable {
+namespace adasplash::cuda {
 
 // For the kernels, which look at each sequence's own lengths.
 struct Gathering {
@@ -34,4 +34,4 @@ struct Gathering {
   bool possible() const { return below > 0; }
 };
 
-}  // namespace adasplash::cuda::portable
+}  // namespace adasplash::cuda

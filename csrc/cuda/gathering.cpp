@@ -1,4 +1,4 @@
-#include "cuda/portable/gathering.h"
+#include "cuda/gathering.h"
 
 #include <algorithm>
 #include <atomic>
@@ -6,7 +6,7 @@
 #include "cuda/launchers.h"
 #include "cuda/sides.h"
 
-namespace adasplash::cuda::portable {
+namespace adasplash::cuda {
 namespace {
 
 std::atomic<int32_t> gather_from{8192};  // keys, where a query sees half of them on average, as in causal order
@@ -60,11 +60,11 @@ Gathering Gathering::of_backward(const AttentionInputs& inputs) {
   return {from, backward_below};
 }
 
-}  // namespace adasplash::cuda::portable
+}  // namespace adasplash::cuda
 
 // For tests: sets from which length on keys and rows may be gathered, and below which per cent they are.
 extern "C" __attribute__((visibility("default"))) void adasplash_gather(int32_t from, int32_t below) {
-  using namespace adasplash::cuda::portable;
+  using namespace adasplash::cuda;
   gather_from = from;
   forward_below = backward_below = below;
 }
