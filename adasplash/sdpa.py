@@ -261,6 +261,7 @@ def _can_be_read(mask: Tensor) -> bool:
 
 
 _looked_at: dict[int, tuple] = {}
+_MOST_COPIED = 1 << 22  # elements of a mask on the CPU of which a copy is kept; larger ones are read in every call
 
 
 def _look(mask: Tensor) -> _Found:
@@ -277,7 +278,10 @@ def _look(mask: Tensor) -> _Found:
     with torch.inference_mode(False):  # a later call may save it for its backward
         found = _find(mask)
         # The version does not count what is written by way of numpy or .data; to compare costs little on the CPU.
-        copy = mask.detach().clone() if mask.device.type == "cpu" else None
+        on_cpu = mask.device.type == "cpu"
+        if on_cpu and mask.numel() > _MOST_COPIED:
+            return found
+        copy = mask.detach().clone() if on_cpu else None
     number = id(base)
     _looked_at[number] = weakref.ref(base, lambda _: _looked_at.pop(number, None)), place, copy, found
     return found

@@ -12,7 +12,7 @@ namespace adasplash::cuda {
 namespace {
 
 // Bytes from a page of an index to the next: the kernels multiply numbers of 32 bits.
-constexpr int64_t kMostIndexBytes = std::numeric_limits<int32_t>::max();  // of a block
+constexpr int64_t kMostIndexBytes = std::numeric_limits<int32_t>::max();
 // Keys that there is room for in a sequence from which on they are found faster by an index: in pages, and in a padded
 // cache of heads of more than kSmallHead.
 constexpr int64_t kManyPagedKeys = 65536, kManyKeys = 131072, kSmallHead = 64;

@@ -225,8 +225,10 @@ def test_a_mask_is_read_once(monkeypatch):
     assert len(sdpa._looked_at) == remembered - 1
 
 
+@pytest.mark.parametrize("copied", (1 << 22, 0), ids=("small", "large"))
 @pytest.mark.parametrize("way", ("numpy", ".data"))
-def test_a_mask_that_changes_behind_torchs_back(way):
+def test_a_mask_that_changes_behind_torchs_back(monkeypatch, way, copied):
+    monkeypatch.setattr("adasplash.sdpa._MOST_COPIED", copied)
     values = torch.ones(1, 9, dtype=torch.bool).numpy()
     mask = torch.from_numpy(values)
     query = draw(1, 2, 9, 8)
