@@ -1,5 +1,5 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
-# make test   the tests: up to 2 cases of each on the CPU, and 1 of the GPU's code, emulated (about 20 minutes with set-up)
+# make test   the tests: up to 2 cases of each on the CPU, and 1 of the GPU's code, emulated (with set-up 16 to 42 minutes, by machine)
 # make test-all   every case, the library built in all ways, all of the emulation, and the site (about an hour)
 # make test-models  the tests of models with transformers 5.2, then with the newest, peft and sentence-transformers (10 minutes)
 # make test-compilers  the library as other compilers and linkers make it: COMPILERS="g++-11 clang++-14/lld" (8 minutes each)

@@ -352,14 +352,17 @@ def _check_before_append(query, key_cache, value_cache, block_table, held, new, 
     entmax_attn_paged(nothing, key_cache, value_cache, block_table, held, max_seqlen_q=0, **options)
     if not known or query.shape[1] == 0:
         return
-    # Pages that a query sees keys of; those behind a window may have been given away.
+    wrong = (block_table < 0) | (block_table >= key_cache.shape[0])
+    if not wrong.any():
+        return
+    # Of those, pages that a query sees keys of (`pages_of` in csrc/cpu/options.cpp, which is not asked where there are
+    # no queries); those behind a window may have been given away.
     keys = held.long() + new
     first = torch.zeros_like(keys)
     if options["window"][0] >= 0:
         first = (keys - query.shape[1] - options["window"][0]).clamp(min=0)
     place = torch.arange(pages) * page
-    seen = (place < keys[:, None]) & (place + page > first[:, None])
-    wrong = seen & ((block_table < 0) | (block_table >= key_cache.shape[0]))
+    wrong &= (place < keys[:, None]) & (place + page > first[:, None])
     if wrong.any():
         entry = tuple(wrong.nonzero()[0].tolist())
         raise RuntimeError(

@@ -209,6 +209,16 @@ def test_support_entries_out_of_range_are_no_stray_access(entry):
         assert "support" in str(error)
 
 
+@pytest.mark.backends("cpu")
+def test_an_index_of_packed_keys():
+    tokens, ends = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    options = (None, 1.5, False, None, None, None, ends, ends, 4, 4, [-1, -1], None)
+    with pytest.raises(RuntimeError, match="key_index goes with padded keys or a paged cache, got packed keys"):
+        torch.ops.adasplash._entmax_attn_indexed(
+            tokens, tokens, tokens, *options, torch.zeros(2, 64, dtype=torch.uint8)
+        )
+
+
 @pytest.mark.parametrize("window", ([], [-1], [-1, -1, -1]))
 def test_window_of_another_length(make_inputs, window):
     """torch.ops takes a list of any length where the schema says int[2]."""

@@ -432,6 +432,26 @@ ERRORS = {
 
 
 @pytest.mark.backends("cpu")
+@pytest.mark.parametrize("page, given_away", ((0, True), (1, False)))
+def test_a_step_needs_no_page_behind_its_window(backend, page, given_away):
+    """Of nine keys in pages of four, the last query's window has those from the sixth on."""
+    query, key, value = (torch.randn(1, 1, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    caches, table = torch.randn(2, 3, 4, KV_HEADS, SIZE), torch.arange(3)[None]
+    arguments = (query, *caches, key, value, torch.tensor([8]))
+    with torch.no_grad():
+        expected = entmax_attn_with_kvcache(*arguments, table, window=(3, 0))
+        table[0, page] = -7
+        if given_away:
+            assert_same_bits(entmax_attn_with_kvcache(*arguments, table, window=(3, 0)), expected)
+            return
+        caches[0][2, 0] = 7  # what the step would write
+        before = caches.clone()
+        with pytest.raises(RuntimeError, match=r"block_table must name pages .* got -7 at \[0, 1\]"):
+            entmax_attn_with_kvcache(*arguments, table, window=(3, 0))
+        assert torch.equal(caches, before)
+
+
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize("case", ERRORS)
 def test_steps_that_do_not_fit(backend, case):
     query, key, value, *_ = step_arguments("cpu", new=3)

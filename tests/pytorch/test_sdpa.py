@@ -252,6 +252,12 @@ def test_hidden_keys_stay_hidden_at_any_scale():
         assert_close([out], [exact(query, key, value, mask, scale=scale)], 1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:scaled_dot_product_attention. an attn_mask")
+def test_no_heads_under_a_dense_mask():
+    x = torch.zeros(1, 0, 4, 8)
+    assert scaled_dot_product_attention(x, x, x, torch.eye(4).bool().flip(0)).shape == x.shape
+
+
 def test_meta_tensors():
     x = torch.empty(2, 4, 9, 8, device="meta")
     assert scaled_dot_product_attention(x, x, x, is_causal=True).shape == x.shape
