@@ -186,12 +186,12 @@ def difference(problem, kernel, exact):
 def candidates(kernel, block_d):
     """The shapes to try."""
     sides = [(64, 64), (32, 64) if kernel == "grad_key_value" else (64, 32)]
-    scanned = (64, 128, 256) if kernel == "attend" else (None,)
-    for (m, n), warps, stages, registers, scan_n in itertools.product(
+    scanned = [(n, ahead) for n in (64, 128, 256) for ahead in (False, True)] if kernel == "attend" else [(None, False)]
+    for (m, n), warps, stages, registers, (scan_n, ahead) in itertools.product(
         sides, (4, 8), (1, 2, 3), (None, 128, 168), scanned
     ):
         if warps == 4 or registers is None:  # which eight warps have enough of
-            yield Shape(m, n, warps, stages, registers, block_d, scan_n)
+            yield Shape(m, n, warps, stages, registers, block_d, scan_n, ahead)
 
 
 def write(arch, variant):

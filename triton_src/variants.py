@@ -74,6 +74,7 @@ class Shape:
     registers: int | None = None  # at most so many a thread, so that more programs fit a multiprocessor; None: no limit
     step_d: int | None = None  # head dimensions at a time in q.k, see lib.matrices.products
     scan_n: int | None = None  # keys that are scanned at a time
+    ahead: bool = False  # products of a step begin before the step before is finished, see sum_inner in forward.py
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Variant:
             BLOCK_D=self.block_d,
             STEP_D=self.shape.step_d,
             SCAN_N=self.shape.scan_n,
+            AHEAD=self.shape.ahead,
             STAGES=self.shape.stages,
             ALPHA=ALPHAS[self.alpha],
             GATHER=self.gather,
@@ -181,7 +183,8 @@ def put_shape(data: dict, arch: int, variant: Variant) -> None:
     place = dict(kernel=variant.kernel, gather=variant.gather, block_d=variant.block_d)
     for line in shape_table(data, arch, variant.dtype, variant.alpha)["shapes"]:
         if place.items() <= line.items():
-            line.update({name: value for name, value in asdict(variant.shape).items() if name in line})
+            line.pop("ahead", None)  # which stands there where it is so
+            line.update({name: value for name, value in asdict(variant.shape).items() if name in line or value is True})
             return
     raise LookupError(f"{TILES}: no shape for sm_{arch}, {variant.name}")
 

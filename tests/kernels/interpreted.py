@@ -41,10 +41,11 @@ UNTOUCHED = 12345  # a number that results and scratch hold before
 
 @dataclass(frozen=True)
 class Tiles:
-    """Keys that attend scans at a time, the side along which kernels walk tiles, and head dimensions at a time (None:
-    all)."""
+    """Keys that attend scans at a time, whether its products go ahead, the side along which kernels walk tiles, and
+    head dimensions at a time (None: all)."""
 
     scan_n: int = 64
+    ahead: bool = False
     walk: int = 64
     step_d: int | None = None
 
@@ -324,7 +325,7 @@ class Run:
                 tile_lists=self.tile_lists,
                 **self.kept,
                 **marked,
-                constants=dict(SCAN_N=self.shape.scan_n, GATHER=gather),
+                constants=dict(SCAN_N=self.shape.scan_n, AHEAD=self.shape.ahead, GATHER=gather),
             )
         if gathers:
             self.remaining = marked["remaining"][:, 0].view(lists[:-1])

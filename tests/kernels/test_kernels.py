@@ -98,6 +98,22 @@ def test_window_over_many_tiles():
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("m, n", ((64, 64), (65, 193), (70, 400)))
+def test_products_that_go_ahead_change_no_bit(m, n, dtype):
+    """No inner tile, one, an odd and an even number of them, and of steps of 128 keys."""
+    inputs = make_inputs(1, 2, m, n, size=24, kv_heads=1, dtype=dtype)
+    inputs.query[0, 0, 3, 3] = torch.nan
+    for alpha, options in ((1.5, dict(is_causal=False)), (1.5, {}), (2.0, dict(window=(150, 30)))):
+        for scan_n in (64, 128):
+            found = []
+            for ahead in (False, True):
+                result = attention(*inputs, alpha, tiles=Tiles(scan_n, ahead), gather_below=0, **options)
+                assert result.out[0, 0, 3].isnan().all() and result.out.isnan().sum() == 24
+                found.append((result.out.nan_to_num(7.0), result.row_state.nan_to_num(7.0), result.tiles))
+            assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_one_key_above_a_flat_crowd(dtype):
     """Steps guess from the sums how many keys are above tau, and guess wrong here: a first output is not good enough,
     and the threshold that is kept is better than it has to be for the output."""

@@ -5,7 +5,8 @@ For a block of query rows and the keys j that a row sees,
 and only few keys can have weight. scan.py says how row_max, a lower bound of gap = tau - row_max, and the candidates
 are found, which are tiles of keys. `solve` then walks the list of those, or of the keys in them that are marked:
 
-  1. sums over the row at gap, and a step towards the solution, until the next step arrives (mostly once);
+  1. sums over the row at gap, and a step towards the solution, until the next step arrives (mostly once). Rows of
+     which most keys weigh begin with a sample of the keys, `sampled_gap`;
   2. the output, divided by the sum of the weights it was made with. That sum also tells whether gap was good enough for
      the type: where it was not, the output is made again, a step further, and if need be sums again.
 
@@ -37,10 +38,12 @@ from ..lib.entmax import (
     LOG2_E,
     Threshold,
     column_counts,
+    excess_of,
     newton_step,
     threshold_of,
     threshold_step,
     weigh,
+    weights,
 )
 from ..lib.marks import (
     GATHER_ROOM,
@@ -86,6 +89,9 @@ from ..spec import CALL, MATRIX, Spec
 from .scan import expected_support, list_candidates, margins_of, scan_tiles, sound_rows
 
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
+SAMPLED = tl.constexpr(512)  # keys of a sample, see sampled_gap
+SAMPLED_FROM = tl.constexpr(24)  # inner tiles from which on it is taken: below, all keys are little more
+SAMPLED_STEPS = tl.constexpr(2)
 
 
 @triton.jit
@@ -93,7 +99,7 @@ def attend(
     query, key, value, out, row_state, support, tiles, support_capacity, tile_margins, tile_lists, remaining, gathered,
     gather_from, gather_below, call,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP_D: tl.constexpr, ALPHA: tl.constexpr,
-    SCAN_N: tl.constexpr, GATHER: tl.constexpr,
+    SCAN_N: tl.constexpr, AHEAD: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
     """row_max and gap of each row into row_state, the output, and one bit for each (64 rows) x (64 keys) tile that
     holds weight. In sequences with `gather_from` or more keys blocks of rows that are expected to weigh few keys remain
@@ -166,28 +172,36 @@ def attend(
         tl.debug_barrier()  # what other threads wrote is read from here on
         rows = MarkedRows(marks, gathered + tile_row * GATHER_ROOM)
         keys = MarkedKeys(rows, candidates, marked, list_at_once(rows, candidates, marked))
-        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, keys, tiles, call.tile_words, CODE, True)
+        found = solve(queries, values, row_max, gap, sound, keys, tiles, call.tile_words, CODE, AHEAD, True)
+        weighted, sum_p, gap = found
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         if any_row(broken):
             store_tile_bits(tiles, call.tile_words, margins, tiles_seen, True)
         else:
             tl.store(kept_count, marked, mask=kept)
     else:
-        row_max, gap, largest = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE)
+        row_max, gap, largest = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE, AHEAD)
         sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
-        expected = 0.0
-        if may_remain:
-            expected = tl.sum(expected_support(largest, row_max, gap, scale), 0)
+        may_sample = tiles_seen.inner >= SAMPLED_FROM
+        support = tl.zeros([BLOCK_M], tl.float32)
+        if may_remain | may_sample:
+            support = expected_support(largest, row_max, gap, scale)
         tl.debug_barrier()  # what other threads wrote is read from here on
         candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
         if may_remain:
-            few = (expected * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)) | (gather_below > 100)
+            few = tl.sum(support, 0) * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)
+            few = few | (gather_below > 100)
             tl.store(remaining, tl.where(few, candidates.count, -1))
             tl.store(remaining + 1, candidates.inner)
             if few:
                 store_state(row_state, row_max, tl.where(sees & ~sound, float("nan"), gap), row, at.queries.extent)
                 return
-        weighted, sum_p, gap = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, False)
+        if may_sample:
+            crowded = (support == float("inf")) & sound
+            if any_row(crowded):
+                gap = tl.where(crowded, sampled_gap(queries, row_max, gap, tiles_seen, CODE), gap)
+        found = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, AHEAD, False)
+        weighted, sum_p, gap = found
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         store_tile_bits(tiles, call.tile_words, margins, tiles_seen, any_row(broken))
 
@@ -200,7 +214,7 @@ ATTEND = Spec(
         tile_lists="*i32", remaining="*i32", gathered="*i32", gather_from="i32", gather_below="i32", call=CALL,
     ),
     writes=("out", "row_state", "support", "tiles", "tile_margins", "tile_lists", "remaining", "gathered"),
-    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "GATHER"),
+    constants=("BLOCK_M", "BLOCK_N", "BLOCK_D", "STEP_D", "ALPHA", "SCAN_N", "AHEAD", "GATHER"),
     programs="a block of BLOCK_M = TILE rows, for ceil(longest query sequence / BLOCK_M) * heads * batch",
     scratch=dict(
         tile_margins="four numbers for each tile row of queries and each tile of keys",
@@ -243,7 +257,10 @@ def a_step_away(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def solve(queries, values, row_max, gap, sound, candidates, seen_to_weigh, words, CODE, GATHER: tl.constexpr):
+def solve(
+    queries, values, row_max, gap, sound, candidates, seen_to_weigh, words, CODE, AHEAD: tl.constexpr,
+    GATHER: tl.constexpr,
+):  # fmt: skip
     """(the weighted values, the sum of their weights, gap) of each row, as the file's head says. The gap is a step
     ahead of the one that the values were weighted at. Candidates are a TileList, and tiles that weigh become known by
     their margins; if GATHER they are MarkedKeys, and by `words` words of bits."""
@@ -266,7 +283,7 @@ def solve(queries, values, row_max, gap, sound, candidates, seen_to_weigh, words
             if GATHER:
                 sum_p, here_u = sum_marked_weights(queries, threshold, candidates, CODE)
             else:
-                sum_p, here_u = sum_weights(queries, threshold, candidates, CODE)
+                sum_p, here_u = sum_weights(queries, threshold, candidates, CODE, AHEAD)
             near = tl.abs(sum_p - 1.0) <= a_step_away(DTYPE, CODE.ALPHA)
             step, here_u, here_slope = threshold_step(sum_p, here_u, gap, near, queries.scale.alpha, CODE.ALPHA)
             moved = (gap + step != gap) & (attempts < ATTEMPTS)
@@ -300,51 +317,111 @@ def solve(queries, values, row_max, gap, sound, candidates, seen_to_weigh, words
 
 
 @triton.jit
-def sum_weights(queries, threshold, candidates, CODE):
-    """(sum p, sum u) of each row; for alpha = 2 u is 1, and counted."""
-    PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
-    part_p = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
-    part_u = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
-    part_n = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.int32)
-    lost = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
-    # The loop of visit_tiles, but that a step's keys are known before the next tile is read, which spills less.
-    for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
-        begin, end = steps(candidates, PARTS, EDGE)
-        ahead = listed_tile(candidates.entries, begin, end, PARTS)
-        for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
-            first_key = ahead * TILE + part_of(index, PARTS) * CODE.BLOCK_N
-            ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
-            qk = block_scores(queries, first_key, CODE, EDGE)
-            p, u = weigh(qk, queries.scale, threshold, 0, CODE)
-            part_p, lost = kahan_add(part_p, lost, column_sums(p), CODE.EXACT)
-            if CODE.ALPHA == ALPHA_2:
-                part_n += column_counts(p)
-            else:
-                part_u += column_sums(u)
-    return sums_of_row(part_p, part_u, part_n, CODE)
+def sampled_gap(queries, row_max, gap, tiles_seen, CODE):
+    """A better gap of rows of which so many keys weigh that all classes of keys have some: a lower bound from the
+    classes says little there. Newton's steps from it, with sums over SAMPLED keys that stand for all. The keys are
+    evenly spread over the inner tiles, whichever of these are candidates: they follow from the row's place alone. No
+    step passes the solution of the sample, so that some key of it weighs at the gap that is found."""
+    COUNT: tl.constexpr = SAMPLED // CODE.BLOCK_N
+    every = tiles_seen.inner * (TILE // CODE.BLOCK_N) // COUNT
+    of_all = ((tiles_seen.inner + tiles_seen.edge) * TILE).to(tl.float32) / SAMPLED
+    for _ in range(SAMPLED_STEPS):
+        context = (queries, threshold_of(row_max, gap, CODE.EXACT))
+        sums = no_sums(CODE)
+        for index in tl.range(COUNT):
+            first_key = tiles_seen.inner_first * TILE + index * every * CODE.BLOCK_N
+            sums = add_weights(sums, first_key, context, CODE, all_edges(CODE.ALPHA) == 1)
+        sum_p, sum_u = sums_of_row(sums, CODE)
+        gap += tl.maximum(newton_step(sum_p * of_all, sum_u * of_all, queries.scale.alpha, CODE.ALPHA), 0.0)
+    return gap
 
 
 @triton.jit
-def sums_of_row(part_p, part_u, part_n, CODE):
+def sum_weights(queries, threshold, candidates, CODE, AHEAD: tl.constexpr):
+    """(sum p, sum u) of each row; for alpha = 2 u is 1, and counted."""
+    sums = no_sums(CODE)
+    for EDGE in tl.static_range(all_edges(CODE.ALPHA), 2):
+        if AHEAD and not EDGE:
+            sums = sum_inner(sums, queries, threshold, candidates, CODE)
+        else:
+            sums = sum_listed(sums, queries, threshold, candidates, CODE, EDGE)
+    return sums_of_row(sums, CODE)
+
+
+@triton.jit
+def no_sums(CODE):
+    """Sums of p, of u, of counts, and what kahan_add loses of the first: in ROW_PARTS parts."""
+    zeros = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
+    return zeros, zeros, tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.int32), zeros
+
+
+@triton.jit
+def sums_of_row(sums, CODE):
     """(sum p, sum u) of each row from their parts."""
+    part_p, part_u, part_n, _ = sums
     sum_p = tl.sum(part_p, 1)
     return sum_p, tl.sum(part_n, 1).to(tl.float32) if CODE.ALPHA == ALPHA_2 else tl.sum(part_u, 1)
 
 
 @triton.jit
+def sum_listed(sums, queries, threshold, candidates, CODE, EDGE: tl.constexpr):
+    """The loop of visit_tiles, but that a step's keys are known before the next tile is read, which spills less."""
+    PARTS: tl.constexpr = TILE // CODE.BLOCK_N  # a tile is visited in so many steps
+    begin, end = steps(candidates, PARTS, EDGE)
+    ahead = listed_tile(candidates.entries, begin, end, PARTS)
+    for index in tl.range(begin, end, num_stages=stages(EDGE, CODE.ALPHA)):
+        first_key = ahead * TILE + part_of(index, PARTS) * CODE.BLOCK_N
+        ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
+        sums = add_weights(sums, first_key, (queries, threshold), CODE, EDGE)
+    return sums
+
+
+@triton.jit
+def sum_inner(sums, queries, threshold, candidates, CODE):
+    """The same over inner tiles, in code whose products go AHEAD: those of a step begin before the step before is
+    finished, so that a program's own arithmetic runs beside them. Triton lets products run on if what reads them is
+    within a branch, and waits at the branch: so it is in one, always taken. What is left of the step before is in a
+    branch of its own, as the assembler moves arithmetic up within a block, before products begin; the branch around
+    both keeps their order."""
+    PARTS: tl.constexpr = TILE // CODE.BLOCK_N
+    end = candidates.inner * PARTS
+    ahead = listed_tile(candidates.entries, 0, end, PARTS)
+    qk = tl.full([CODE.BLOCK_M, CODE.BLOCK_N], float("-inf"), tl.float32)
+    excess = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_N], tl.float32)
+    for index in tl.range(end):
+        first_key = ahead * TILE + part_of(index, PARTS) * CODE.BLOCK_N
+        ahead = listed_tile(candidates.entries, index + 1, end, PARTS)
+        qk = block_scores(queries, first_key, CODE, False)
+        if end > 0:
+            if index > 0:
+                sums = add_excess(sums, excess, queries, CODE)
+            if index < end:
+                excess = excess_of(qk, queries.scale.z, threshold, 0, CODE.EXACT)
+    return add_excess(sums, excess_of(qk, queries.scale.z, threshold, 0, CODE.EXACT), queries, CODE)
+
+
+@triton.jit
 def sum_marked_weights(queries, threshold, keys, CODE):
     """The same over MarkedKeys."""
-    zeros = tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.float32)
-    sums = (zeros, zeros, tl.zeros([CODE.BLOCK_M, ROW_PARTS], tl.int32), zeros)
-    part_p, part_u, part_n, _ = visit_marked(add_weights, sums, (queries, threshold), keys, CODE.BLOCK_N, CODE)
-    return sums_of_row(part_p, part_u, part_n, CODE)
+    return sums_of_row(visit_marked(add_weights, no_sums(CODE), (queries, threshold), keys, CODE.BLOCK_N, CODE), CODE)
 
 
 @triton.jit
 def add_weights(sums, first_key, context, CODE, EDGE: tl.constexpr):
     queries, threshold = context
-    part_p, part_u, part_n, lost = sums
     p, u = weigh(block_scores(queries, first_key, CODE, EDGE), queries.scale, threshold, 0, CODE)
+    return add_to_sums(sums, p, u, CODE)
+
+
+@triton.jit
+def add_excess(sums, excess, queries, CODE):
+    p, u = weights(excess, queries.scale.alpha, CODE.ALPHA, CODE.EXACT)
+    return add_to_sums(sums, p, u, CODE)
+
+
+@triton.jit
+def add_to_sums(sums, p, u, CODE):
+    part_p, part_u, part_n, lost = sums
     part_p, lost = kahan_add(part_p, lost, column_sums(p), CODE.EXACT)
     if CODE.ALPHA == ALPHA_2:
         part_n += column_counts(p)

@@ -47,49 +47,88 @@ def sound_rows(row_max, gap, sees, scale):
 
 
 @triton.jit
-def scan_tiles(queries, sees, tiles_seen, margins, CODE):
+def scan_tiles(queries, sees, tiles_seen, margins, CODE, AHEAD: tl.constexpr):
     """(row_max, a lower bound of gap, the largest score of each of CLASSES classes of keys) of each row. Writes the
     margins of each visible tile, as the upper half of an fp32; `margins` are those of tile 0, see margins_of. BLOCK_N
     is a multiple of TILE."""
     # Inner tiles are taken BLOCK_N keys at a time; those left over count as edges, which go one by one.
     MANY: tl.constexpr = CODE.BLOCK_N // TILE
     EDGE_CODE: tl.constexpr = Code(CODE.BLOCK_M, TILE, CODE.BLOCK_D, CODE.STEP_D, CODE.ALPHA, CODE.EXACT)
-    whole = tiles_seen.inner // MANY * MANY
+    steps = tiles_seen.inner // MANY
+    whole = steps * MANY
     edge = tiles_seen.edge + (tiles_seen.inner - whole)
     one_by_one = VisibleTiles(tiles_seen.first, tiles_seen.inner_first, whole, edge)
     never = tl.where(sees, 0.0, float("-inf"))  # added to margins: a row that sees no key makes no tile a candidate
     row_max = tl.full([CODE.BLOCK_M], float("-inf"), tl.float32)  # of q.k; z follows by one multiplication at the end
     largest = tl.full([CODE.BLOCK_M, CLASSES], float("-inf"), tl.float32)
-    for EDGE in tl.static_range(1, -1, -1):  # the diagonal first: where queries look nearby, they find row_max there
-        for index in tl.range(edge if EDGE else whole // MANY, num_stages=stages(EDGE, CODE.ALPHA)):
-            if EDGE:
-                tile = ordered_tile(whole + edge - 1 - index, one_by_one)
-                qk = block_scores(queries, tile * TILE, EDGE_CODE, True)
-            else:
-                tile = tiles_seen.inner_first + index * MANY
-                qk = block_scores(queries, tile * TILE, CODE, False)
-            row_max, largest, above = maxima(qk, row_max, largest)
-            margin = largest_of_warps(above + (tl.abs(row_max) * ROUNDING + never)[:, None, None]) * queries.scale.z
-            scanned = tile + tl.arange(0, 1 if EDGE else MANY)
-            tl.store(margins[:, None] + scanned[None, :], upper_half(margin))
+    context = (margins, never, queries.scale.z)
+    # The diagonal first: where queries look nearby, they find row_max there.
+    for index in tl.range(edge, num_stages=stages(True, CODE.ALPHA)):
+        tile = ordered_tile(whole + edge - 1 - index, one_by_one)
+        here = class_maxima(block_scores(queries, tile * TILE, EDGE_CODE, True))
+        row_max, largest = add_maxima(row_max, largest, here, tile, context, AHEAD)
+    if AHEAD:  # see sum_inner
+        qk = tl.full([CODE.BLOCK_M, CODE.BLOCK_N], float("-inf"), tl.float32)
+        here = class_maxima(qk)
+        for index in tl.range(steps):
+            tile = tiles_seen.inner_first + index * MANY
+            qk = block_scores(queries, tile * TILE, CODE, False)
+            if steps > 0:
+                if index > 0:
+                    row_max, largest = add_maxima(row_max, largest, here, tile - MANY, context, AHEAD)
+                if index < steps:
+                    here = class_maxima(qk)
+        if steps > 0:
+            here = class_maxima(qk)
+            last = tiles_seen.inner_first + whole - MANY
+            row_max, largest = add_maxima(row_max, largest, here, last, context, AHEAD)
+    else:
+        for index in tl.range(steps):
+            tile = tiles_seen.inner_first + index * MANY
+            here = class_maxima(block_scores(queries, tile * TILE, CODE, False))
+            row_max, largest = add_maxima(row_max, largest, here, tile, context, AHEAD)
 
     row_max *= queries.scale.z
     return row_max, gap_of_classes(largest, row_max, queries.scale, CODE.ALPHA), largest
 
 
 @triton.jit
-def maxima(qk, row_max, largest):
-    """(row_max, largest, (rows, tiles, 4) numbers whose maximum is a tile's largest score less row_max) with the scores
-    of some tiles' keys. Keys of one class are equal modulo ROW_PARTS, so that one thread holds them. A row of a tile is
-    held by four threads, each with two of the ROW_PARTS: the four numbers are theirs, not to be compared yet."""
-    ROWS: tl.constexpr = qk.shape[0]
+def class_maxima(qk):
+    """(rows, tiles, classes of a tile, ROW_PARTS) of the scores of some tiles' keys: the largest of each class. Keys of
+    one class are equal modulo ROW_PARTS, so that one thread holds them."""
     TILES: tl.constexpr = qk.shape[1] // TILE
     SPAN: tl.constexpr = CLASSES // TILES  # classes that a tile's keys fall into
-    here = max_or_nan(tl.reshape(qk, [ROWS, TILES, SPAN // ROW_PARTS, TILE // SPAN, ROW_PARTS]), 3)
+    return max_or_nan(tl.reshape(qk, [qk.shape[0], TILES, SPAN // ROW_PARTS, TILE // SPAN, ROW_PARTS]), 3)
+
+
+@triton.jit
+def add_maxima(row_max, largest, here, tile, context, AHEAD: tl.constexpr):
+    """(row_max, largest) with the maxima of some tiles' keys, of which `tile` is the first. Writes their margins: four
+    threads hold a row of a tile, each with two of the ROW_PARTS, and their own maxima are not compared for that."""
+    margins, never, z_scale = context
+    ROWS: tl.constexpr = here.shape[0]
+    TILES: tl.constexpr = here.shape[1]
     largest = tl.maximum(largest, tl.reshape(here, [ROWS, CLASSES]))
     of_thread = max_or_nan(tl.reshape(max_or_nan(here, 2), [ROWS, TILES, ROW_PARTS // 2, 2]), 3)
     row_max = tl.maximum(row_max, max_or_nan(max_or_nan(of_thread, 1), 1), propagate_nan=tl.PropagateNan.ALL)
-    return row_max, largest, of_thread - row_max[:, None, None]
+    above = (of_thread - row_max[:, None, None]) + (tl.abs(row_max) * ROUNDING + never)[:, None, None]
+    margin = upper_half(largest_of_warps(above) * z_scale)
+    place = margins[:, None] + (tile + tl.arange(0, TILES))[None, :]
+    if AHEAD:
+        store_by_lane(place, margin)
+    else:
+        tl.store(place, margin)
+    return row_max, largest
+
+
+@triton.jit
+def store_by_lane(place, x):
+    """Stores (groups, n) numbers, of which all lanes of a warp hold a group, by one lane. A plain store would send them
+    to another warp through shared memory, for which all warps wait, in the middle of what is to run beside products."""
+    LANES: tl.constexpr = 16
+    lane = tl.arange(0, LANES)[None, :, None]
+    of_lanes = tl.broadcast_to(x[:, None, :], [x.shape[0], LANES, x.shape[1]])
+    tl.store(place[:, None, :] + tl.zeros([1, LANES, 1], tl.int32), of_lanes, mask=lane == 0)
 
 
 @triton.jit
