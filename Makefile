@@ -1,5 +1,5 @@
 # make demo   train, compare, export, run from C++: the whole way on real text
-# make test   the tests: up to 2 cases of each on the CPU, and 1 of the GPU's code, emulated (with set-up 16 to 42 minutes, by machine)
+# make test   the tests: up to 2 cases of each on the CPU, and 1 of half of them for the GPU's code, emulated (with set-up a quarter to half an hour)
 # make test-all   every case, the library built in all ways, all of the emulation, and the site (about an hour)
 # make test-models  the tests of models with transformers 5.2, then with the newest, peft and sentence-transformers (10 minutes)
 # make test-compilers  the library as other compilers and linkers make it: COMPILERS="g++-11 clang++-14/lld" (8 minutes each)
@@ -103,9 +103,9 @@ examples: $(if $(HAS_GPU),setup,$(VENV)/.installed) $(VENV)/.experiments
 	$(BIN)/python examples/retrieval/train_retriever.py $(FORM) --save $(WRITTEN)/retrieval --results $(RESULTS)
 	$(BIN)/python examples/report.py --results $(RESULTS) --pictures $(WRITTEN)
 
-# Interpreted kernels take seconds a test: one case of each and no slow ones, but four of what is about the launches.
+# Interpreted kernels take seconds a test: one case of every other one and no slow ones, but four of what is about the launches.
 test: setup
-	$(BIN)/python -m pytest -n 2 --backend emulated --cases 1 -m "not builds" tests
+	$(BIN)/python -m pytest -n 2 --backend emulated --cases 1 --one-of 2 -m "not builds" tests
 	$(BIN)/python -m pytest -n 2 --cases 1 -m "not builds" tests/kernels
 	$(BIN)/python -m pytest -n 2 --cases 2 -m "not builds" --ignore tests/kernels tests
 

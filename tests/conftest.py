@@ -48,6 +48,13 @@ BACKENDS = {
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=BACKENDS, default="cpu", help="who runs the op tests")
     parser.addoption("--cases", type=int, metavar="K", help="at most K cases of each test, spread over them")
+    parser.addoption(
+        "--one-of",
+        type=int,
+        default=1,
+        metavar="K",
+        help="with --cases, one of K tests not about launches",
+    )
 
 
 def pytest_configure(config):
@@ -106,7 +113,7 @@ def pytest_collection_modifyitems(config, items):
         if chosen in marker.args if marker else chosen == "cpu" or "backend" in item.fixturenames:
             kept.append(item)
     if config.getoption("--cases"):
-        kept = spread(kept, config.getoption("--cases"), chosen)
+        kept = spread(kept, config.getoption("--cases"), config.getoption("--one-of"), chosen)
     config.hook.pytest_deselected(items=list(set(items) - set(kept)))
     items[:] = kept
 
@@ -116,20 +123,22 @@ def is_about_launches(item) -> bool:
     return marker is not None and "cpu" not in marker.args
 
 
-def spread(items, most: int, chosen: str) -> list:
+def spread(items, most: int, one_of: int, chosen: str) -> list:
     """At most so many cases of each test function, and four times as many of those about launches, which a CPU has none
-    of; emulated no slow ones. Where they lie among its cases is another place for each function, so that together they
-    meet all values of what many functions share."""
+    of; of the others `one_of` so many functions, and emulated no slow ones. Where they lie among its cases is another
+    place for each function, so that together they meet all values of what many functions share."""
     kept, functions = [], {}
     for item in items:
-        if chosen == "emulated" and item.get_closest_marker("slow") and not item.get_closest_marker("backends"):
+        if chosen == "emulated" and item.get_closest_marker("slow") and not is_about_launches(item):
             continue  # mostly torch's compiler around the op, which the CPU's tests have
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if is_about_launches(item) or params.get("dtype", SINGLE) in BACKENDS[chosen].dtypes:
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for name, cases in functions.items():
-        wanted = 4 * most if is_about_launches(cases[0]) else most
-        first, count = zlib.crc32(name.encode()) % len(cases), min(wanted, len(cases))
+        number, about_launches = zlib.crc32(name.encode()), is_about_launches(cases[0])
+        if number % one_of and not about_launches:
+            continue
+        first, count = number // one_of % len(cases), min(4 * most if about_launches else most, len(cases))
         kept += [cases[(first + index * len(cases) // count) % len(cases)] for index in range(count)]
     return kept
 

@@ -126,6 +126,7 @@ def test_the_gradient_arrives_through_every_door(make_inputs, door, heads, shape
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_a_script_with_a_learned_alpha_and_a_number(make_inputs):
     """One Python function for both, in one module, saved and loaded."""
 

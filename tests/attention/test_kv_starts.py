@@ -104,6 +104,7 @@ def test_keys_before_the_start_reach_nothing(make_inputs, backend, sigma, hostil
     assert all(x.isfinite().all() for x in dirty)
 
 
+@pytest.mark.slow
 def test_every_element_is_written(make_inputs, backend):
     """Gradients of keys that nobody sees, too."""
     inputs = make_inputs(batch=3, m=20, n=138, size=9)
@@ -166,6 +167,7 @@ def test_the_packed_form_has_no_starts(make_inputs, backend):
         torch.ops.adasplash._entmax_attn_forward(query, key, value, *options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", BOUNDS)
 def test_weights_and_stats(make_inputs, backend, bounds):
     """Columns are those of the whole key; facts are those of the entry alone."""

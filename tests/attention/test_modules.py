@@ -161,6 +161,7 @@ def test_learned_alpha_starts_where_told(backend, alpha):
     torch.testing.assert_close(module(x), fixed(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_learned_alpha_stays_in_range(backend):
     """Whatever training does to it, results stay finite."""
     module = make(backend, learn_alpha=True)

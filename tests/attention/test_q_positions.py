@@ -128,6 +128,7 @@ def test_the_farthest_places(make_inputs, backend, int_type):
             assert out[1].any() == ("window" not in options)
 
 
+@pytest.mark.slow
 def test_facts_and_weights(make_inputs, backend):
     inputs = make_inputs(batch=len(PLACES), heads=2, m=70, n=N)
     slopes = torch.tensor([0.3, 0.05], device=backend.device)

@@ -100,6 +100,7 @@ def test_what_is_saved_for_padding(make_inputs, backend):
     assert tiles[1, :, 0].any() and not tiles[1, :, 1:].any()
 
 
+@pytest.mark.slow
 def test_every_element_is_written(make_inputs, backend):
     inputs = make_inputs(batch=3, m=70, n=90)
     lengths = tensors(dict(q_seqlens=[70, 0, 33], kv_seqlens=[0, 90, 65]), backend.device)

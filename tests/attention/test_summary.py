@@ -38,6 +38,7 @@ def test_output_and_gradients_are_the_ops(make_inputs, backend, dtype, alpha, ca
     assert_same_bits(tuple(stats), tuple(adasplash.attention_stats(*inputs, alpha, **options)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_packed_says_what_each_sequence_says_alone(backend, alpha):
     inputs, lengths = packed([70, 0, 5, 140], [90, 4, 0, 130], device=backend.device)

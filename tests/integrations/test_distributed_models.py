@@ -12,6 +12,7 @@ import two_models
 import ranks
 
 
+@pytest.mark.builds
 @pytest.mark.slow
 def test_over_two_processes(tmp_path):
     with socket.socket() as free:

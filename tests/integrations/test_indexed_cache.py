@@ -189,6 +189,7 @@ def test_compiled_steps(name):
         check_index(layer, IDS.shape[1] + NEW - 1)
 
 
+@pytest.mark.builds
 @pytest.mark.slow
 def test_the_real_compiler():
     """Steps of a cache that was filled eagerly."""

@@ -302,6 +302,7 @@ def test_a_logged_step_that_raises(tmp_path, where, error):
     assert_nothing_is_recorded(model)
 
 
+@pytest.mark.builds
 @pytest.mark.parametrize("checkpointing", (False, True), ids=("", "checkpointing"))
 def test_logging_of_a_compiled_model(tmp_path, checkpointing):
     """Steps that are logged run eagerly; nothing more is compiled for them, and results are the same."""

@@ -76,6 +76,7 @@ def encoder(what_it_leaves):
     return transformers.AutoModel.from_pretrained(what_it_leaves / "hub/roberta-base", **options).eval()
 
 
+@pytest.mark.builds
 def test_the_fine_tuned_model(what_it_leaves):
     said = (what_it_leaves / "said").read_text()
     assert "'adasplash/support'" in said  # by LogAttention

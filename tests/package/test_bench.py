@@ -288,6 +288,7 @@ def test_a_package_of_the_same_name(tmp_path, monkeypatch):
     assert torch.equal(out, query + key + value)
 
 
+@pytest.mark.builds
 def test_peak_memory_sees_the_matrix_of_weights():
     case = replace(SMALL, length=1024, heads=1)
     peaks = {}
@@ -597,6 +598,7 @@ def test_what_decoding_reads_is_the_same_in_pages():
     assert torch.equal(cache.key_pages[places[:, -1], -1], cache.new[0])
 
 
+@pytest.mark.builds
 @pytest.mark.slow
 def test_sharded_sequences_are_timed_beside_one_process(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]

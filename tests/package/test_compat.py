@@ -168,6 +168,7 @@ def test_niter_changes_nothing(make_inputs, name):
         assert_same_bits(function(*inputs, niter=niter), function(*inputs))
 
 
+@pytest.mark.slow
 def test_order_of_the_second_version(make_inputs, backend):
     """niter comes before varlen there."""
     inputs = make_inputs(2, 2, 40, 40)

@@ -138,6 +138,7 @@ def test_a_project_with_the_sources_inside(cmake_installation, models, tmp_path)
     assert run(programs / "call_op", 1.25, *files).stdout.split()[0] == adasplash.__version__
 
 
+@pytest.mark.builds
 @pytest.mark.backends("cpu")
 def test_an_encoder_of_transformers(programs, tmp_path):
     """A padded batch, of another size than the one that was exported."""

@@ -44,6 +44,7 @@ def test_its_outputs_are_saved():
         assert ("stream" in kinds) == ("print(" in source)
 
 
+@pytest.mark.builds
 def test_it_runs():
     """All of its code, in order, with few steps on little text."""
     code = "\n\n".join(text for kind, text in CELLS if kind == "code")

@@ -80,6 +80,7 @@ def test_all_python(page, tmp_path):
     run_page(page, tmp_path, {"", "heavy"})
 
 
+@pytest.mark.builds
 def test_programs_of_several_processes(tmp_path):
     for page, blocks in BLOCKS.items():
         for block in blocks:
@@ -96,6 +97,7 @@ def test_programs_of_several_processes(tmp_path):
                     assert_alike(found, block.printed, f"{name_of(page)}:{block.line}")
 
 
+@pytest.mark.builds
 def test_cpp_compiles(tmp_path):
     """All blocks as one source, for the sake of time: what they include, and then each in a namespace of its own."""
     code = [block.code for blocks in BLOCKS.values() for block in blocks if block.language == "cpp"]

@@ -314,6 +314,7 @@ def options_of(**options):
     return parts
 
 
+@pytest.mark.builds
 def test_classifiers_learn_with_every_attention(file, tmp_path, monkeypatch):
     """The same texts in the same order for all, well over chance with each, and a picture of one."""
     pytest.importorskip("matplotlib")

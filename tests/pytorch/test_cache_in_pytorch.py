@@ -236,6 +236,7 @@ def test_ahead_of_time(backend, form, tmp_path):
     assert_same_step(loaded, arguments(backend.device, held=(40, 1, 12), seed=1), form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ("scripted", "traced", "frozen"))
 def test_torchscript(backend, form, way, tmp_path):
     module, arguments = MODULES[form]
