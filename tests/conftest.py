@@ -60,7 +60,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "backends(*names): the test is about these backends only")
     config.addinivalue_line("markers", "builds: builds the library anew, or takes as long: not in `make test`")
-    config.addinivalue_line("markers", "slow: builds something or takes more than a few seconds")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds, emulated only in `make test-all`")
     if config.getoption("--backend") != "cuda":
         # Triton decides when it is first imported whether it interprets, and torch's compiler imports it too.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -125,8 +125,8 @@ def is_about_launches(item) -> bool:
 
 def spread(items, most: int, one_of: int, chosen: str) -> list:
     """At most so many cases of each test function, and four times as many of those about launches, which a CPU has none
-    of; of the others `one_of` so many functions, and emulated no slow ones. Where they lie among its cases is another
-    place for each function, so that together they meet all values of what many functions share."""
+    of; of the others one function of `one_of`, always the same, and emulated no slow ones. Where they lie among its
+    cases is another place for each function, so that together they meet all values of what many functions share."""
     kept, functions = [], {}
     for item in items:
         if chosen == "emulated" and item.get_closest_marker("slow") and not is_about_launches(item):
@@ -136,9 +136,9 @@ def spread(items, most: int, one_of: int, chosen: str) -> list:
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for name, cases in functions.items():
         number, about_launches = zlib.crc32(name.encode()), is_about_launches(cases[0])
-        if number % one_of and not about_launches:
+        if (number >> 27) % one_of and not about_launches:  # not the bit by which `gathering` decides
             continue
-        first, count = number // one_of % len(cases), min(4 * most if about_launches else most, len(cases))
+        first, count = number % len(cases), min(4 * most if about_launches else most, len(cases))
         kept += [cases[(first + index * len(cases) // count) % len(cases)] for index in range(count)]
     return kept
 

@@ -183,10 +183,11 @@ def difference(problem, kernel, exact):
     return worst
 
 
-def candidates(kernel, block_d):
+def candidates(kernel, block_d, gather):
     """The shapes to try."""
     sides = [(64, 64), (32, 64) if kernel == "grad_key_value" else (64, 32)]
-    scanned = [(n, ahead) for n in (64, 128, 256) for ahead in (False, True)] if kernel == "attend" else [(None, False)]
+    ways = (False,) if gather else (False, True)
+    scanned = [(n, ahead) for n in (64, 128, 256) for ahead in ways] if kernel == "attend" else [(None, False)]
     for (m, n), warps, stages, registers, (scan_n, ahead) in itertools.product(
         sides, (4, 8), (1, 2, 3), (None, 128, 168), scanned
     ):
@@ -227,7 +228,7 @@ def main():
         tried = {
             place: list(dict.fromkeys([v, *(
                 replace(v, shape=shape)
-                for shape in (candidates(*place) if place[0] in args.kernels else ())
+                for shape in (candidates(*place, args.gather) if place[0] in args.kernels else ())
             )]))
             for place, v in base.items()
             if place[1] in args.head_dims

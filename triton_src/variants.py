@@ -183,7 +183,7 @@ def put_shape(data: dict, arch: int, variant: Variant) -> None:
     place = dict(kernel=variant.kernel, gather=variant.gather, block_d=variant.block_d)
     for line in shape_table(data, arch, variant.dtype, variant.alpha)["shapes"]:
         if place.items() <= line.items():
-            line.pop("ahead", None)  # which stands there where it is so
+            line.pop("ahead", None)  # only lines of shapes that go ahead have it
             line.update({name: value for name, value in asdict(variant.shape).items() if name in line or value is True})
             return
     raise LookupError(f"{TILES}: no shape for sm_{arch}, {variant.name}")

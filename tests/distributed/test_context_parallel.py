@@ -17,7 +17,6 @@ def test_as_one_process(tmp_path, world):
     ranks.check_outcomes(tmp_path, world)
 
 
-@pytest.mark.builds
 @pytest.mark.slow
 def test_four_processes(tmp_path):
     """Some of the cases, which all are run by four processes above: seconds instead of a minute."""

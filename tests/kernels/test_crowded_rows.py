@@ -71,12 +71,16 @@ def test_all_ways_to_walk(tiles, called):
 
 
 def test_causal_windows_and_lengths(called):
-    """The last queries of a sequence; a window of less keys than a sample is taken of; a sequence that ends before."""
+    """The last queries of a sequence, over all of its keys or those of a window; a window of less keys than a sample is
+    taken of; a sequence that ends before."""
     walk(flat(n=KEYS + 100), is_causal=True)
-    assert called.count("sampled_gap") == 1
+    far = flat(n=KEYS + 700)
+    far.key[:, :, :200] *= 1e3  # what the window hides
+    walk(far, is_causal=True, window=(KEYS + 300, 0))
+    assert called.count("sampled_gap") == 2
     walk(flat(), is_causal=True, window=(600, 0))
     walk(flat(), kv_seqlens=torch.tensor([KEYS - 1]))
-    assert called.count("sampled_gap") == 1
+    assert called.count("sampled_gap") == 2
 
 
 def test_a_sample_that_is_unlike_the_rest(called):
@@ -102,6 +106,27 @@ def test_a_row_does_not_depend_on_its_neighbours(called):
         one, other = (getattr(result, name)[0, 0, 1::2] for result in (among_like, mixed))
         assert_same_bits(one, other)
     assert (mixed.row_state[0, 0, sharp, 1] < -0.999).all()  # a gap of -1: one key
+
+
+@TYPES
+def test_a_step_back_stops_at_the_bound(dtype, called):
+    """Here the sample's gap is too high, and the step back from it too long: keys of the third tile would weigh, which
+    is a candidate of these rows' neighbours alone."""
+    z = torch.full((KEYS,), -1.0)
+    z[64:96], z[96:128], z[128:192] = 0.0, -0.1, -0.17  # the second tile is in the sample
+    inputs = flat(dtype)
+    inputs.query.zero_()
+    inputs.query[..., 0] = 1.0
+    inputs.key.zero_()
+    inputs.key[..., 0] = z
+    inputs.key[0, 0, 128:192, 1] = 3.0
+    among_like = walk(inputs, scale=2.0)
+    inputs.query[0, 0, ::2, 1] = 1.0
+    mixed = walk(inputs, scale=2.0)
+    assert called.count("sampled_gap") >= 1
+    for name in ("out", "row_state"):
+        one, other = (getattr(result, name)[0, 0, 1::2] for result in (among_like, mixed))
+        assert_same_bits(one, other)
 
 
 def test_broken_rows_stay_so():

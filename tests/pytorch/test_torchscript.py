@@ -60,7 +60,6 @@ def expected(call, inputs):
     return adasplash.entmax_attn(*inputs, alpha=1.25, is_causal=True, scale=0.3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_scripted_saved_and_loaded(backend, call):
     module = reloaded_script(call())
@@ -115,7 +114,6 @@ def test_repeated_training_runs_survive_the_profiling_executor(backend):
         assert_same_bits(result, eager)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_option_after_saving_and_loading(backend, form):
     module, arguments = FORMS[form]

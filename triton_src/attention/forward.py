@@ -6,7 +6,7 @@ and only few keys can have weight. scan.py says how row_max, a lower bound of ga
 are found, which are tiles of keys. `solve` then walks the list of those, or of the keys in them that are marked:
 
   1. sums over the row at gap, and a step towards the solution, until the next step arrives (mostly once). Rows of
-     which most keys weigh begin with a sample of the keys, `sampled_gap`;
+     which some hundreds of keys weigh, or more, begin with a sample, `sampled_gap`;
   2. the output, divided by the sum of the weights it was made with. That sum also tells whether gap was good enough for
      the type: where it was not, the output is made again, a step further, and if need be sums again.
 
@@ -86,7 +86,7 @@ from ..lib.tile_lists import (
 )
 from ..lib.visibility import TILE, keys_of_block, visible_keys, visible_tiles
 from ..spec import CALL, MATRIX, Spec
-from .scan import expected_support, list_candidates, margins_of, scan_tiles, sound_rows
+from .scan import ROUNDING, expected_support, list_candidates, margins_of, scan_tiles, sound_rows
 
 ATTEMPTS = tl.constexpr(64)  # a guard: steps converge quadratically
 SAMPLED = tl.constexpr(512)  # keys of a sample, see sampled_gap
@@ -172,7 +172,7 @@ def attend(
         tl.debug_barrier()  # what other threads wrote is read from here on
         rows = MarkedRows(marks, gathered + tile_row * GATHER_ROOM)
         keys = MarkedKeys(rows, candidates, marked, list_at_once(rows, candidates, marked))
-        found = solve(queries, values, row_max, gap, sound, keys, tiles, call.tile_words, CODE, AHEAD, True)
+        found = solve(queries, values, row_max, gap, gap, sound, keys, tiles, call.tile_words, CODE, AHEAD, True)
         weighted, sum_p, gap = found
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         if any_row(broken):
@@ -183,24 +183,25 @@ def attend(
         row_max, gap, largest = scan_tiles(queries, sees, tiles_seen, margins, SCAN_CODE, AHEAD)
         sound, row_max, gap = sound_rows(row_max, gap, sees, scale)
         may_sample = tiles_seen.inner >= SAMPLED_FROM
-        support = tl.zeros([BLOCK_M], tl.float32)
+        expected = tl.zeros([BLOCK_M], tl.float32)
         if may_remain | may_sample:
-            support = expected_support(largest, row_max, gap, scale)
+            expected = expected_support(largest, row_max, gap, scale)
         tl.debug_barrier()  # what other threads wrote is read from here on
         candidates = list_candidates(entries, margins, gap, tiles_seen, ALPHA)
         if may_remain:
-            few = tl.sum(support, 0) * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)
+            few = tl.sum(expected, 0) * 100 < candidates.count.to(tl.float32) * (TILE * gather_below)
             few = few | (gather_below > 100)
             tl.store(remaining, tl.where(few, candidates.count, -1))
             tl.store(remaining + 1, candidates.inner)
             if few:
                 store_state(row_state, row_max, tl.where(sees & ~sound, float("nan"), gap), row, at.queries.extent)
                 return
+        bound = gap
         if may_sample:
-            crowded = (support == float("inf")) & sound
+            crowded = (expected == float("inf")) & sound
             if any_row(crowded):
                 gap = tl.where(crowded, sampled_gap(queries, row_max, gap, tiles_seen, CODE), gap)
-        found = solve(queries, values, row_max, gap, sound, candidates, margins, 0, CODE, AHEAD, False)
+        found = solve(queries, values, row_max, gap, bound, sound, candidates, margins, 0, CODE, AHEAD, False)
         weighted, sum_p, gap = found
         broken = store_results(weighted, sum_p, row_max, gap, sees, sound, row_state, out_rows, first_row, CODE)
         store_tile_bits(tiles, call.tile_words, margins, tiles_seen, any_row(broken))
@@ -258,12 +259,14 @@ def a_step_away(DTYPE: tl.constexpr, ALPHA: tl.constexpr):
 
 @triton.jit
 def solve(
-    queries, values, row_max, gap, sound, candidates, seen_to_weigh, words, CODE, AHEAD: tl.constexpr,
+    queries, values, row_max, gap, bound, sound, candidates, seen_to_weigh, words, CODE, AHEAD: tl.constexpr,
     GATHER: tl.constexpr,
 ):  # fmt: skip
     """(the weighted values, the sum of their weights, gap) of each row, as the file's head says. The gap is a step
-    ahead of the one that the values were weighted at. Candidates are a TileList, and tiles that weigh become known by
-    their margins; if GATHER they are MarkedKeys, and by `words` words of bits."""
+    ahead of the one that the values were weighted at. It starts anywhere from `bound` on, a lower bound of the
+    solution, and never falls below: keys that weigh there may be in tiles that are candidates of other rows alone, or
+    of none. Candidates are a TileList, and tiles that weigh become known by their margins; if GATHER they are
+    MarkedKeys, and by `words` words of bits."""
     DTYPE: tl.constexpr = values.rows.data.dtype.element_ty
     weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
     sum_p = tl.zeros([CODE.BLOCK_M], tl.float32)
@@ -286,9 +289,10 @@ def solve(
                 sum_p, here_u = sum_weights(queries, threshold, candidates, CODE, AHEAD)
             near = tl.abs(sum_p - 1.0) <= a_step_away(DTYPE, CODE.ALPHA)
             step, here_u, here_slope = threshold_step(sum_p, here_u, gap, near, queries.scale.alpha, CODE.ALPHA)
-            moved = (gap + step != gap) & (attempts < ATTEMPTS)
+            stepped = tl.maximum(gap + step, bound)
+            moved = (stepped != gap) & (attempts < ATTEMPTS)
             attempts += 1
-            gap = tl.where(distant, gap + step, gap)
+            gap = tl.where(distant, stepped, gap)
             sum_u = tl.where(distant, here_u, sum_u)
             slope_u = tl.where(distant, here_slope, slope_u)
             distant = distant & moved & ~near
@@ -308,32 +312,36 @@ def solve(
         step = newton_step(sum_p, here_u, queries.scale.alpha, CODE.ALPHA)
         attempts += 1
         outputs_made += 1
-        solved = tl.where(moving, gap + step, solved)
-        moved = (gap + step != gap) & (attempts < ATTEMPTS)
+        stepped = tl.maximum(gap + step, bound)
+        solved = tl.where(moving, stepped, solved)
+        moved = (stepped != gap) & (attempts < ATTEMPTS)
         moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(DTYPE))
-        gap = tl.where(moving, gap + step, gap)
+        gap = tl.where(moving, stepped, gap)
         more = tl.max(moving.to(tl.int32), 0)
     return weighted, sum_p, solved
 
 
 @triton.jit
 def sampled_gap(queries, row_max, gap, tiles_seen, CODE):
-    """A better gap of rows of which so many keys weigh that all classes of keys have some: a lower bound from the
-    classes says little there. Newton's steps from it, with sums over SAMPLED keys that stand for all. The keys are
-    evenly spread over the inner tiles, whichever of these are candidates: they follow from the row's place alone. No
-    step passes the solution of the sample, so that some key of it weighs at the gap that is found."""
+    """A gap to begin with for rows of which so many keys weigh, some hundreds or more, that all classes of keys have
+    one: the bound from the classes says little there. Newton's steps from it, with sums over SAMPLED keys that stand
+    for all. They are blocks of neighbours, evenly spread over the inner tiles, whichever of these are candidates: where
+    they lie follows from what the block of rows sees. The solution of a sample may be above that of the row; no step
+    passes it, so that some key of the sample weighs at what is found, less what rounding may do."""
     COUNT: tl.constexpr = SAMPLED // CODE.BLOCK_N
-    every = tiles_seen.inner * (TILE // CODE.BLOCK_N) // COUNT
-    of_all = ((tiles_seen.inner + tiles_seen.edge) * TILE).to(tl.float32) / SAMPLED
+    blocks = (tiles_seen.inner * (TILE // CODE.BLOCK_N)).to(tl.int64)
+    stands_for = ((tiles_seen.inner + tiles_seen.edge) * TILE).to(tl.float32) / SAMPLED
+    found = gap
     for _ in range(SAMPLED_STEPS):
-        context = (queries, threshold_of(row_max, gap, CODE.EXACT))
+        context = (queries, threshold_of(row_max, found, CODE.EXACT))
         sums = no_sums(CODE)
         for index in tl.range(COUNT):
-            first_key = tiles_seen.inner_first * TILE + index * every * CODE.BLOCK_N
+            block = ((2 * index + 1) * blocks // (2 * COUNT)).to(tl.int32)
+            first_key = tiles_seen.inner_first * TILE + block * CODE.BLOCK_N
             sums = add_weights(sums, first_key, context, CODE, all_edges(CODE.ALPHA) == 1)
         sum_p, sum_u = sums_of_row(sums, CODE)
-        gap += tl.maximum(newton_step(sum_p * of_all, sum_u * of_all, queries.scale.alpha, CODE.ALPHA), 0.0)
-    return gap
+        found += tl.maximum(newton_step(sum_p * stands_for, sum_u * stands_for, queries.scale.alpha, CODE.ALPHA), 0.0)
+    return tl.maximum(gap, found - (1.0 + tl.abs(row_max)) * ROUNDING)
 
 
 @triton.jit

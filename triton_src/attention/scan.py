@@ -67,7 +67,7 @@ def scan_tiles(queries, sees, tiles_seen, margins, CODE, AHEAD: tl.constexpr):
         tile = ordered_tile(whole + edge - 1 - index, one_by_one)
         here = class_maxima(block_scores(queries, tile * TILE, EDGE_CODE, True))
         row_max, largest = add_maxima(row_max, largest, here, tile, context, AHEAD)
-    if AHEAD:  # see sum_inner
+    if AHEAD:  # see sum_inner in forward.py
         qk = tl.full([CODE.BLOCK_M, CODE.BLOCK_N], float("-inf"), tl.float32)
         here = class_maxima(qk)
         for index in tl.range(steps):
@@ -104,7 +104,7 @@ def class_maxima(qk):
 @triton.jit
 def add_maxima(row_max, largest, here, tile, context, AHEAD: tl.constexpr):
     """(row_max, largest) with the maxima of some tiles' keys, of which `tile` is the first. Writes their margins: four
-    threads hold a row of a tile, each with two of the ROW_PARTS, and their own maxima are not compared for that."""
+    threads hold a row of a tile, and as a margin is the largest of 16 rows they need not agree on theirs first."""
     margins, never, z_scale = context
     ROWS: tl.constexpr = here.shape[0]
     TILES: tl.constexpr = here.shape[1]
@@ -145,8 +145,8 @@ def gap_of_classes(largest, row_max, scale, ALPHA: tl.constexpr):
 
 @triton.jit
 def expected_support(largest, row_max, gap, scale):
-    """How many keys of a row weigh, if c of n classes have one and keys fall into classes at random: -n ln(1 - c/n).
-    None of a row that is not sound."""
+    """How many keys of a row weigh, if c of n classes have one and keys fall into classes at random: -n ln(1 - c/n),
+    infinity if all have. None of a row that is not sound."""
     above = excess_of(largest, scale.z, Threshold(row_max + gap, gap), 0, False) > 0.0
     filled = tl.sum(above.to(tl.int32), 1).to(tl.float32) / CLASSES
     return tl.log(1.0 - filled) * -CLASSES
