@@ -266,7 +266,7 @@ def solve(
     ahead of the one that the values were weighted at. It starts anywhere from `bound` on, a lower bound of the
     solution, and never falls below: keys that weigh there may be in tiles that are candidates of other rows alone, or
     of none. Candidates are a TileList, and tiles that weigh become known by their margins; if GATHER they are
-    MarkedKeys, and by `words` words of bits."""
+    MarkedKeys, and by `words` words of bits, and gap starts from the bound itself, which needs no look then."""
     DTYPE: tl.constexpr = values.rows.data.dtype.element_ty
     weighted = tl.zeros([CODE.BLOCK_M, CODE.BLOCK_D], tl.float32)
     sum_p = tl.zeros([CODE.BLOCK_M], tl.float32)
@@ -289,7 +289,7 @@ def solve(
                 sum_p, here_u = sum_weights(queries, threshold, candidates, CODE, AHEAD)
             near = tl.abs(sum_p - 1.0) <= a_step_away(DTYPE, CODE.ALPHA)
             step, here_u, here_slope = threshold_step(sum_p, here_u, gap, near, queries.scale.alpha, CODE.ALPHA)
-            stepped = tl.maximum(gap + step, bound)
+            stepped = gap + step if GATHER else tl.maximum(gap + step, bound)
             moved = (stepped != gap) & (attempts < ATTEMPTS)
             attempts += 1
             gap = tl.where(distant, stepped, gap)
@@ -312,7 +312,7 @@ def solve(
         step = newton_step(sum_p, here_u, queries.scale.alpha, CODE.ALPHA)
         attempts += 1
         outputs_made += 1
-        stepped = tl.maximum(gap + step, bound)
+        stepped = gap + step if GATHER else tl.maximum(gap + step, bound)
         solved = tl.where(moving, stepped, solved)
         moved = (stepped != gap) & (attempts < ATTEMPTS)
         moving = moving & moved & (tl.abs(sum_p - 1.0) > tolerance(DTYPE))
