@@ -85,7 +85,7 @@ def test_causal_windows_and_lengths(called):
 
 def test_a_sample_that_is_unlike_the_rest(called):
     """Of the keys that are sampled none is like the others: the guess is far off, on either side, the result is not."""
-    in_sample = torch.arange(KEYS) // 64 % 3 == 0
+    in_sample = torch.arange(KEYS) // 64 % 3 == 1  # the middles of eight times three tiles
     for sampled, others in ((1.0, 0.0), (0.0, 1.0)):
         inputs = flat()
         inputs.query[..., 0] = 1.0

@@ -176,7 +176,7 @@ def test_tables_are_consistent():
             assert variant.block_d % shape.step_d == 0
             assert (shape.scan_n is not None) == variant.kernel.startswith("attend")
             assert shape.scan_n in (None, 64, 128, 256), variant.name
-            assert not shape.ahead or variant.kernel.startswith("attend"), variant.name
+            assert not shape.ahead or (variant.kernel.startswith("attend") and not variant.gather), variant.name
 
 
 def test_the_tuner_knows_all_arguments_of_what_it_tunes():
